@@ -1,0 +1,176 @@
+"""What a net is and how it is run: the two frozen dataclasses that a person fills in.
+
+``Architecture`` is hashable and JSON-able, and ``plan`` turns it into layers.
+``Execution`` never changes the parameter tree. The rules that need nothing but the
+fields are checked by ``check_fields``; ``plan`` calls it first.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from flax_resnetv2.errors import UsageError
+from flax_resnetv2.semantics import ARTICLE, Position, Semantics
+
+MAX_STACKS = 5
+UnitKind = Literal["bottleneck", "basic"]
+Reduction = int | Literal["previous"]
+LAYERS = {"bottleneck": 3, "basic": 2}
+"""Residual layers of each kind of unit."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a ResNet V2 is. Without arguments: the article's net for 32x32 images.
+
+    A field for each stack takes one value for all of them, or one value a stack.
+    """
+
+    units: tuple[int, ...] = (3, 3, 3)
+    """Residual units in each stack; its length is the number of stacks, 1 to 5."""
+    widths: tuple[int, ...] = (64, 128, 256)
+    """Maps that each unit of a stack gives out (the article's nF)."""
+    strides: tuple[int, ...] = (1, 2, 2)
+    """Stride of unit 1 of each stack."""
+    reduction: Reduction | tuple[Reduction, ...] = 2
+    """Layer 1 of a bottleneck unit has width / reduction maps (the article's p);
+    "previous": as many as the stack before gives out. A basic unit takes 1."""
+    central_reduction: Reduction | tuple[Reduction, ...] | None = None
+    """The same for layer 2 (the article's q); None: as reduction."""
+    kernel: int | tuple[int, ...] = 3
+    """Central kernel of the units (odd)."""
+    unit: UnitKind = "bottleneck"
+    """bottleneck: three layers, 1x1, kernel, 1x1. basic: two layers of the kernel."""
+    bridge: bool | tuple[bool, ...] = False
+    """A shortcut around a whole stack, added to the stack's output."""
+    stem: bool = True
+    """False: the image itself enters stack 1."""
+    stem_width: int = 64
+    """Maps that the stem gives out."""
+    stem_kernel: int = 3
+    """Kernel of the stem's convolution (odd): 3 and 7 are the usual ones."""
+    stem_stride: int = 1
+    """Its stride."""
+    stem_second_stride: int | None = None
+    """Stride of a second, 3x3 convolution that reduces resolution; None: not there."""
+    stem_pool: bool = False
+    """A 3x3 max-pool of stride 2 at the stem's end."""
+    head: Literal["classifier", "latent", "none"] = "classifier"
+    """classifier: logits. latent: a vector, for encoders. none: the last maps."""
+    head_input: Literal["pooled", "flattened"] = "pooled"
+    """What classifier and latent read: the maps' averages, or all their values."""
+    num_classes: int = 10
+    """Logits of the classifier."""
+    hidden: tuple[int, ...] = ()
+    """Widths of fully connected hidden layers (with ReLU) before logits or latent."""
+    latent: int = 64
+    """Size of the latent vector."""
+    latent_variance: bool = False
+    """The latent head gives a mean and a log-variance."""
+    semantics: Semantics = ARTICLE
+    """Whose ResNet V2 it is; see ``flax_resnetv2.semantics``."""
+
+    @property
+    def depth(self) -> int:
+        """Main-path convolutions and one fully connected layer, as He counts."""
+        convolutions = int(self.stem) + int(self.stem_second_stride is not None)
+        return convolutions + sum(self.units) * LAYERS[self.unit] + 1
+
+    def per_stack(self, field: str) -> tuple:
+        """Give a field's values, one a stack.
+
+        Raises:
+            UsageError: a tuple of another length than ``units``.
+        """
+        value = getattr(self, field)
+        if not isinstance(value, tuple):
+            return (value,) * len(self.units)
+        if len(value) != len(self.units):
+            raise UsageError(
+                f"{field}={value} has {len(value)} values, but units={self.units} "
+                f"makes {len(self.units)} stacks; give one value, or one for each stack"
+            )
+        return value
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a net is run. Never changes the parameter tree."""
+
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Of the computation. Parameters and outputs stay float32 (float64 with float64,
+    which needs jax_enable_x64)."""
+    remat: bool = False
+    """Compute a unit's inside again in the backward pass instead of keeping it."""
+    batch_norm_axis: str | None = None
+    """Name of the mapped axis over which batch statistics are taken together."""
+
+    @property
+    def param_dtype(self) -> Literal["float32", "float64"]:
+        """Of parameters, statistics and outputs."""
+        return "float64" if self.dtype == "float64" else "float32"
+
+
+def check_fields(a: Architecture) -> None:
+    """The rules that do not need a stack's input width."""
+    s = a.semantics
+    if not isinstance(a.units, tuple) or not 1 <= len(a.units) <= MAX_STACKS:
+        raise UsageError(
+            f"units={a.units!r} must give 1 to {MAX_STACKS} stacks their number of "
+            "residual units, as units=(3, 3, 3)"
+        )
+    for field in ("widths", "strides"):
+        if not isinstance(getattr(a, field), tuple):
+            raise UsageError(
+                f"{field}={getattr(a, field)!r} must be a tuple, one value a stack"
+            )
+        for k, value in enumerate(a.per_stack(field), start=1):
+            check_positive(f"{field} in stack {k}", value)
+    for field in ("stem_width", "stem_stride", "num_classes", "latent"):
+        check_positive(field, getattr(a, field))
+    if a.stem_second_stride is not None:
+        check_positive("stem_second_stride", a.stem_second_stride)
+    for k, value in enumerate(a.hidden, start=1):
+        check_positive(f"hidden layer {k}", value)
+    check_odd("stem_kernel", a.stem_kernel)
+    check_odd("semantics.shortcut_kernel", s.shortcut_kernel)
+    for owner, at in ((a, ""), (s, "semantics.")):
+        for field, hint in get_type_hints(type(owner)).items():
+            value, choices = getattr(owner, field), get_args(hint)
+            if get_origin(hint) is Literal:
+                check_choice(at + field, value, choices)
+            elif hint is bool:
+                check_choice(at + field, value, (True, False))
+    for value in a.per_stack("bridge"):
+        check_choice("bridge", value, (True, False))
+    for value in s.biases:
+        check_choice("semantics.biases", value, get_args(Position))
+    if not s.norm_epsilon > 0:
+        raise UsageError(
+            f"semantics.norm_epsilon={s.norm_epsilon} must be above 0, as 1e-5"
+        )
+    if not 0 <= s.norm_momentum < 1:
+        raise UsageError(
+            f"semantics.norm_momentum={s.norm_momentum} is the share that the running "
+            "statistics keep; choose one in [0, 1), as 0.9"
+        )
+
+
+def check_choice(name: str, value: object, choices: tuple) -> None:
+    if type(value) is not type(choices[0]) or value not in choices:
+        raise UsageError(
+            f"{name}={value!r} is unknown; choose one of "
+            f"{', '.join(map(repr, choices))}"
+        )
+
+
+def check_positive(name: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise UsageError(f"{name} must be a whole number from 1 up; got {value!r}")
+
+
+def check_odd(name: str, value: object) -> None:
+    if type(value) is not int or value < 1 or value % 2 == 0:
+        raise UsageError(
+            f"{name} must be an odd whole number, so that it has a centre; "
+            f"got {value!r}; choose 1, 3, 5, 7, ..."
+        )

@@ -1,0 +1,77 @@
+"""The commands: ``train.py RECIPE [--field value ...]``.
+
+Every flag is a field of ``Config`` and every help text its docstring. Exit codes: 0
+done, 2 bad use, 1 failed run; the last two with one message and no traceback.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from flax_resnetv2.config import RECIPES, Config
+from flax_resnetv2.errors import RunError, UsageError
+
+
+@dataclass(frozen=True)
+class TrainCommand(Config):
+    """Train a ResNet V2. The same command with the same --workdir goes on."""
+
+    workdir: str | None = None
+    """Directory of the run; None: a new runs/RECIPE-N."""
+
+
+def train(arguments: Sequence[str] | None = None) -> int:
+    """Run ``train.py``: a recipe, changed by flags, trained by ``fit``."""
+    import tyro
+
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    names = [f.name for f in fields(Config)]
+    command = tyro.extras.overridable_config_cli(
+        {
+            name: (
+                recipe.description,
+                TrainCommand(**{n: getattr(recipe.config, n) for n in names}),
+            )
+            for name, recipe in RECIPES.items()
+        },
+        prog="train.py",
+        description="Train a ResNet V2 by a recipe; RECIPE --help lists every field.",
+        args=arguments,
+    )
+    config = Config(**{name: getattr(command, name) for name in names})
+    recipe = next(word for word in arguments if word in RECIPES)
+
+    def work() -> None:
+        from flax_resnetv2.loop import fit
+
+        workdir = command.workdir or _new_workdir(recipe)
+        print(f"run directory: {workdir}")
+        result = fit(config, workdir)
+        print(
+            f"test accuracy {result['accuracy']:.4f} of {result['count']:,} images; "
+            f"{result['seconds']:.0f} s; in {workdir}"
+        )
+
+    return _guarded(work)
+
+
+def _guarded(work: Callable[[], None]) -> int:
+    """Turn the project's two errors into a message and an exit code."""
+    try:
+        work()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _new_workdir(recipe: str) -> Path:
+    """The first runs/RECIPE-N that does not exist."""
+    number = 1
+    while (path := Path("runs") / f"{recipe}-{number}").exists():
+        number += 1
+    return path

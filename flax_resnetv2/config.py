@@ -1,0 +1,188 @@
+"""One run, as one frozen value: its parts, its JSON form, and the recipes.
+
+Each part lives beside the code that reads it; this module only composes them.
+"""
+
+import dataclasses
+import json
+import typing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flax_resnetv2.architecture import Architecture, Execution
+from flax_resnetv2.augment import AugmentConfig
+from flax_resnetv2.data import DataConfig
+from flax_resnetv2.errors import UsageError
+from flax_resnetv2.presets import PRESETS
+from flax_resnetv2.training import TrainConfig, check_train
+
+SCHEMA = 1
+"""Of ``config.json``: raised when a stored configuration no longer means the same."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run's numbers, and how often it reports."""
+
+    architecture: Architecture = Architecture()
+    """What the net is."""
+    execution: Execution = Execution()
+    """How it is computed."""
+    data: DataConfig = DataConfig()
+    """Which images."""
+    augment: AugmentConfig = AugmentConfig()
+    """What is done to them."""
+    train: TrainConfig = TrainConfig()
+    """How the net learns."""
+    seed: int = 0
+    """Of initial parameters, data order and augmentation."""
+    log_every: int = 50
+    """Steps between two lines of training metrics."""
+    evaluate_every: int = 1
+    """Epochs between two evaluations; the last epoch always has one."""
+    checkpoint_every: int = 1
+    """Epochs between two checkpoints; the last epoch always has one."""
+    keep_checkpoints: int = 2
+    """How many of the newest stay."""
+
+
+def check_config(config: Config) -> None:
+    """Check what needs neither data nor devices; ``plan`` checks the architecture.
+
+    Raises:
+        UsageError: a field is out of its range.
+    """
+    check_train(config.train)
+    for name in ("log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
+        if getattr(config, name) < 1:
+            raise UsageError(f"{name}={getattr(config, name)} must be 1 or above")
+    if not 0 <= config.seed < 2**32:
+        raise UsageError(f"seed={config.seed} must be from 0 to 4294967295")
+    if config.augment.crop_padding < 0:
+        raise UsageError(
+            f"augment.crop_padding={config.augment.crop_padding} must be 0 or above"
+        )
+    if config.architecture.head != "classifier":
+        raise UsageError(
+            f"architecture.head={config.architecture.head!r} gives no logits to train "
+            "on; choose 'classifier'"
+        )
+    if (config.augment.mean is None) != (config.augment.std is None):
+        raise UsageError("augment.mean and augment.std are given both or not at all")
+
+
+def to_json(config: Config) -> str:
+    """Write ``config`` as indented JSON with a schema number."""
+    return json.dumps({"schema": SCHEMA, **dataclasses.asdict(config)}, indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """Read what ``to_json`` wrote.
+
+    Raises:
+        UsageError: not JSON, another schema, or a field that does not exist.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"not a configuration in JSON: {error}") from error
+    schema = values.pop("schema", None) if isinstance(values, dict) else None
+    if schema != SCHEMA:
+        raise UsageError(f"schema={schema} of a configuration; known is {SCHEMA}")
+    return _build(Config, values, "")
+
+
+def load_config(workdir: str | Path) -> Config:
+    """Read ``config.json`` of a run directory.
+
+    Raises:
+        UsageError: there is none, or as ``from_json``.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        raise UsageError(
+            f"{workdir} is not a run directory (no config.json); give one that "
+            "train.py made, as runs/quickstart-1"
+        )
+    return from_json(path.read_text())
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Say which fields differ, one "train.epochs: 10 -> 20" each."""
+
+    def flat(value: Any, path: str) -> dict[str, Any]:
+        if not dataclasses.is_dataclass(value):
+            return {path: value}
+        leaves = {}
+        for f in dataclasses.fields(value):
+            leaves |= flat(getattr(value, f.name), f"{path}.{f.name}".lstrip("."))
+        return leaves
+
+    before, after = flat(old, ""), flat(new, "")
+    return [f"{k}: {before[k]} -> {after[k]}" for k in before if before[k] != after[k]]
+
+
+def _build(kind: Any, value: Any, path: str) -> Any:
+    """JSON value -> the dataclass ``kind``; lists become tuples."""
+    if isinstance(value, list):
+        return tuple(_build(None, item, path) for item in value)
+    if not dataclasses.is_dataclass(kind):
+        return value
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(value) - set(hints))
+    if unknown:
+        raise UsageError(
+            f"unknown field {', '.join(path + name for name in unknown)} in a "
+            f"configuration; {kind.__name__} has {', '.join(hints)}"
+        )
+    return kind(
+        **{k: _build(hints[k], v, f"{path}{k}.") for k, v in value.items()}
+    )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A configuration under a name, and what it is for in one line."""
+
+    config: Config
+    description: str
+
+
+_ONE_CYCLE = TrainConfig(
+    epochs=30,
+    learning_rate=0.4,
+    weight_decay=5e-4,
+    schedule="one_cycle",
+    label_smoothing=0.1,
+)
+_PAPER = TrainConfig(epochs=164, nesterov=False, warmup_epochs=1.0)
+
+_QUICKSTART = Config(
+    architecture=Architecture(
+        units=(2, 2, 2), widths=(16, 32, 64), stem_width=16
+    ),
+    data=DataConfig(name="embedded_shapes"),
+    train=replace(_ONE_CYCLE, epochs=10, batch_size=64, learning_rate=0.2),
+    log_every=25,
+)
+
+
+def _recipes() -> dict[str, Recipe]:
+    recipes = {
+        "quickstart": Recipe(
+            _QUICKSTART, "a small net of the article on ten drawn shapes; no download"
+        )
+    }
+    for name, preset in PRESETS.items():
+        about = f"{preset.architecture.depth} layers, {preset.parameters:,} parameters"
+        config = Config(architecture=preset.architecture, train=_ONE_CYCLE)
+        recipes[f"cifar10-{name}"] = Recipe(config, f"{about}; CIFAR-10, one cycle")
+        if name in ("he2016-resnet110", "he2016-resnet164", "he2016-resnet1001"):
+            recipes[f"cifar10-{name}-paper"] = Recipe(
+                replace(config, train=_PAPER), f"{about}; CIFAR-10, as He et al. train"
+            )
+    return recipes
+
+
+RECIPES: dict[str, Recipe] = _recipes()

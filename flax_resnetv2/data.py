@@ -1,0 +1,186 @@
+"""Data sets in memory, and the pure path from a data set to a ``Batch``.
+
+``open_dataset`` reads what TFDS prepared (or prepares it, without TensorFlow). The whole
+split then lives on every device; the epoch's order is an array, and ``fetch`` gathers a
+batch inside the compiled step.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from flax_resnetv2.augment import Batch
+from flax_resnetv2.errors import UsageError
+
+PADDING = -1
+"""In an order: a place of the batch that holds no image."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and where they are."""
+
+    name: Literal["cifar10", "embedded_shapes"] = "cifar10"
+    """cifar10, or the ten shapes that the project draws itself."""
+    dir: str | None = None
+    """Directory of TFDS data sets. None: TFDS_DATA_DIR, then TFDS's own default; for
+    embedded_shapes the user's cache directory."""
+    archive: str | None = None
+    """Prepare CIFAR-10 from this local cifar-10-binary.tar.gz or
+    cifar-10-python.tar.gz instead of downloading it."""
+    url: str | None = None
+    """Download CIFAR-10 from this mirror of cifar-10-binary.tar.gz."""
+    accept_checksum: bool = False
+    """Accept an archive whose SHA-256 is not the official one."""
+    validation: int = 0
+    """Take the last so many training images out of training, as the split
+    "validation"."""
+
+
+class Split(NamedTuple):
+    """All images of a split, in the order of their records."""
+
+    image: np.ndarray | jax.Array
+    """uint8 [N, H, W, C]"""
+    label: np.ndarray | jax.Array
+    """int32 [N]"""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Splits "train" and "test", and "validation" if asked for."""
+
+    name: str
+    class_names: tuple[str, ...]
+    splits: dict[str, Split]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        return self.splits["train"].image.shape[1:]
+
+    def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel of the training split, in [0, 1].
+
+        Exact: counted in whole numbers, so that they do not depend on an order of
+        summation.
+        """
+        image = self.splits["train"].image
+        mean, std = [], []
+        for channel in range(image.shape[-1]):
+            counts = np.bincount(image[..., channel].ravel(), minlength=256)
+            values = np.arange(256) / 255
+            average = float(counts @ values / counts.sum())
+            spread = float(counts @ (values - average) ** 2 / counts.sum())
+            mean.append(average)
+            std.append(spread**0.5)
+        return tuple(mean), tuple(std)
+
+
+def open_dataset(config: DataConfig) -> Dataset:
+    """Read the data set that ``config`` names; prepare it first where it is not there.
+
+    Raises:
+        UsageError: a directory does not exist or cannot be read without TensorFlow, an
+            archive is not CIFAR-10, ``validation`` leaves nothing to train on.
+        RunError: the download failed.
+    """
+    from flax_resnetv2 import preparation
+
+    root = _data_dir(config)
+    directory = preparation.find_prepared(config.name, root)
+    if directory is None:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            if config.name == "cifar10":
+                preparation.prepare_cifar10(
+                    root,
+                    archive=config.archive,
+                    url=config.url,
+                    accept_checksum=config.accept_checksum,
+                )
+            else:
+                preparation.prepare_embedded(root)
+        except PermissionError as error:
+            raise UsageError(
+                f"{config.name} is not prepared in {root}, and cannot be written there "
+                f"({error.strerror}); choose a writable --data.dir"
+            ) from error
+        directory = preparation.find_prepared(config.name, root)
+    splits = {
+        split: Split(*preparation.read_split(directory, split))
+        for split in ("train", "test")
+    }
+    train, held_out = splits["train"], config.validation
+    if not 0 <= held_out < len(train.label):
+        raise UsageError(
+            f"data.validation={held_out} must leave images to train on; {config.name} "
+            f"has {len(train.label)}; choose from 0 to {len(train.label) - 1}"
+        )
+    if held_out:
+        splits["train"] = Split(train.image[:-held_out], train.label[:-held_out])
+        splits["validation"] = Split(train.image[-held_out:], train.label[-held_out:])
+    return Dataset(config.name, preparation.class_names(directory), splits)
+
+
+def epoch_order(count: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of ``count`` images without its tail, int32 [steps * batch_size].
+
+    A function of (seed, epoch) alone: the step number is the whole resume position.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    return order[: count - count % batch_size].astype(np.int32)
+
+
+def evaluation_order(count: int, batch_size: int) -> np.ndarray:
+    """Every image once, filled up with ``PADDING`` to whole batches, int32."""
+    order = np.full(-(-count // batch_size) * batch_size, PADDING, np.int32)
+    order[:count] = np.arange(count)
+    return order
+
+
+def positions(size: int, axis_name: str | None) -> jax.Array:
+    """Places in the global batch of this device's ``size`` images, int32 [size]."""
+    first = 0 if axis_name is None else lax.axis_index(axis_name) * size
+    return jnp.arange(size, dtype=jnp.int32) + first
+
+
+def fetch(split: Split, order: jax.Array, places: jax.Array) -> Batch:
+    """Gather the images at ``order[places]``; pure, runs inside a compiled step.
+
+    Args:
+        split: arrays on the device.
+        order: int32 [M], of ``epoch_order`` or ``evaluation_order``.
+        places: int32 [B].
+    """
+    index = order[places]
+    mask = index != PADDING
+    index = jnp.where(mask, index, 0)
+    return Batch(split.image[index], split.label[index], mask)
+
+
+def _data_dir(config: DataConfig) -> Path:
+    """Where to look. A directory that was said must exist; a default is made."""
+    said = config.dir
+    source = "data.dir"
+    if said is None and config.name == "embedded_shapes":
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(cache) / "flax_resnetv2" / "tensorflow_datasets"
+    if said is None:
+        said, source = os.environ.get("TFDS_DATA_DIR"), "TFDS_DATA_DIR"
+    if said is None:
+        return Path.home() / "tensorflow_datasets"
+    root = Path(said).expanduser()
+    if not root.is_dir():
+        raise UsageError(
+            f"{source}={said} is not a directory; give a directory that holds (or is "
+            f"to hold) TFDS data sets; to have {config.name} prepared there, create it "
+            f"first: mkdir -p {said}"
+        )
+    return root

@@ -1,0 +1,312 @@
+"""The article's hierarchy as linen modules: stem, stacks, units, layers, head.
+
+Every module has two fields: ``plan``, what to build (made by ``flax_resnetv2.plan``),
+and ``execution``, how to run it. ``train`` is said at every call. The parameter tree is
+the article's figure: ``stack2/unit1/layer3/conv/kernel``.
+
+>>> model = create_model(Architecture(units=(1, 1), widths=(8, 16), strides=(1, 2)))
+>>> images = jnp.zeros([4, 32, 32, 3])
+>>> variables = model.init(jax.random.key(0), images, train=False)
+>>> model.apply(variables, images, train=False).shape
+(4, 10)
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flax_resnetv2 import ops
+from flax_resnetv2.architecture import Architecture, Execution
+from flax_resnetv2.plan import (
+    ConvPlan,
+    HeadPlan,
+    LayerPlan,
+    NetPlan,
+    NormPlan,
+    StackPlan,
+    StemPlan,
+    UnitPlan,
+    plan,
+)
+from flax_resnetv2.presets import get_preset
+
+_INITIALISERS = {
+    "he_normal": nn.initializers.he_normal(),
+    "he_normal_fan_out": nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+    "uniform_fan_in": nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+    "zeros": nn.initializers.zeros_init(),
+}
+
+
+class Latent(NamedTuple):
+    """What a latent head with ``latent_variance`` gives: two times [N, latent]."""
+
+    mean: jax.Array
+    log_variance: jax.Array
+
+
+class Convolution(nn.Module):
+    """[N, H, W, C] -> [N, H/stride, W/stride, width]; kernel [k, k, C, width]."""
+
+    plan: ConvPlan
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Convolve, and add the bias where the plan has one."""
+        p, param_dtype = self.plan, self.execution.param_dtype
+        shape = (p.kernel, p.kernel, x.shape[-1], p.width)
+        kernel = self.param("kernel", _INITIALISERS[p.init], shape, param_dtype)
+        y = ops.convolution(x, kernel.astype(x.dtype), p.stride, p.padding)
+        if p.bias:
+            zeros = nn.initializers.zeros_init()
+            y += self.param("bias", zeros, (p.width,), param_dtype).astype(y.dtype)
+        return y
+
+
+class NormReLU(nn.Module):
+    """Batch normalisation, then ReLU, [N, H, W, C] -> the same.
+
+    Parameters ``scale`` and ``bias`` [C]; running ``mean`` and ``var`` [C] in the
+    collection ``batch_stats``, of the biased variance, as in ``nn.BatchNorm``.
+    """
+
+    plan: NormPlan
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Use the batch's statistics and keep them (train), or the running ones."""
+        shape, dtype = x.shape[-1:], self.execution.param_dtype
+        scale = self.param("scale", nn.initializers.ones_init(), shape, dtype)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape, dtype)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, dtype)
+        epsilon, keep = self.plan.epsilon, self.plan.momentum
+        if not train:
+            return ops.norm_relu(x, scale, bias, mean.value, var.value, epsilon)
+        axis_name = self.execution.batch_norm_axis
+        if self.is_initializing():
+            axis_name = None
+        y, *batch = ops.batch_norm_relu(x, scale, bias, epsilon, axis_name)
+        if self.is_mutable_collection("batch_stats") and not self.is_initializing():
+            for running, now in zip((mean, var), batch, strict=True):
+                running.value = keep * running.value + (1 - keep) * now
+        return y
+
+
+class ResidualLayer(nn.Module):
+    """BN -> ReLU -> convolution, the article's full pre-activation.
+
+    [N, H, W, C] -> [N, H/stride, W/stride, width].
+    """
+
+    plan: LayerPlan
+    execution: Execution = Execution()
+
+    def setup(self) -> None:
+        """Name the two halves ``norm`` and ``conv``."""
+        if self.plan.norm is not None:
+            self.norm = NormReLU(self.plan.norm, self.execution)
+        self.conv = Convolution(self.plan.conv, self.execution)
+
+    def preactivate(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """BN -> ReLU; nothing in the one layer that the article excepts."""
+        return x if self.plan.norm is None else self.norm(x, train=train)
+
+    def convolve(self, x: jax.Array) -> jax.Array:
+        """Convolve alone."""
+        return self.conv(x)
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Pre-activate, then convolve."""
+        return self.convolve(self.preactivate(x, train=train))
+
+
+class ResidualUnit(nn.Module):
+    """Residual layers beside a shortcut; their sum, and nothing after the sum.
+
+    [N, H, W, C] -> [N, H/stride, W/stride, width]. The shortcut is the identity, or a
+    convolution where resolution or width changes. With the collection
+    ``intermediates`` mutable it sows ``residual_ratio`` [N]: the norm of the residual
+    over the norm of what the shortcut carries (R10: "small at first").
+
+    >>> unit = ResidualUnit(plan_unit(in_width=64, width=128, reduction=2, stride=2))
+    """
+
+    plan: UnitPlan
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Add the filtered input to the unfiltered one."""
+        first, *rest = [
+            ResidualLayer(layer, self.execution, name=f"layer{number}")
+            for number, layer in enumerate(self.plan.layers, start=1)
+        ]
+        active = first.preactivate(x, train=train)
+        carried = x
+        if self.plan.shortcut is not None:
+            shortcut = Convolution(self.plan.shortcut, self.execution, name="shortcut")
+            carried = shortcut(active if self.plan.shared_preactivation else x)
+        residual = first.convolve(active)
+        for layer in rest:
+            residual = layer(residual, train=train)
+        if self.is_mutable_collection("intermediates"):
+            ratio = _norms(residual) / jnp.maximum(_norms(carried), 1e-12)
+            self.sow("intermediates", "residual_ratio", ratio)
+        return carried + residual
+
+
+class ResidualStack(nn.Module):
+    """Residual units of one width and one resolution, and perhaps a bridge.
+
+    [N, H, W, C] -> [N, H/stride, W/stride, width]; unit 1 has the stride. The bridge
+    answers the article's open question: a shortcut around the whole stack.
+    """
+
+    plan: StackPlan
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Run the units in order; add the bridge."""
+
+        def run(unit: ResidualUnit, x: jax.Array) -> jax.Array:
+            return unit(x, train=train)
+
+        if self.execution.remat and train:
+            run = nn.remat(run)
+        y = x
+        for number, unit in enumerate(self.plan.units, start=1):
+            y = run(ResidualUnit(unit, self.execution, name=f"unit{number}"), y)
+        if self.plan.bridge == "identity":
+            return y + x
+        if self.plan.bridge is not None:
+            return y + Convolution(self.plan.bridge, self.execution, name="bridge")(x)
+        return y
+
+
+class Stem(nn.Module):
+    """The first layers: images [N, H, W, channels] -> maps for stack 1.
+
+    Convolution -> BN -> ReLU, "in this order"; as planned, a second convolution that
+    reduces resolution, and a max-pool.
+    """
+
+    plan: StemPlan
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Run the planned convolutions, norms and the pool."""
+        p = self.plan
+        for number, (conv, norm) in enumerate(
+            zip(p.convs, p.norms, strict=True), start=1
+        ):
+            suffix = str(number) if number > 1 else ""
+            x = Convolution(conv, self.execution, name=f"conv{suffix}")(x)
+            if norm is not None:
+                x = NormReLU(norm, self.execution, name=f"norm{suffix}")(x, train=train)
+        if p.pool is not None:
+            x = _max_pool(x, p.pool)
+        return x
+
+
+class Head(nn.Module):
+    """BN -> ReLU on the last maps [N, h, w, C], then what the plan asks for.
+
+    classifier: logits [N, num_classes]. latent: [N, latent], or a ``Latent`` of two
+    such. none: the maps themselves. All in ``execution.param_dtype``, but the maps.
+    """
+
+    plan: HeadPlan
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array | Latent:
+        """Normalise, pool or flatten, and run the fully connected layers."""
+        p, dtype = self.plan, self.execution.param_dtype
+        if p.norm is not None:
+            x = NormReLU(p.norm, self.execution, name="norm")(x, train=train)
+        if p.kind == "none":
+            return x
+
+        def dense(features: int, name: str) -> nn.Dense:
+            init = _INITIALISERS[p.init]
+            return nn.Dense(
+                features, kernel_init=init, param_dtype=dtype, dtype=dtype, name=name
+            )
+
+        x = x.astype(dtype)
+        x = x.mean((1, 2)) if p.pooled else x.reshape(x.shape[0], -1)
+        for number, features in enumerate(p.hidden, start=1):
+            x = nn.relu(dense(features, f"hidden{number}")(x))
+        if p.kind == "classifier":
+            return dense(p.features, "classifier")(x)
+        latent = dense(p.features, "latent")(x)
+        if not p.variance:
+            return latent
+        return Latent(latent, dense(p.features, "log_variance")(x))
+
+
+class ResNetV2(nn.Module):
+    """Stem, stacks and head: images [N, H, W, channels] -> what the head gives."""
+
+    plan: NetPlan
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array | Latent:
+        """Apply the net to normalised images.
+
+        Args:
+            images: [N, H, W, channels] float.
+            train: use and keep the batch's statistics (the collection ``batch_stats``
+                must then be mutable), or use the running ones.
+        """
+        x = images.astype(self.execution.dtype)
+        if self.plan.stem is not None:
+            x = Stem(self.plan.stem, self.execution, name="stem")(x, train=train)
+        for number, stack in enumerate(self.plan.stacks, start=1):
+            run = ResidualStack(stack, self.execution, name=f"stack{number}")
+            x = run(x, train=train)
+        return Head(self.plan.head, self.execution, name="head")(x, train=train)
+
+
+def create_model(
+    architecture: Architecture | str = Architecture(),
+    execution: Execution = Execution(),
+    image_shape: tuple[int, int, int] | None = None,
+) -> ResNetV2:
+    """Plan ``architecture`` and give the module that runs the plan.
+
+    Args:
+        architecture: what to build, or the name of a preset.
+        execution: how to run it.
+        image_shape: (height, width, channels), to have resolutions checked; needed
+            for an architecture without a stem.
+
+    Raises:
+        UsageError: the architecture breaks a rule, or no preset has this name.
+    """
+    if isinstance(architecture, str):
+        architecture = get_preset(architecture).architecture
+    return ResNetV2(plan(architecture, image_shape), execution)
+
+
+def _norms(x: jax.Array) -> jax.Array:
+    """Euclidean norm of each image's maps, [N, H, W, C] -> [N], at least float32."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.sqrt(jnp.square(wide).sum((1, 2, 3)))
+
+
+def _max_pool(x: jax.Array, padding: str) -> jax.Array:
+    """3x3, stride 2, one pixel of ``padding`` on every side."""
+    lowest = -jnp.inf if padding == "lowest" else 0.0
+    around = ((0, 0), (1, 1), (1, 1), (0, 0))
+    x = jnp.pad(x, around, constant_values=lowest)
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "VALID")

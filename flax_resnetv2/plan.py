@@ -1,0 +1,390 @@
+"""Every layer of a network, decided before any array exists.
+
+``Architecture`` -> ``plan()`` -> ``NetPlan`` of ``StemPlan``, ``StackPlan``,
+``UnitPlan``, ``LayerPlan``, ``ConvPlan``, ``HeadPlan``. All validation of an
+architecture ends here; the modules of ``model`` only execute a plan.
+
+>>> plan(Architecture()).stacks[1].units[0].shortcut.stride
+2
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from flax_resnetv2.architecture import (
+    LAYERS,
+    Architecture,
+    Reduction,
+    UnitKind,
+    check_choice,
+    check_fields,
+    check_odd,
+    check_positive,
+)
+from flax_resnetv2.errors import UsageError
+from flax_resnetv2.semantics import ARTICLE, Initialiser, Semantics
+
+
+@dataclass(frozen=True)
+class NormPlan:
+    """Batch normalisation followed by ReLU."""
+
+    epsilon: float
+    momentum: float
+
+
+@dataclass(frozen=True)
+class ConvPlan:
+    """A convolution [N, H, W, in_width] -> [N, H/stride, W/stride, width]."""
+
+    in_width: int | None
+    """None: the channels of an image whose shape was not said."""
+    width: int
+    kernel: int
+    stride: int
+    padding: Literal["same", "symmetric"]
+    bias: bool
+    init: Initialiser | Literal["zeros"]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A residual layer: BN -> ReLU -> convolution; norm None is the exception."""
+
+    norm: NormPlan | None
+    conv: ConvPlan
+
+
+@dataclass(frozen=True)
+class UnitPlan:
+    """A residual unit. Equal plans mean units that can share one compiled body."""
+
+    layers: tuple[LayerPlan, ...]
+    shortcut: ConvPlan | None
+    shared_preactivation: bool
+    """The shortcut's convolution reads the output of layer 1's BN-ReLU."""
+
+
+@dataclass(frozen=True)
+class StackPlan:
+    """Residual units of one width and resolution, and the bridge around them."""
+
+    units: tuple[UnitPlan, ...]
+    bridge: ConvPlan | Literal["identity"] | None
+
+
+@dataclass(frozen=True)
+class StemPlan:
+    """Convolutions, each with a BN-ReLU behind it or none, then the max-pool."""
+
+    convs: tuple[ConvPlan, ...]
+    norms: tuple[NormPlan | None, ...]
+    pool: Literal["lowest", "zero"] | None
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """What follows the last stack."""
+
+    kind: Literal["classifier", "latent", "none"]
+    norm: NormPlan | None
+    pooled: bool
+    hidden: tuple[int, ...]
+    features: int
+    variance: bool
+    init: Initialiser
+
+
+@dataclass(frozen=True)
+class NetPlan:
+    """The whole net, in the order of the article's figure."""
+
+    stem: StemPlan | None
+    stacks: tuple[StackPlan, ...]
+    head: HeadPlan
+
+    def strides(self) -> Iterator[tuple[str, int]]:
+        """Yield (where, stride) along the main path; a unit's stride counts once."""
+        if self.stem:
+            for index, conv in enumerate(self.stem.convs, start=1):
+                yield f"stem convolution {index}", conv.stride
+            yield "stem pool", 2 if self.stem.pool else 1
+        for s, stack in enumerate(self.stacks, start=1):
+            for u, unit in enumerate(stack.units, start=1):
+                for number, layer in enumerate(unit.layers, start=1):
+                    yield f"stack {s}, unit {u}, layer {number}", layer.conv.stride
+
+    def convolutions(self) -> Iterator[tuple[str, ConvPlan]]:
+        """Yield ("stack2/unit1/layer3/conv", its plan) for every convolution."""
+        for index, conv in enumerate(self.stem.convs if self.stem else (), start=1):
+            yield f"stem/conv{index if index > 1 else ''}", conv
+        for s, stack in enumerate(self.stacks, start=1):
+            for u, unit in enumerate(stack.units, start=1):
+                for number, layer in enumerate(unit.layers, start=1):
+                    yield f"stack{s}/unit{u}/layer{number}/conv", layer.conv
+                if unit.shortcut:
+                    yield f"stack{s}/unit{u}/shortcut", unit.shortcut
+            if isinstance(stack.bridge, ConvPlan):
+                yield f"stack{s}/bridge", stack.bridge
+
+
+def plan(
+    architecture: Architecture, image_shape: tuple[int, int, int] | None = None
+) -> NetPlan:
+    """Decide every layer of ``architecture``, or say what is wrong with it.
+
+    Args:
+        architecture: what to build.
+        image_shape: (height, width, channels) of the images. Needed without a stem;
+            where it is given, resolutions are checked too.
+
+    Raises:
+        UsageError: a field breaks a rule; the message names the field, its value, the
+            legal choices.
+    """
+    a = architecture
+    check_fields(a)
+    channels = image_shape[2] if image_shape else None
+    stem = _plan_stem(a, channels) if a.stem else None
+    in_width = a.stem_width if stem else channels
+    if in_width is None:
+        raise UsageError(
+            "stem=False lets the image enter stack 1, so its channels must be known; "
+            "got image_shape=None; give (height, width, channels)"
+        )
+    reductions, kernels = a.per_stack("reduction"), a.per_stack("kernel")
+    central, bridges = a.per_stack("central_reduction"), a.per_stack("bridge")
+    stacks: list[StackPlan] = []
+    for k, width in enumerate(a.widths):
+        stacks.append(
+            plan_stack(
+                in_width=in_width,
+                width=width,
+                units=a.units[k],
+                stride=a.strides[k],
+                reduction=reductions[k],
+                central_reduction=central[k],
+                kernel=kernels[k],
+                unit=a.unit,
+                bridge=bridges[k],
+                behind_norm=k == 0 and stem is not None and stem.norms[-1] is not None,
+                semantics=a.semantics,
+                where=f" in stack {k + 1}",
+            )
+        )
+        in_width = width
+    net = NetPlan(stem, tuple(stacks), _plan_head(a))
+    if image_shape is not None:
+        _check_resolutions(net, image_shape)
+    return net
+
+
+def plan_stack(
+    *,
+    in_width: int,
+    width: int,
+    units: int,
+    stride: int = 1,
+    reduction: Reduction = 2,
+    central_reduction: Reduction | None = None,
+    kernel: int = 3,
+    unit: UnitKind = "bottleneck",
+    bridge: bool = False,
+    behind_norm: bool = False,
+    semantics: Semantics = ARTICLE,
+    where: str = "",
+) -> StackPlan:
+    """Plan a residual stack by hand; ``plan()`` uses the same.
+
+    Args: those of ``plan_unit``, and
+        units: how many residual units; the first one has the stride.
+        bridge: add a shortcut around the whole stack.
+
+    Raises:
+        UsageError: as ``plan_unit``.
+    """
+    check_positive(f"units{where}", units)
+    s = semantics
+    inner = _inner_maps(
+        unit, in_width, width, reduction, central_reduction, kernel, stride, where
+    )
+    bare = behind_norm and s.first_layer_exception
+    project = stride > 1 or in_width != width
+    first = _unit(
+        in_width, width, stride, inner, kernel, bare, s,
+        project or s.projection == "every_stack",
+    )  # fmt: skip
+    other = _unit(width, width, 1, inner, kernel, False, s, False)
+    around: ConvPlan | Literal["identity"] | None = None
+    if bridge:
+        around = "identity"
+        if project:
+            around = _conv(in_width, width, 1, stride, "bridge", s)
+    return StackPlan((first,) + (other,) * (units - 1), around)
+
+
+def plan_unit(
+    *,
+    in_width: int,
+    width: int,
+    stride: int = 1,
+    reduction: Reduction = 2,
+    central_reduction: Reduction | None = None,
+    kernel: int = 3,
+    unit: UnitKind = "bottleneck",
+    behind_norm: bool = False,
+    semantics: Semantics = ARTICLE,
+    where: str = "",
+) -> UnitPlan:
+    """Plan a residual unit by hand.
+
+    Args:
+        in_width, width: maps in and out.
+        stride: of the layer that ``semantics`` names, and of the shortcut.
+        reduction: layer 1 has ``width / reduction`` maps, or ``in_width``
+            ("previous").
+        central_reduction: the same for layer 2; None: as ``reduction``.
+        kernel: the central kernel.
+        unit: "bottleneck" (three layers) or "basic" (two).
+        behind_norm: a BN-ReLU stands right before, so that the exception of
+            ``semantics`` holds for layer 1.
+        semantics: whose residual unit.
+        where: ends the subject of a message, as " in stack 2".
+
+    Raises:
+        UsageError: a value breaks a rule.
+    """
+    inner = _inner_maps(
+        unit, in_width, width, reduction, central_reduction, kernel, stride, where
+    )
+    bare = behind_norm and semantics.first_layer_exception
+    project = stride > 1 or in_width != width
+    return _unit(in_width, width, stride, inner, kernel, bare, semantics, project)
+
+
+def _unit(
+    in_width: int,
+    width: int,
+    stride: int,
+    inner: tuple[int, ...],
+    kernel: int,
+    bare: bool,
+    semantics: Semantics,
+    project: bool,
+) -> UnitPlan:
+    """``inner``: maps of the layers before the last, (p, q) or (width,)."""
+    bottleneck = len(inner) == 2
+    kernels = (1, kernel, 1) if bottleneck else (kernel, kernel)
+    stride_layer = semantics.stride_layer if bottleneck else 1
+    layers, maps = [], in_width
+    for number, (features, size) in enumerate(
+        zip((*inner, width), kernels, strict=True), start=1
+    ):
+        step = stride if number == stride_layer else 1
+        conv = _conv(maps, features, size, step, f"layer{number}", semantics)
+        layers.append(LayerPlan(_norm(semantics), conv))
+        maps = features
+    if bare:
+        layers[0] = replace(layers[0], norm=None)
+    if semantics.zero_init_last:
+        layers[-1] = replace(layers[-1], conv=replace(conv, init="zeros"))
+    shortcut = None
+    if project:
+        size = semantics.shortcut_kernel
+        shortcut = _conv(in_width, width, size, stride, "shortcut", semantics)
+    shared = project and semantics.shortcut_input == "preactivated"
+    return UnitPlan(tuple(layers), shortcut, shared)
+
+
+def _plan_stem(a: Architecture, channels: int | None) -> StemPlan:
+    s, width = a.semantics, a.stem_width
+    convs = [_conv(channels, width, a.stem_kernel, a.stem_stride, "stem", s)]
+    if a.stem_second_stride is not None:
+        convs.append(_conv(width, width, 3, a.stem_second_stride, "stem", s))
+    # Between two convolutions there is always a BN-ReLU; stem_norm is about the end.
+    norms = [_norm(s)] * (len(convs) - 1) + [_norm(s) if s.stem_norm else None]
+    return StemPlan(
+        tuple(convs), tuple(norms), s.pool_padding if a.stem_pool else None
+    )
+
+
+def _plan_head(a: Architecture) -> HeadPlan:
+    return HeadPlan(
+        kind=a.head,
+        norm=_norm(a.semantics) if a.semantics.final_norm else None,
+        pooled=a.head_input == "pooled",
+        hidden=a.hidden,
+        features=a.latent if a.head == "latent" else a.num_classes,
+        variance=a.latent_variance,
+        init=a.semantics.dense_init,
+    )
+
+
+def _norm(s: Semantics) -> NormPlan:
+    return NormPlan(s.norm_epsilon, s.norm_momentum)
+
+
+def _conv(
+    in_width: int | None, width: int, kernel: int, stride: int, at: str, s: Semantics
+) -> ConvPlan:
+    return ConvPlan(
+        in_width, width, kernel, stride, s.padding, at in s.biases, s.kernel_init
+    )
+
+
+def _inner_maps(
+    unit: str,
+    in_width: int,
+    width: int,
+    reduction: Reduction,
+    central_reduction: Reduction | None,
+    kernel: int,
+    stride: int,
+    where: str,
+) -> tuple[int, ...]:
+    """Check one unit's numbers; give (p, q) of a bottleneck, (width,) of a basic."""
+    check_choice(f"unit{where}", unit, tuple(LAYERS))
+    for name, value in (("in_width", in_width), ("width", width), ("stride", stride)):
+        check_positive(name + where, value)
+    check_odd(f"kernel{where}", kernel)
+    given = [("reduction", reduction)]
+    given.append(("central_reduction", central_reduction))
+    if central_reduction is None:
+        given[1] = given[0]
+    if unit == "basic":
+        for name, value in given:
+            if value != 1:
+                raise UsageError(
+                    f"{name}={value!r}{where}: a basic unit has no reduction; "
+                    "choose reduction=1, or unit='bottleneck'"
+                )
+        return (width,)
+    maps = []
+    for name, value in given:
+        if value == "previous":
+            maps.append(in_width)
+            continue
+        divisors = [d for d in range(1, width + 1) if width % d == 0]
+        if type(value) is not int or value not in divisors:
+            raise UsageError(
+                f"{name}={value!r} does not divide width={width}{where}; choose one "
+                f"of {', '.join(map(str, divisors))}, or 'previous'"
+            )
+        maps.append(width // value)
+    return tuple(maps)
+
+
+def _check_resolutions(net: NetPlan, image_shape: tuple[int, int, int]) -> None:
+    """Refuse a stride above 1 on a map of 1x1: SAME padding hides it, R15."""
+    for name, value in zip(("height", "width", "channels"), image_shape, strict=True):
+        check_positive(f"{name} of image_shape", value)
+    size = image_shape[:2]
+    for where, stride in net.strides():
+        if stride > 1 and size == (1, 1):
+            raise UsageError(
+                f"stride={stride} at {where}: the map is already 1x1 there (image "
+                f"{image_shape[0]}x{image_shape[1]}); choose a stride of 1, fewer "
+                "stacks, or larger images"
+            )
+        size = (-(-size[0] // stride), -(-size[1] // stride))

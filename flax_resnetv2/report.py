@@ -1,0 +1,126 @@
+"""What a person sees of a run while it goes, and the lines it leaves behind."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import TimeRemainingColumn as Remaining
+
+
+class Reporter:
+    """Writes ``metrics.jsonl`` and shows progress: a live bar, or plain lines.
+
+    Args:
+        workdir: where ``metrics.jsonl`` is; lines after step ``done`` are dropped, so
+            that a run that goes on has each step once.
+        began: ``time.perf_counter()`` at the start of the run.
+        total: steps of the whole run.
+        done: steps done before.
+        batch_size: images in a step.
+    """
+
+    def __init__(
+        self, workdir: Path, began: float, total: int, done: int, batch_size: int
+    ) -> None:
+        """Open the file and the bar."""
+        self.last: dict[str, dict[str, float]] = {}
+        self._began, self._total, self._batch = began, total, batch_size
+        self._step, self._time = done, time.perf_counter()
+        path = workdir / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in map(json.loads, lines) if line["step"] <= done]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        for line in kept:
+            self.last[line["split"]] = line
+        self._file = path.open("a", buffering=1)
+        self._console = Console(highlight=False)
+        self._bar = None
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                Remaining(),
+                TextColumn("{task.description}"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("compiling", total=total, completed=done)
+
+    def __enter__(self) -> "Reporter":
+        """Show the bar."""
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take the bar away and close the file."""
+        if self._bar:
+            self._bar.stop()
+        self._file.close()
+
+    def say(self, text: str) -> None:
+        """Print one line above the bar."""
+        self._console.print(text, soft_wrap=True, markup=False)
+
+    def progress(self, done: int) -> None:
+        """Move the bar."""
+        if self._bar:
+            self._bar.update(self._task, completed=done)
+
+    def training(
+        self, done: int, epoch: float, sums: dict[str, Any], **more: Any
+    ) -> None:
+        """Record the mean training metrics since the line before."""
+        now = time.perf_counter()
+        rate = (done - self._step) * self._batch / (now - self._time)
+        self._step, self._time = done, now
+        line = self._record("train", done, epoch, sums, images_per_second=rate, **more)
+        text = (
+            f"loss {line['loss']:.3f}  accuracy {line['accuracy']:.3f}  "
+            f"{rate:,.0f} images/s"
+        )
+        self.progress(done)
+        if self._bar:
+            self._bar.update(self._task, description=text)
+        else:
+            left = (self._total - done) * self._batch / rate
+            self.say(f"step {done:,}/{self._total:,}  {text}  {_clock(left)} left")
+
+    def evaluation(
+        self, split: str, done: int, epoch: float, sums: dict[str, Any], **more: Any
+    ) -> None:
+        """Record the metrics of a whole split."""
+        line = self._record(split, done, epoch, sums, **more)
+        self.say(
+            f"epoch {epoch:g}  {split} loss {line['loss']:.3f}  accuracy "
+            f"{line['accuracy']:.4f} ({sums['correct']:,.0f} of {sums['count']:,.0f})"
+        )
+        # The next training line's rate is of training alone.
+        self._time = time.perf_counter()
+
+    def _record(
+        self, split: str, done: int, epoch: float, sums: dict[str, Any], **more: Any
+    ) -> dict[str, Any]:
+        line = {
+            "step": done,
+            "epoch": round(epoch, 6),
+            "split": split,
+            "loss": float(sums["loss"] / sums["count"]),
+            "accuracy": float(sums["correct"] / sums["count"]),
+            "count": int(sums["count"]),
+            **more,
+            "seconds": round(time.perf_counter() - self._began, 3),
+        }
+        self._file.write(json.dumps(line) + "\n")
+        self.last[split] = line
+        return line
+
+
+def _clock(seconds: float) -> str:
+    """12 s, 3 min, 1.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,71 @@
+"""Where published versions of ResNet V2 disagree: one field each, one row a version.
+
+``Architecture`` says how large a net is; ``Semantics`` says whose net it is. A preset
+names a row, an experimenter overrides a field of it:
+``dataclasses.replace(ARTICLE, stride_layer=2)``. Data only; ``plan`` reads it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Position = Literal["stem", "layer1", "layer2", "layer3", "shortcut"]
+Initialiser = Literal["he_normal", "he_normal_fan_out", "uniform_fan_in"]
+
+
+@dataclass(frozen=True)
+class Semantics:
+    """One version of the residual unit and of what stands around it."""
+
+    stride_layer: Literal[1, 2] = 1
+    """The layer of a bottleneck unit that carries the stride: 1 (1x1, the article, He)
+    or 2 (3x3, most later code). A basic unit has it on layer 1."""
+    shortcut_input: Literal["raw", "preactivated"] = "raw"
+    """What a shortcut with a convolution reads: the unit's raw input (the article's
+    side track) or the output of the BN-ReLU that it then shares with layer 1."""
+    projection: Literal["when_needed", "every_stack"] = "when_needed"
+    """Unit 1 has a shortcut convolution when shapes differ, or in every stack."""
+    shortcut_kernel: int = 1
+    """Kernel of that convolution (odd)."""
+    padding: Literal["same", "symmetric"] = "same"
+    """Padding of a strided convolution with a kernel above 1: "same" puts the odd
+    pixel at the end; "symmetric" is (k - 1) / 2 on both sides, as in PyTorch."""
+    biases: tuple[Position, ...] = ()
+    """The convolutions that have a bias."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance in batch normalisation."""
+    norm_momentum: float = 0.9
+    """The share of the running statistics that a step keeps."""
+    stem_norm: bool = True
+    """The stem ends in BN-ReLU."""
+    first_layer_exception: bool = True
+    """Behind such a stem, layer 1 of unit 1 of stack 1 is a convolution only."""
+    final_norm: bool = True
+    """BN-ReLU between the last stack and the pooling."""
+    pool_padding: Literal["lowest", "zero"] = "lowest"
+    """What the stem's max-pool pads with: minus infinity or 0."""
+    kernel_init: Initialiser = "he_normal"
+    """Initial values of the convolutions."""
+    dense_init: Initialiser = "he_normal"
+    """Initial values of the head's fully connected layers."""
+    zero_init_last: bool = False
+    """Start each unit's last convolution at zero, so that a unit starts as its
+    shortcut."""
+
+
+ARTICLE = Semantics()
+"""The article, "ResNet basics II". What it leaves open: epsilon, the share kept by the
+statistics, no convolution biases, the final BN-ReLU and He-normal initialisation
+(truncated, fan-in) are fixed here."""
+
+HE2016 = Semantics(
+    shortcut_input="preactivated",
+    stem_norm=False,
+    first_layer_exception=False,
+    kernel_init="he_normal_fan_out",
+    dense_init="uniform_fan_in",
+)
+"""He et al. 2016, arXiv 1603.05027, as in ``resnet-pre-act.lua`` of
+github.com/KaimingHe/resnet-1k-layers: the stem is a convolution, unit 1's BN-ReLU
+follows it and feeds the shortcut convolution too."""
+
+SEMANTICS = {"ARTICLE": ARTICLE, "HE2016": HE2016}

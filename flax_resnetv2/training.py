@@ -1,0 +1,304 @@
+"""The training step and what it is made of: pure functions, no input or output.
+
+``make_train_step`` runs in anybody's ``jit``; with an ``axis_name`` it also runs inside
+``pmap`` or ``shard_map``, and computes the same for any number of devices. Metrics
+leave a step as sums and counts, so that they can be added up.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from flax_resnetv2.augment import AugmentConfig, Batch, augment, image_keys, normalise
+from flax_resnetv2.errors import UsageError
+
+if TYPE_CHECKING:
+    from flax_resnetv2.model import ResNetV2
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a net is trained. Durations are in epochs, batches count all devices."""
+
+    epochs: int = 200
+    """Passes over the training split."""
+    batch_size: int = 128
+    """Images in one step, over all devices."""
+    eval_batch_size: int = 1000
+    """Images in one evaluation step, over all devices."""
+    optimizer: Literal["sgd", "adamw", "adam_l2"] = "sgd"
+    """sgd: with momentum; adamw: decoupled weight decay; adam_l2: Adam whose loss has
+    the term weight_decay / 2 * |w|^2, which is another method than adamw. (Keras's
+    l2(x) is weight_decay = 2x.)"""
+    learning_rate: float = 0.1
+    """The highest of the schedule."""
+    momentum: float = 0.9
+    """Of sgd."""
+    nesterov: bool = True
+    """Nesterov's momentum in sgd."""
+    weight_decay: float = 1e-4
+    """As the optimizer says."""
+    decay: Literal["kernels", "all"] = "kernels"
+    """What decays: kernels only, or scales and biases too."""
+    schedule: Literal["steps", "cosine", "one_cycle", "linear", "constant"] = "steps"
+    """steps: a tenth during the warm-up, then / 10 at each of drops (He). cosine,
+    linear, constant: up linearly during the warm-up, then to 0 along the curve.
+    one_cycle: up and down along cosines, the warm-up being the rising part."""
+    warmup_epochs: float = 0.0
+    """Length of the warm-up."""
+    drops: tuple[float, ...] = (0.5, 0.75)
+    """Shares of the training after which "steps" divides by 10."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over all classes."""
+    ema: float = 0.0
+    """Share kept by a moving average of parameters and statistics, which is then what
+    is evaluated; 0: none."""
+    sync_batch_norm: bool = True
+    """Batch statistics over all devices, so that results do not depend on them."""
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a run is: with the seed, it decides everything that follows."""
+
+    step: jax.Array
+    """int32, steps done."""
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    ema: Any
+    """{"params", "batch_stats"} averaged, or None."""
+
+    def variables(self) -> dict[str, Any]:
+        """What to evaluate: the averages where they are kept."""
+        if self.ema is not None:
+            return self.ema
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def check_train(config: TrainConfig) -> None:
+    """Refuse numbers that cannot train.
+
+    Raises:
+        UsageError: naming the field, its value and its range.
+    """
+    c = config
+    ranges = [
+        (name, value, type(value) is int and value >= 1, "a whole number from 1 up")
+        for name, value in (
+            ("epochs", c.epochs),
+            ("batch_size", c.batch_size),
+            ("eval_batch_size", c.eval_batch_size),
+        )
+    ]
+    ranges += [
+        ("learning_rate", c.learning_rate, c.learning_rate > 0, "above 0"),
+        ("weight_decay", c.weight_decay, c.weight_decay >= 0, "0 or above"),
+        (
+            "warmup_epochs",
+            c.warmup_epochs,
+            0 <= c.warmup_epochs < c.epochs,
+            f"from 0 to below epochs={c.epochs}",
+        ),
+        (
+            "drops",
+            c.drops,
+            all(0 < d < 1 for d in c.drops) and list(c.drops) == sorted(set(c.drops)),
+            "rising shares of the training between 0 and 1, as (0.5, 0.75)",
+        ),
+    ]
+    ranges += [
+        (name, getattr(c, name), 0 <= getattr(c, name) < 1, "in [0, 1)")
+        for name in ("momentum", "label_smoothing", "ema")
+    ]
+    for name, value, legal, rule in ranges:
+        if not legal:
+            raise UsageError(f"train.{name}={value} must be {rule}")
+
+
+def make_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
+    """Learning rate as a function of the step."""
+    c, peak = config, config.learning_rate
+    total = c.epochs * steps_per_epoch
+    warmup = round(c.warmup_epochs * steps_per_epoch)
+    if c.schedule == "one_cycle":
+        rising = warmup / total if warmup else 0.3
+        return optax.cosine_onecycle_schedule(total, peak, pct_start=rising)
+    if c.schedule == "steps":
+        drops = {round(share * total): 0.1 for share in c.drops}
+        steps = optax.piecewise_constant_schedule(peak, drops)
+        return lambda step: jnp.where(step < warmup, peak / 10, steps(step))
+    after = {
+        "cosine": optax.cosine_decay_schedule(peak, total - warmup),
+        "linear": optax.linear_schedule(peak, 0.0, total - warmup),
+        "constant": optax.constant_schedule(peak),
+    }[c.schedule]
+    ramp = optax.linear_schedule(0.0, peak, warmup)
+    return optax.join_schedules([ramp, after], [warmup]) if warmup else after
+
+
+def make_optimizer(
+    config: TrainConfig, steps_per_epoch: int
+) -> optax.GradientTransformation:
+    """The gradient transformation that ``config`` describes."""
+    c, rate = config, make_schedule(config, steps_per_epoch)
+
+    def decays(params: Any) -> Any:
+        return jax.tree.map_with_path(
+            lambda path, _: c.decay == "all" or path[-1].key == "kernel", params
+        )
+
+    if c.optimizer == "adamw":
+        return optax.adamw(rate, weight_decay=c.weight_decay, mask=decays)
+    # Added to the gradient before the moments: the gradient of the L2 term.
+    l2 = optax.add_decayed_weights(c.weight_decay, decays)
+    if c.optimizer == "adam_l2":
+        return optax.chain(l2, optax.adam(rate))
+    return optax.chain(l2, optax.sgd(rate, c.momentum, c.nesterov))
+
+
+def create_train_state(
+    model: "ResNetV2",
+    config: TrainConfig,
+    key: jax.Array,
+    image_shape: tuple[int, int, int],
+    steps_per_epoch: int,
+) -> TrainState:
+    """Initial parameters, statistics and optimiser state; pure, so jit it."""
+    variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
+    params = variables["params"]
+    stats = variables.get("batch_stats", {})
+    return TrainState(
+        step=jnp.zeros([], jnp.int32),
+        params=params,
+        batch_stats=stats,
+        opt_state=make_optimizer(config, steps_per_epoch).init(params),
+        # A copy: the state is donated, and no buffer can be given away twice.
+        ema=jax.tree.map(jnp.copy, {"params": params, "batch_stats": stats})
+        if config.ema
+        else None,
+    )
+
+
+def make_train_step(
+    model: "ResNetV2",
+    train: TrainConfig,
+    augmentation: AugmentConfig,
+    *,
+    seed: int,
+    steps_per_epoch: int,
+    axis_name: str | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Make the pure function ``step(state, batch) -> (state, metrics)``.
+
+    Args:
+        model: gives logits [B, classes].
+        train, augmentation: what to do; ``augmentation.mean`` and ``std`` are set.
+        seed: of the images' random keys, with the step number.
+        steps_per_epoch: the schedule's epoch.
+        axis_name: the mapped axis that shares the batch; None: there is none.
+
+    The metrics are sums over the images (``loss``, ``correct``) with their ``count``,
+    and over the steps (``gradient_norm`` by part of the net) with ``steps``.
+    """
+    optimizer = make_optimizer(train, steps_per_epoch)
+
+    def total(tree: Any) -> Any:
+        return tree if axis_name is None else lax.psum(tree, axis_name)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        size = batch.label.shape[0]
+        first = 0 if axis_name is None else lax.axis_index(axis_name) * size
+        keys = image_keys(jax.random.key(seed), state.step, first + jnp.arange(size))
+        images = normalise(batch.image, augmentation, model.execution.param_dtype)
+        images = augment(images, keys, augmentation)
+        count = total(batch.mask.sum())
+
+        def loss_of(params: Any) -> tuple[jax.Array, Any]:
+            logits, updated = model.apply(
+                {"params": params, "batch_stats": state.batch_stats},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+            )
+            loss, correct = score(logits, batch, train.label_smoothing)
+            return loss / count, (loss, correct, updated["batch_stats"])
+
+        gradient, (loss, correct, stats) = jax.grad(loss_of, has_aux=True)(state.params)
+        gradient, loss, correct = total((gradient, loss, correct))
+        if axis_name is not None:
+            stats = lax.pmean(stats, axis_name)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        averaged = None
+        if state.ema is not None:
+            # While the run is young the average forgets its start faster.
+            keep = jnp.minimum(train.ema, (1 + state.step) / (10 + state.step))
+            averaged = jax.tree.map(
+                lambda old, new: (keep * old + (1 - keep) * new).astype(old.dtype),
+                state.ema,
+                {"params": params, "batch_stats": stats},
+            )
+        metrics = {
+            "loss": loss,
+            "correct": correct,
+            "count": count,
+            "steps": jnp.ones([], jnp.int32),
+            "gradient_norm": {k: optax.global_norm(g) for k, g in gradient.items()},
+        }
+        new = TrainState(state.step + 1, params, stats, opt_state, averaged)
+        return new, metrics
+
+    return step
+
+
+def make_eval_step(
+    model: "ResNetV2", augmentation: AugmentConfig, *, axis_name: str | None = None
+) -> Callable[[dict[str, Any], Batch], Metrics]:
+    """Make the pure function ``step(variables, batch) -> metrics``.
+
+    Masked sums: ``loss``, ``correct``, ``count``, and ``residual_ratio`` of every unit,
+    as {"stack1": {"unit1": ...}} (see ``ResidualUnit``).
+    """
+
+    def step(variables: dict[str, Any], batch: Batch) -> Metrics:
+        images = normalise(batch.image, augmentation, model.execution.param_dtype)
+        logits, sown = model.apply(
+            variables, images, train=False, mutable=["intermediates"]
+        )
+        loss, correct = score(logits, batch, 0.0)
+        ratios = {
+            stack: {
+                unit: jnp.where(batch.mask, values["residual_ratio"][0], 0).sum()
+                for unit, values in units.items()
+            }
+            for stack, units in sown["intermediates"].items()
+        }
+        metrics = {
+            "loss": loss,
+            "correct": correct,
+            "count": batch.mask.sum(),
+            "residual_ratio": ratios,
+        }
+        return metrics if axis_name is None else lax.psum(metrics, axis_name)
+
+    return step
+
+
+def score(
+    logits: jax.Array, batch: Batch, label_smoothing: float
+) -> tuple[jax.Array, jax.Array]:
+    """Sums over the unmasked rows: cross-entropy, and how many are right."""
+    target = jax.nn.one_hot(batch.label, logits.shape[-1], dtype=logits.dtype)
+    target = optax.smooth_labels(target, label_smoothing)
+    loss = optax.softmax_cross_entropy(logits, target)
+    right = (logits.argmax(-1) == batch.label) & batch.mask
+    return jnp.where(batch.mask, loss, 0).sum(), right.sum()

@@ -1,0 +1,6 @@
+"""Train a ResNet V2: ``python train.py RECIPE``; ``--help`` lists the recipes."""
+
+from flax_resnetv2.cli import train
+
+if __name__ == "__main__":
+    raise SystemExit(train())
