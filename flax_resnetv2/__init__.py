@@ -1,0 +1,94 @@
+"""ResNet V2 in JAX and Flax linen, in the words of one article.
+
+>>> from flax_resnetv2 import Architecture, create_model
+>>> model = create_model(Architecture(units=(3, 6, 6, 3), ...))
+
+Names are loaded when they are used: importing the package starts no JAX backend and
+pulls in neither orbax nor tensorflow_datasets.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flax_resnetv2.analysis import (
+        activations,
+        layer_table,
+        receptive_field,
+        residual_ratios,
+    )
+    from flax_resnetv2.architecture import Architecture, Execution
+    from flax_resnetv2.augment import AugmentConfig, Batch
+    from flax_resnetv2.checkpoint import Checkpointer
+    from flax_resnetv2.config import RECIPES, Config
+    from flax_resnetv2.data import DataConfig, open_dataset
+    from flax_resnetv2.errors import RunError, UsageError
+    from flax_resnetv2.inference import Predictor
+    from flax_resnetv2.loop import fit
+    from flax_resnetv2.model import (
+        Head,
+        ResidualLayer,
+        ResidualStack,
+        ResidualUnit,
+        ResNetV2,
+        Stem,
+        create_model,
+    )
+    from flax_resnetv2.planning import plan, plan_stack, plan_unit
+    from flax_resnetv2.presets import PRESETS
+    from flax_resnetv2.semantics import ARTICLE, HE2016, Semantics
+    from flax_resnetv2.training import (
+        TrainConfig,
+        TrainState,
+        create_train_state,
+        make_eval_step,
+        make_train_step,
+    )
+
+# The runtime twin of the imports above; a test holds the two together.
+_HOME = {
+    "analysis": ("activations", "layer_table", "receptive_field", "residual_ratios"),
+    "architecture": ("Architecture", "Execution"),
+    "augment": ("AugmentConfig", "Batch"),
+    "checkpoint": ("Checkpointer",),
+    "config": ("RECIPES", "Config"),
+    "data": ("DataConfig", "open_dataset"),
+    "errors": ("RunError", "UsageError"),
+    "inference": ("Predictor",),
+    "loop": ("fit",),
+    "model": (
+        "Head",
+        "ResidualLayer",
+        "ResidualStack",
+        "ResidualUnit",
+        "ResNetV2",
+        "Stem",
+        "create_model",
+    ),
+    "planning": ("plan", "plan_stack", "plan_unit"),
+    "presets": ("PRESETS",),
+    "semantics": ("ARTICLE", "HE2016", "Semantics"),
+    "training": (
+        "TrainConfig",
+        "TrainState",
+        "create_train_state",
+        "make_eval_step",
+        "make_train_step",
+    ),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -156,6 +156,7 @@ def check_fields(a: Architecture) -> None:
 
 
 def check_choice(name: str, value: object, choices: tuple) -> None:
+    """Refuse a value that is none of ``choices``, or of another type."""
     if type(value) is not type(choices[0]) or value not in choices:
         raise UsageError(
             f"{name}={value!r} is unknown; choose one of "
@@ -164,11 +165,13 @@ def check_choice(name: str, value: object, choices: tuple) -> None:
 
 
 def check_positive(name: str, value: object) -> None:
+    """Refuse what is not a whole number from 1 up."""
     if type(value) is not int or value < 1:
         raise UsageError(f"{name} must be a whole number from 1 up; got {value!r}")
 
 
 def check_odd(name: str, value: object) -> None:
+    """Refuse what is not an odd whole number."""
     if type(value) is not int or value < 1 or value % 2 == 0:
         raise UsageError(
             f"{name} must be an odd whole number, so that it has a centre; "

@@ -136,9 +136,7 @@ def _build(kind: Any, value: Any, path: str) -> Any:
             f"unknown field {', '.join(path + name for name in unknown)} in a "
             f"configuration; {kind.__name__} has {', '.join(hints)}"
         )
-    return kind(
-        **{k: _build(hints[k], v, f"{path}{k}.") for k, v in value.items()}
-    )
+    return kind(**{k: _build(hints[k], v, f"{path}{k}.") for k, v in value.items()})
 
 
 @dataclass(frozen=True)
@@ -159,9 +157,7 @@ _ONE_CYCLE = TrainConfig(
 _PAPER = TrainConfig(epochs=164, nesterov=False, warmup_epochs=1.0)
 
 _QUICKSTART = Config(
-    architecture=Architecture(
-        units=(2, 2, 2), widths=(16, 32, 64), stem_width=16
-    ),
+    architecture=Architecture(units=(2, 2, 2), widths=(16, 32, 64), stem_width=16),
     data=DataConfig(name="embedded_shapes"),
     train=replace(_ONE_CYCLE, epochs=10, batch_size=64, learning_rate=0.2),
     log_every=25,

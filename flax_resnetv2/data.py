@@ -1,8 +1,8 @@
 """Data sets in memory, and the pure path from a data set to a ``Batch``.
 
-``open_dataset`` reads what TFDS prepared (or prepares it, without TensorFlow). The whole
-split then lives on every device; the epoch's order is an array, and ``fetch`` gathers a
-batch inside the compiled step.
+``open_dataset`` reads what TFDS prepared, or prepares it, without TensorFlow. The whole
+split then lives on every device; the epoch's order is an array, and ``fetch`` gathers
+a batch inside the compiled step.
 """
 
 import os

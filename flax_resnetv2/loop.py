@@ -174,7 +174,7 @@ class _Run:
         self.config, self.dataset, self.devices = config, dataset, devices
         self.images = len(dataset.splits["train"].label)
         self.steps_per_epoch = self.images // train.batch_size
-        self.schedule = make_schedule(train, self.steps_per_epoch)
+        self.schedule = jax.jit(make_schedule(train, self.steps_per_epoch))
         self.one_by_one = devices[0].platform == "cpu"
         """XLA's CPU convolutions take a slow path inside a loop; elsewhere one
         dispatch runs all steps up to the next line of metrics."""
@@ -185,7 +185,7 @@ class _Run:
             Mesh(np.asarray(devices), (AXIS,)), PartitionSpec()
         )
         self._splits: dict[str, Split] = {}
-        self.train = self._parallel(self._train_chunk(), donate=(0,))
+        self.train = self._parallel(self._train_chunk(), donate=True)
         self._eval = self._parallel(self._eval_batch())
 
     def place(self, tree: Any) -> Any:
@@ -228,17 +228,22 @@ class _Run:
             ]
         )
 
-    def _parallel(self, function: Callable, donate: tuple[int, ...] = ()) -> Callable:
-        """The seam: run ``function`` on all devices at once, everything replicated."""
-        return jax.pmap(
-            function,
+    def _parallel(self, function: Callable, donate: bool = False) -> Callable:
+        """The seam: run ``function(first, *rest)`` on all devices at once.
+
+        Arguments and results are whole on every device; ``first`` may be given away.
+        """
+        mapped = jax.pmap(
+            # pmap wants one argument with a mapped axis: each device gets its number.
+            lambda number, first, rest: function(first, *rest),
             axis_name=AXIS,
-            in_axes=None,
+            in_axes=(0, None, None),
             out_axes=None,
-            axis_size=len(self.devices),
             devices=self.devices,
-            donate_argnums=donate,
+            donate_argnums=(1,) if donate else (),
         )
+        numbers = np.arange(len(self.devices))
+        return lambda first, *rest: mapped(numbers, first, rest)
 
     def _train_chunk(self) -> Callable:
         config = self.config
@@ -255,9 +260,7 @@ class _Run:
         def chunk(state, split, order, steps):
             def one(state):
                 first = state.step % self.steps_per_epoch * config.train.batch_size
-                return step(
-                    state, fetch(split, order, first + positions(share, AXIS))
-                )
+                return step(state, fetch(split, order, first + positions(share, AXIS)))
 
             def more(_, carry):
                 state, sums = carry
@@ -331,7 +334,8 @@ def _check_same(old: Config, new: Config, workdir: Path) -> None:
     """A run goes on only as itself; None means "as the data set says" and is equal."""
     if new.augment.mean is None:
         new = replace(
-            new, augment=replace(new.augment, mean=old.augment.mean, std=old.augment.std)
+            new,
+            augment=replace(new.augment, mean=old.augment.mean, std=old.augment.std),
         )
     if changed := differences(old, new):
         raise UsageError(

@@ -24,9 +24,7 @@ class Preset:
 
 def _he2016(n: int) -> Architecture:
     """9n + 2 layers: three stacks of n bottleneck units, reduction 4, stem of 16."""
-    return Architecture(
-        units=(n, n, n), reduction=4, stem_width=16, semantics=HE2016
-    )
+    return Architecture(units=(n, n, n), reduction=4, stem_width=16, semantics=HE2016)
 
 
 _ARTICLE = "the article; count derived by hand in docs/architecture.md"

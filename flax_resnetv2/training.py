@@ -230,7 +230,11 @@ def make_train_step(
                 mutable=["batch_stats"],
             )
             loss, correct = score(logits, batch, train.label_smoothing)
-            return loss / count, (loss, correct, updated["batch_stats"])
+            return loss / count.astype(loss.dtype), (
+                loss,
+                correct,
+                updated["batch_stats"],
+            )
 
         gradient, (loss, correct, stats) = jax.grad(loss_of, has_aux=True)(state.params)
         gradient, loss, correct = total((gradient, loss, correct))

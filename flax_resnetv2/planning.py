@@ -304,9 +304,7 @@ def _plan_stem(a: Architecture, channels: int | None) -> StemPlan:
         convs.append(_conv(width, width, 3, a.stem_second_stride, "stem", s))
     # Between two convolutions there is always a BN-ReLU; stem_norm is about the end.
     norms = [_norm(s)] * (len(convs) - 1) + [_norm(s) if s.stem_norm else None]
-    return StemPlan(
-        tuple(convs), tuple(norms), s.pool_padding if a.stem_pool else None
-    )
+    return StemPlan(tuple(convs), tuple(norms), s.pool_padding if a.stem_pool else None)
 
 
 def _plan_head(a: Architecture) -> HeadPlan:
