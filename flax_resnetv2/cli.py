@@ -1,4 +1,4 @@
-"""The commands: ``train.py RECIPE [--field value ...]``.
+"""The commands ``train.py RECIPE [--field value ...]``, ``predict.py RUN IMAGE ...``.
 
 Every flag is a field of ``Config`` and every help text its docstring. Exit codes: 0
 done, 2 bad use, 1 failed run; the last two with one message and no traceback.
@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+
+import numpy as np
 
 from flax_resnetv2.config import RECIPES, Config
 from flax_resnetv2.errors import RunError, UsageError
@@ -54,6 +56,36 @@ def train(arguments: Sequence[str] | None = None) -> int:
         )
 
     return _guarded(work)
+
+
+def predict(arguments: Sequence[str] | None = None) -> int:
+    """Run ``predict.py``: print the likeliest classes of image files."""
+    import tyro
+
+    def main(
+        run: tyro.conf.Positional[str],
+        images: tyro.conf.Positional[tuple[str, ...]],
+        top: int = 3,
+    ) -> None:
+        """Say what is on images.
+
+        Args:
+            run: A run directory that train.py made.
+            images: Image files.
+            top: How many classes to print for each.
+        """
+        from flax_resnetv2.inference import Predictor
+
+        if not images:
+            raise UsageError("no image given; name at least one PNG or JPEG file")
+        predictor = Predictor.from_run(run)
+        pixels = np.stack([predictor.load(path) for path in images])
+        for path, row in zip(images, predictor(pixels), strict=True):
+            best = np.argsort(-row)[:top]
+            says = ", ".join(f"{predictor.class_names[k]} {row[k]:.1%}" for k in best)
+            print(f"{path}: {says}")
+
+    return _guarded(lambda: tyro.cli(main, prog="predict.py", args=arguments))
 
 
 def _guarded(work: Callable[[], None]) -> int:

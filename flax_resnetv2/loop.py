@@ -56,8 +56,8 @@ def fit(
 
     Args:
         config: the run.
-        workdir: receives ``config.json``, ``environment.json``, ``metrics.jsonl`` and
-            ``checkpoints/``.
+        workdir: receives ``config.json``, ``dataset.json``, ``environment.json``,
+            ``metrics.jsonl`` and ``checkpoints/``.
         devices: which local devices share the work; None: all.
 
     Returns:
@@ -81,6 +81,7 @@ def fit(
     config = _resolve(config, dataset)
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(to_json(config))
+    _write_dataset_facts(workdir, dataset)
     _write_environment(workdir, devices)
 
     run = _Run(config, dataset, devices)
@@ -342,6 +343,17 @@ def _check_same(old: Config, new: Config, workdir: Path) -> None:
             f"{workdir} holds a run of another configuration ({'; '.join(changed)}); "
             "give the same flags to go on with it, or another --workdir"
         )
+
+
+def _write_dataset_facts(workdir: Path, dataset: Dataset) -> None:
+    """Record what a predictor must know and the configuration does not say."""
+    facts = {
+        "name": dataset.name,
+        "image_shape": dataset.image_shape,
+        "class_names": dataset.class_names,
+        "images": {name: len(s.label) for name, s in dataset.splits.items()},
+    }
+    (workdir / "dataset.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def _write_environment(workdir: Path, devices: list[jax.Device]) -> None:

@@ -1,8 +1,8 @@
 """The article's hierarchy as linen modules: stem, stacks, units, layers, head.
 
-Every module has two fields: ``plan``, what to build (made by ``flax_resnetv2.planning``),
-and ``execution``, how to run it. ``train`` is said at every call. The parameter tree
-is the article's figure: ``stack2/unit1/layer3/conv/kernel``.
+Every module has two fields: ``plan``, what to build (see ``flax_resnetv2.planning``),
+and ``execution``, how to run it. ``train`` is said at every call. Parameter paths are
+the article's figure: ``stack2/unit1/layer3/conv/kernel``.
 
 >>> model = create_model(Architecture(units=(1, 1), widths=(8, 16), strides=(1, 2)))
 >>> images = jnp.zeros([4, 32, 32, 3])

@@ -1,0 +1,129 @@
+"""A trained net on new images.
+
+>>> predictor = Predictor.from_run("runs/quickstart-1")
+>>> predictor(images).argmax(-1)
+"""
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_resnetv2.augment import AugmentConfig, normalise
+from flax_resnetv2.checkpoint import Checkpointer
+from flax_resnetv2.config import load_config
+from flax_resnetv2.errors import UsageError
+from flax_resnetv2.model import ResNetV2, create_model
+from flax_resnetv2.training import create_train_state
+
+
+class Predictor:
+    """Class probabilities of stored images, normalised as in training."""
+
+    def __init__(
+        self,
+        model: ResNetV2,
+        variables: dict[str, Any],
+        normalisation: AugmentConfig,
+        class_names: Sequence[str],
+        image_shape: tuple[int, int, int],
+    ) -> None:
+        """Take a net apart from any run.
+
+        Args:
+            model, variables: a classifier and its parameters and statistics.
+            normalisation: with ``mean`` and ``std``.
+            class_names: one for each logit.
+            image_shape: (height, width, channels) of the images it was trained on.
+        """
+        self.class_names = tuple(class_names)
+        self.image_shape = image_shape
+        self._variables = variables
+        self._apply = jax.jit(partial(_probabilities, model, normalisation))
+
+    @classmethod
+    def from_run(cls, workdir: str | Path) -> "Predictor":
+        """Load the newest checkpoint of a run that ``train.py`` made.
+
+        Raises:
+            UsageError: ``workdir`` is no run directory, or holds no checkpoint.
+        """
+        config, facts = load_config(workdir), load_dataset_facts(workdir)
+        image_shape = tuple(facts["image_shape"])
+        checkpoints = Checkpointer(Path(workdir) / "checkpoints")
+        step = checkpoints.latest()
+        if step is None:
+            raise UsageError(
+                f"{workdir} holds no checkpoint yet; train at least one epoch"
+            )
+        model = create_model(config.architecture, config.execution, image_shape)
+        create = partial(create_train_state, model, config.train)
+        shapes = jax.eval_shape(
+            partial(create, image_shape=image_shape, steps_per_epoch=1),
+            jax.random.key(0),
+        )
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        like = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes
+        )
+        variables = checkpoints.restore(step, like).variables()
+        checkpoints.close()
+        names = facts["class_names"]
+        return cls(model, variables, config.augment, names, image_shape)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Give probabilities [N, classes] for uint8 images [N, H, W, C].
+
+        Raises:
+            UsageError: images of another shape or type than in training.
+        """
+        if images.shape[1:] != self.image_shape or images.dtype != np.uint8:
+            raise UsageError(
+                f"images must be uint8 {['N', *self.image_shape]}; got {images.dtype} "
+                f"{list(images.shape)}; see Predictor.load"
+            )
+        return np.asarray(self._apply(self._variables, images))
+
+    def load(self, path: str | Path) -> np.ndarray:
+        """Read an image file as uint8 [H, W, C], scaled to the size trained on.
+
+        Raises:
+            UsageError: not a file, or not an image.
+        """
+        from PIL import Image, UnidentifiedImageError
+
+        height, width, channels = self.image_shape
+        try:
+            with Image.open(path) as image:
+                image = image.convert("RGB" if channels == 3 else "L")
+                image = image.resize((width, height), Image.Resampling.BICUBIC)
+        except UnidentifiedImageError as error:
+            raise UsageError(
+                f"{path} is not an image; give a PNG or JPEG file"
+            ) from error
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error}") from error
+        return np.asarray(image, np.uint8).reshape(self.image_shape)
+
+
+def load_dataset_facts(workdir: str | Path) -> dict[str, Any]:
+    """Read ``dataset.json`` of a run: name, class_names, image_shape.
+
+    Raises:
+        UsageError: the run has none.
+    """
+    path = Path(workdir) / "dataset.json"
+    if not path.is_file():
+        raise UsageError(f"{workdir} has no dataset.json; train there once more")
+    return json.loads(path.read_text())
+
+
+def _probabilities(
+    model: ResNetV2, normalisation: AugmentConfig, variables: Any, images: jax.Array
+) -> jax.Array:
+    images = normalise(images, normalisation, model.execution.param_dtype)
+    return jax.nn.softmax(model.apply(variables, images, train=False))
