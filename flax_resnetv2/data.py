@@ -17,6 +17,7 @@ from jax import lax
 
 from flax_resnetv2.augment import Batch
 from flax_resnetv2.errors import UsageError
+from flax_resnetv2.records import class_names, find_prepared, read_split
 
 PADDING = -1
 """In an order: a place of the batch that holds no image."""
@@ -91,11 +92,11 @@ def open_dataset(config: DataConfig) -> Dataset:
             archive is not CIFAR-10, ``validation`` leaves nothing to train on.
         RunError: the download failed.
     """
-    from flax_resnetv2 import preparation
-
     root = _data_dir(config)
-    directory = preparation.find_prepared(config.name, root)
+    directory = find_prepared(config.name, root)
     if directory is None:
+        from flax_resnetv2 import preparation
+
         try:
             root.mkdir(parents=True, exist_ok=True)
             if config.name == "cifar10":
@@ -112,10 +113,9 @@ def open_dataset(config: DataConfig) -> Dataset:
                 f"{config.name} is not prepared in {root}, and cannot be written there "
                 f"({error.strerror}); choose a writable --data.dir"
             ) from error
-        directory = preparation.find_prepared(config.name, root)
+        directory = find_prepared(config.name, root)
     splits = {
-        split: Split(*preparation.read_split(directory, split))
-        for split in ("train", "test")
+        split: Split(*read_split(directory, split)) for split in ("train", "test")
     }
     train, held_out = splits["train"], config.validation
     if not 0 <= held_out < len(train.label):
@@ -126,7 +126,7 @@ def open_dataset(config: DataConfig) -> Dataset:
     if held_out:
         splits["train"] = Split(train.image[:-held_out], train.label[:-held_out])
         splits["validation"] = Split(train.image[-held_out:], train.label[-held_out:])
-    return Dataset(config.name, preparation.class_names(directory), splits)
+    return Dataset(config.name, class_names(directory), splits)
 
 
 def epoch_order(count: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
