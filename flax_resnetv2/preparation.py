@@ -1,0 +1,341 @@
+"""Writing ordinary TFDS directories without TensorFlow.
+
+CIFAR-10 from its official archive, local or downloaded, and the embedded shapes. TFDS
+itself opens the result: the builders are TFDS's own, given PNG bytes, and array_record
+files, because its CIFAR reader and its image encoder are what needs TensorFlow.
+"""
+
+import functools
+import hashlib
+import io
+import os
+import pickle
+import tarfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from flax_resnetv2 import embedded
+from flax_resnetv2.errors import RunError, UsageError
+
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+"""The official address."""
+CIFAR10_SHA256 = {
+    "cifar-10-binary.tar.gz": (
+        "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+    ),
+    "cifar-10-python.tar.gz": (
+        "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+    ),
+}
+"""Of the two official archives; TFDS and Keras publish them too."""
+TIMEOUT = 10
+"""Seconds without a byte after which a download gives up."""
+
+_CIFAR10_CLASSES = (
+    "airplane", "automobile", "bird", "cat", "deer",
+    "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+_IMAGE_BYTES = 3 * 32 * 32
+_BATCHES = {"train": [f"data_batch_{k}" for k in range(1, 6)], "test": ["test_batch"]}
+
+Examples = tuple[np.ndarray, np.ndarray]
+"""Images uint8 [N, 32, 32, 3] and labels [N]."""
+
+
+def prepare_cifar10(
+    root: Path,
+    *,
+    archive: str | None = None,
+    url: str | None = None,
+    accept_checksum: bool = False,
+) -> None:
+    """Write ``root/cifar10/3.0.2`` from a local archive or a download.
+
+    Args:
+        root: a directory of TFDS data sets.
+        archive: a local cifar-10-binary.tar.gz or cifar-10-python.tar.gz.
+        url: a mirror of cifar-10-binary.tar.gz; None: the official address.
+        accept_checksum: take an archive with another SHA-256.
+
+    Raises:
+        UsageError: the archive is missing, another one, or damaged.
+        RunError: the download failed; what has arrived is kept and gone on with.
+    """
+    if archive is not None:
+        path = Path(archive).expanduser()
+        if not path.is_file():
+            raise UsageError(
+                f"data.archive={archive} is not a file; give a local copy of "
+                f"{' or '.join(CIFAR10_SHA256)}"
+            )
+    else:
+        path = _download(url or CIFAR10_URL, root / "downloads")
+    received = _sha256(path)
+    if received not in CIFAR10_SHA256.values() and not accept_checksum:
+        if archive is None:
+            path.unlink()
+        expected = " or ".join(f"{v} ({k})" for k, v in CIFAR10_SHA256.items())
+        raise UsageError(
+            f"{archive or url or CIFAR10_URL} has the SHA-256 {received}; expected "
+            f"{expected}; if you trust the file, add --data.accept_checksum"
+        )
+    splits = _read_archive(path)
+    print(f"preparing CIFAR-10 in {root} (once)", flush=True)
+    _write(
+        root,
+        name="cifar10",
+        version="3.0.2",
+        description=(
+            "CIFAR-10: 60,000 colour images of 32x32 pixels, 6,000 in each of ten "
+            "classes; 50,000 to train on and 10,000 to test."
+        ),
+        homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
+        citation=(
+            "@TECHREPORT{Krizhevsky09learningmultiple, author = {Alex Krizhevsky}, "
+            "title = {Learning multiple layers of features from tiny images}, "
+            "year = {2009}}"
+        ),
+        names=_CIFAR10_CLASSES,
+        splits={split: lambda s=split: splits[s] for split in splits},
+    )
+    if archive is None:
+        path.unlink(missing_ok=True)
+
+
+def prepare_embedded(root: Path) -> None:
+    """Write ``root/embedded_shapes/1.0.0``: the images of ``embedded.draw``."""
+    _write(
+        root,
+        name=embedded.NAME,
+        version="1.0.0",
+        description="Ten shapes on 32x32 pixels, drawn by flax_resnetv2.embedded.",
+        homepage="",
+        citation="",
+        names=embedded.CLASSES,
+        splits={
+            split: functools.partial(embedded.draw, split)
+            for split in embedded.PER_CLASS
+        },
+    )
+
+
+def _write(
+    root: Path,
+    *,
+    name: str,
+    version: str,
+    description: str,
+    homepage: str,
+    citation: str,
+    names: tuple[str, ...],
+    splits: dict[str, Callable[[], Examples]],
+) -> None:
+    """Have TFDS write a data set; it appears under its name when it is whole."""
+    import tensorflow_datasets as tfds
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        """A data set of labelled images, given as arrays."""
+
+        VERSION = tfds.core.Version(version)
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            shape = (embedded.SIZE, embedded.SIZE, 3)
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description=description,
+                features=tfds.features.FeaturesDict(
+                    {
+                        "id": tfds.features.Text(),
+                        "image": tfds.features.Image(shape=shape),
+                        "label": tfds.features.ClassLabel(names=list(names)),
+                    }
+                ),
+                supervised_keys=("image", "label"),
+                homepage=homepage or None,
+                citation=citation or None,
+            )
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+            return {split: self._generate_examples(split) for split in splits}
+
+        def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
+            images, labels = splits[split]()
+            for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+                yield (
+                    index,
+                    {
+                        "id": f"{split}_{index:05d}",
+                        "image": io.BytesIO(_png(image)),
+                        "label": int(label),
+                    },
+                )
+
+    # TFDS takes the name of a data set from its class.
+    Builder.name = name
+    Builder.pkg_dir_path = None
+    tfds.disable_progress_bar()
+    builder = Builder(data_dir=root, file_format="array_record")
+    builder.download_and_prepare()
+
+
+def _png(image: np.ndarray) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_archive(path: Path) -> dict[str, Examples]:
+    """Read either official archive, told apart by what is in it; nothing is unpacked.
+
+    Raises:
+        UsageError: it is neither, or damaged.
+    """
+    wanted = {name for names in _BATCHES.values() for name in names}
+    found: dict[str, Examples] = {}
+    try:
+        with tarfile.open(path, "r:gz") as tar:
+            for member in tar:
+                stem, suffix = os.path.splitext(os.path.basename(member.name))
+                if member.isfile() and stem in wanted and suffix in ("", ".bin"):
+                    read = _read_binary if suffix else _read_pickled
+                    found[stem] = read(stem, tar.extractfile(member))
+    except (tarfile.TarError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise UsageError(
+            f"{path} is damaged or no CIFAR-10 archive ({error}); fetch it again"
+        ) from error
+    if missing := sorted(wanted - set(found)):
+        raise UsageError(
+            f"{path} is no CIFAR-10 archive: it lacks {', '.join(missing)}; give "
+            f"{' or '.join(CIFAR10_SHA256)}"
+        )
+    return {
+        split: tuple(
+            np.concatenate(parts)
+            for parts in zip(*(found[name] for name in names), strict=True)
+        )
+        for split, names in _BATCHES.items()
+    }
+
+
+def _read_binary(name: str, file: IO[bytes]) -> Examples:
+    """Records of a label byte and 3,072 bytes of red, green, blue."""
+    values = np.frombuffer(file.read(), np.uint8)
+    if values.size == 0 or values.size % (_IMAGE_BYTES + 1):
+        raise UsageError(
+            f"{name} of the archive has {values.size} bytes, which are no whole number "
+            f"of records of {_IMAGE_BYTES + 1} bytes; fetch the archive again"
+        )
+    records = values.reshape(-1, _IMAGE_BYTES + 1)
+    return _examples(name, records[:, 1:], records[:, 0])
+
+
+def _read_pickled(name: str, file: IO[bytes]) -> Examples:
+    """A pickled dictionary with ``data`` [N, 3072] and ``labels``."""
+    try:
+        batch = _ArrayUnpickler(file, encoding="bytes").load()
+        return _examples(name, np.asarray(batch[b"data"]), np.asarray(batch[b"labels"]))
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(
+            f"{name} of the archive is not a batch of CIFAR-10 ({error!r}); fetch the "
+            "archive again"
+        ) from error
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds arrays and nothing else: a pickle can name any function to call."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "_reconstruct" and module.endswith("core.multiarray"):
+            return np._core.multiarray._reconstruct
+        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
+            return getattr(np, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _examples(name: str, pixels: np.ndarray, labels: np.ndarray) -> Examples:
+    """Planes of colour -> images; refuse what cannot be CIFAR-10."""
+    if pixels.shape != (len(labels), _IMAGE_BYTES) or pixels.dtype != np.uint8:
+        raise UsageError(
+            f"{name} of the archive has data {pixels.dtype} {list(pixels.shape)} for "
+            f"{len(labels)} labels; expected uint8 [{len(labels)}, {_IMAGE_BYTES}]"
+        )
+    if labels.max() >= len(_CIFAR10_CLASSES):
+        raise UsageError(
+            f"{name} of the archive has the label {labels.max()}; CIFAR-10 has 0 to 9"
+        )
+    images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), labels.astype(np.int64)
+
+
+def _download(url: str, directory: Path) -> Path:
+    """Fetch ``url`` with a progress bar, going on where an earlier try stopped.
+
+    Raises:
+        RunError: no connection, or it broke off; names the other ways.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    # A mirror's bytes are never appended to another's.
+    digest = hashlib.sha256(url.encode()).hexdigest()[:8]
+    path = directory / f"cifar-10-{digest}.tar.gz"
+    partial = path.with_suffix(".partial")
+    if path.exists():
+        return path
+    have = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
+    try:
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+                _save(answer, partial, have)
+        except urllib.error.HTTPError as error:
+            # 416: nothing is left to send, so all of it is here.
+            if error.code != 416 or not have:
+                raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise RunError(
+            f"cannot download {url} ({reason}); ways on: --data.archive PATH with a "
+            f"local {' or '.join(CIFAR10_SHA256)}, --data.url MIRROR, --data.dir DIR "
+            "with a data set that TFDS prepared, or the recipe quickstart, which needs "
+            "no data" + (f"; {have:,} bytes are kept" if have else "")
+        ) from error
+    return partial.rename(path)
+
+
+def _save(answer: Any, partial: Path, have: int) -> None:
+    """Append what comes, or begin again where the server does not do ranges."""
+    from rich.progress import DownloadColumn, Progress, TimeRemainingColumn
+    from rich.progress import TransferSpeedColumn as Speed
+
+    resumed = answer.status == 206
+    have = have if resumed else 0
+    length = answer.headers.get("Content-Length")
+    total = have + int(length) if length else None
+    columns = ("CIFAR-10", DownloadColumn(), Speed(), TimeRemainingColumn())
+    with Progress(*columns) as bar, partial.open("ab" if resumed else "wb") as file:
+        live = bar.console.is_terminal
+        task = bar.add_task("", total=total, completed=have)
+        told = time.monotonic()
+        while chunk := answer.read(1 << 16):
+            file.write(chunk)
+            have += len(chunk)
+            bar.update(task, completed=have)
+            if not live and time.monotonic() - told > 10:
+                told = time.monotonic()
+                print(f"downloaded {have:,} of {total or 0:,} bytes", flush=True)
+    if total is not None and have < total:
+        raise OSError(f"the connection broke off at {have:,} of {total:,} bytes")
