@@ -40,9 +40,9 @@ class AugmentConfig:
 def normalise(images: jax.Array, config: AugmentConfig, dtype: str) -> jax.Array:
     """uint8 [B, H, W, C] -> ``dtype`` [B, H, W, C] of mean 0 and variance 1 a channel.
 
-    The arithmetic is float32 at least, whatever ``dtype`` is.
+    The arithmetic is float32, or float64 where that is ``dtype``.
     """
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = "float64" if dtype == "float64" else "float32"
     mean, std = jnp.asarray(config.mean, wide), jnp.asarray(config.std, wide)
     return ((images.astype(wide) / 255 - mean) / std).astype(dtype)
 

@@ -156,7 +156,8 @@ class ResidualUnit(nn.Module):
         for layer in rest:
             residual = layer(residual, train=train)
         if self.is_mutable_collection("intermediates"):
-            ratio = _norms(residual) / jnp.maximum(_norms(carried), 1e-12)
+            dtype = self.execution.param_dtype
+            ratio = _norms(residual, dtype) / jnp.maximum(_norms(carried, dtype), 1e-12)
             self.sow("intermediates", "residual_ratio", ratio)
         return carried + residual
 
@@ -298,10 +299,9 @@ def create_model(
     return ResNetV2(plan(architecture, image_shape), execution)
 
 
-def _norms(x: jax.Array) -> jax.Array:
-    """Euclidean norm of each image's maps, [N, H, W, C] -> [N], at least float32."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return jnp.sqrt(jnp.square(wide).sum((1, 2, 3)))
+def _norms(x: jax.Array, dtype: str) -> jax.Array:
+    """Euclidean norm of each image's maps, [N, H, W, C] -> [N], taken in ``dtype``."""
+    return jnp.sqrt(jnp.square(x.astype(dtype)).sum((1, 2, 3)))
 
 
 def _max_pool(x: jax.Array, padding: str) -> jax.Array:

@@ -1,0 +1,461 @@
+"""The modules: the article's sentences about residual units, layers, stem and head."""
+
+from dataclasses import replace
+from functools import cache
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_resnetv2 import (
+    ARTICLE,
+    HE2016,
+    PRESETS,
+    Architecture,
+    Execution,
+    ResidualLayer,
+    ResidualStack,
+    ResidualUnit,
+    create_model,
+    plan,
+    plan_stack,
+    plan_unit,
+)
+from flax_resnetv2.analysis import activations, residual_ratios
+from flax_resnetv2.model import Head, Latent, Stem
+from tests.tiny import NET, images_of, variables_of
+
+ALL_BIASES = ("stem", "layer1", "layer2", "layer3", "shortcut")
+DOUBLE = Execution(dtype="float64")
+
+
+def zero_last(params):
+    """The kernel and the bias of each unit's last layer set to zero."""
+
+    def visit(path, leaf):
+        names = [key.key for key in path]
+        return leaf * (0 if "layer3" in names and "conv" in names else 1)
+
+    return jax.tree.map_with_path(visit, params)
+
+
+def paths(tree):
+    return {"/".join(k.key for k in p): x for p, x in jax.tree.leaves_with_path(tree)}
+
+
+# Each level alone (R1), in a few lines.
+
+
+def test_every_level_works_alone(key):
+    x = jnp.ones([2, 8, 8, 64])
+    unit = ResidualUnit(plan_unit(in_width=64, width=128, reduction=2, stride=2))
+    y, _ = unit.init_with_output(key, x, train=False)
+    assert y.shape == (2, 4, 4, 128)
+    stack = ResidualStack(plan_stack(in_width=64, width=32, units=2, stride=2))
+    assert stack.init_with_output(key, x, train=False)[0].shape == (2, 4, 4, 32)
+    net = plan(Architecture())
+    layer = ResidualLayer(net.stacks[0].units[1].layers[0])
+    assert layer.init_with_output(key, x, train=False)[0].shape == (2, 8, 8, 32)
+    images = jnp.ones([2, 8, 8, 3])
+    assert Stem(net.stem).init_with_output(key, images, train=False)[0].shape[-1] == 64
+    maps = jnp.ones([2, 4, 4, 256])
+    assert Head(net.head).init_with_output(key, maps, train=False)[0].shape == (2, 10)
+
+
+def test_a_layer_is_norm_then_relu_then_convolution(key):  # R4
+    planned = plan_unit(in_width=4, width=8).layers[0]
+    layer = ResidualLayer(planned)
+    x = images_of(shape=(4, 4, 4))
+    variables = variables_of(layer, x.shape)
+    active = layer.apply(variables, x, train=False, method="preactivate")
+    stats, params = variables["batch_stats"]["norm"], variables["params"]
+    normed = (x - stats["mean"]) / jnp.sqrt(stats["var"] + 1e-5)
+    normed = normed * params["norm"]["scale"] + params["norm"]["bias"]
+    np.testing.assert_allclose(active, np.maximum(normed, 0), rtol=1e-4, atol=1e-5)
+    assert (normed < 0).any()
+    y = layer.apply(variables, x, train=False)
+    expected = active @ params["conv"]["kernel"][0, 0]
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("semantics", [ARTICLE, HE2016])
+def test_a_zeroed_residual_leaves_the_input_bit_for_bit(semantics, train):  # R5
+    semantics = replace(semantics, biases=ALL_BIASES)
+    unit = ResidualUnit(plan_unit(in_width=8, width=8, semantics=semantics))
+    x = images_of(shape=(4, 4, 8))
+    variables = variables_of(unit, x.shape)
+    variables["params"] = zero_last(variables["params"])
+    y, _ = unit.apply(variables, x, train=train, mutable=["batch_stats"])
+    assert np.array_equal(y, x)
+    assert (np.asarray(x) < 0).any()  # nothing after the sum cuts them off
+
+
+def test_a_zeroed_stack_gives_out_its_shortcut():  # R5
+    stack = ResidualStack(plan_stack(in_width=4, width=8, units=3, stride=2))
+    x = images_of(shape=(4, 4, 4))
+    variables = variables_of(stack, x.shape)
+    params = zero_last(variables["params"])
+    y = stack.apply({**variables, "params": params}, x, train=False)
+    expected = x[:, ::2, ::2] @ params["unit1"]["shortcut"]["kernel"][0, 0]
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_residual_ratios_are_what_each_unit_adds(key):  # R10
+    model = create_model(NET)
+    variables, images = variables_of(model), images_of(3)
+    ratios = residual_ratios(model, variables, images)
+    assert {k: len(v) for k, v in ratios.items()} == {"stack1": 2, "stack2": 2}
+    maps = activations(model, variables, images)
+    entering, leaving = maps["stack1/unit1"], maps["stack1/unit2"]
+    norms = [np.linalg.norm(np.asarray(m).reshape(3, -1), axis=1) for m in
+             (leaving - entering, entering)]  # fmt: skip
+    assert ratios["stack1"][1] == pytest.approx((norms[0] / norms[1]).mean(), rel=1e-4)
+
+
+def test_zero_init_last_starts_every_unit_as_its_shortcut(key):  # R10
+    semantics = replace(ARTICLE, zero_init_last=True)
+    model = create_model(replace(NET, semantics=semantics))
+    images = images_of()
+    variables = model.init(key, images, train=False)
+    ratios = residual_ratios(model, variables, images)
+    assert ratios == {"stack1": [0.0, 0.0], "stack2": [0.0, 0.0]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "shape", "tree"),
+    [
+        ({}, (16, 16, 8), {"conv", "norm"}),
+        ({"stem_kernel": 7, "stem_stride": 2, "stem_pool": True}, (4, 4, 8), None),
+        ({"stem_second_stride": 2}, (8, 8, 8), {"conv", "norm", "conv2", "norm2"}),
+        ({"semantics": HE2016}, (16, 16, 8), {"conv"}),
+        (
+            {"semantics": HE2016, "stem_second_stride": 2},
+            (8, 8, 8),
+            {"conv", "norm", "conv2"},
+        ),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_stems(key, changes, shape, tree, channels):  # R16
+    stem = Stem(plan(replace(NET, **changes)).stem)
+    images = images_of(shape=(16, 16, channels))
+    maps, variables = stem.init_with_output(key, images, train=False)
+    assert maps.shape[1:] == shape
+    assert tree is None or set(variables["params"]) == tree
+
+
+def test_without_a_stem_the_image_enters_stack_1(key):
+    model = create_model(replace(NET, stem=False), image_shape=(8, 8, 3))
+    params = model.init(key, images_of(), train=False)["params"]
+    assert "stem" not in params
+    assert params["stack1"]["unit1"]["shortcut"]["kernel"].shape == (1, 1, 3, 8)
+
+
+def test_pool_padding_of_zero_shows_where_all_is_negative():
+    semantics = replace(HE2016, pool_padding="zero")
+    x = -1 - jnp.abs(images_of(shape=(4, 4, 3)))
+    corner = {}
+    for padding in ("lowest", "zero"):
+        semantics = replace(HE2016, pool_padding=padding)
+        net = replace(NET, stem_kernel=1, stem_pool=True, semantics=semantics)
+        stem = Stem(plan(net).stem)
+        ones = {"params": {"conv": {"kernel": jnp.ones([1, 1, 3, 8])}}}
+        corner[padding] = stem.apply(ones, x, train=False)[0, 0, 0, 0]
+    assert corner["zero"] == 0
+    assert corner["lowest"] < -1
+
+
+HEADS = [
+    ({}, (2, 4), {"norm", "classifier"}),
+    ({"hidden": (6, 5)}, (2, 4), {"norm", "hidden1", "hidden2", "classifier"}),
+    ({"head": "latent", "latent": 7}, (2, 7), {"norm", "latent"}),
+    ({"head": "none"}, (2, 4, 4, 16), {"norm"}),
+]
+
+
+@pytest.mark.parametrize(("changes", "shape", "tree"), HEADS)
+def test_heads(key, changes, shape, tree):  # R18
+    model = create_model(replace(NET, **changes))
+    out, variables = model.init_with_output(key, images_of(), train=False)
+    assert out.shape == shape
+    assert set(variables["params"]["head"]) == tree
+
+
+def test_latents_pooled_or_flattened_with_a_log_variance(key):  # R18
+    net = replace(NET, head="latent", latent=7, latent_variance=True)
+    for head_input, fan_in in (("pooled", 16), ("flattened", 4 * 4 * 16)):
+        model = create_model(replace(net, head_input=head_input))
+        out, variables = model.init_with_output(key, images_of(), train=False)
+        assert isinstance(out, Latent)
+        assert out.mean.shape == out.log_variance.shape == (2, 7)
+        for name in ("latent", "log_variance"):
+            assert variables["params"]["head"][name]["kernel"].shape == (fan_in, 7)
+
+
+def test_the_last_norm_can_be_left_out(key):  # R19
+    semantics = replace(ARTICLE, final_norm=False)
+    model = create_model(replace(NET, head="none", semantics=semantics))
+    out, variables = model.init_with_output(key, images_of(), train=False)
+    assert "head" not in variables["params"]
+    assert (np.asarray(out) < 0).any()
+
+
+def test_the_bridge_adds_the_stacks_input_and_costs_nothing_when_off(key):  # R20
+    def shapes(bridge):
+        init = create_model(replace(NET, bridge=bridge)).init
+        variables = jax.eval_shape(
+            lambda x: init(key, x, train=False), jnp.ones([2, 8, 8, 3])
+        )
+        return {k: v.shape for k, v in paths(variables["params"]).items()}
+
+    off, on = shapes(False), shapes(True)
+    assert on == off | {"stack2/bridge/kernel": (1, 1, 8, 16)}
+    for stack, stride in ((1, 1), (2, 2)):
+        model = create_model(replace(NET, bridge=True))
+        planned = model.plan.stacks[stack - 1]
+        x = images_of(shape=(8, 8, 8))
+        variables = variables_of(ResidualStack(planned), x.shape)
+        bridged = ResidualStack(planned).apply(variables, x, train=False)
+        params = dict(variables["params"])
+        bridge = params.pop("bridge", None)
+        plain = ResidualStack(replace(planned, bridge=None)).apply(
+            {**variables, "params": params}, x, train=False
+        )
+        around = x if bridge is None else x[:, ::stride, ::stride] @ bridge["kernel"][0]
+        around = around.reshape(plain.shape)
+        np.testing.assert_allclose(bridged, plain + around, rtol=1e-5, atol=1e-5)
+
+
+# The whole net against one written with linen's own layers.
+
+
+class PlainNet(nn.Module):
+    """NET and its HE2016 twin as a textbook would write them."""
+
+    shared: bool
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        def norm(x, name):
+            x = nn.BatchNorm(
+                not train,
+                momentum=0.9,
+                epsilon=1e-5,
+                use_fast_variance=False,
+                dtype=jnp.float64,
+                param_dtype=jnp.float64,
+                name=name,
+            )(x)
+            return nn.relu(x)
+
+        def conv(x, features, size, stride, name):
+            return nn.Conv(
+                features,
+                (size, size),
+                (stride, stride),
+                use_bias=False,
+                param_dtype=jnp.float64,
+                name=name,
+            )(x)
+
+        x = conv(x, 8, 3, 1, "stem/conv")
+        if not self.shared:
+            x = norm(x, "stem/norm")
+        for stack, width in ((1, 8), (2, 16)):
+            for number in (1, 2):
+                at = f"stack{stack}/unit{number}"
+                stride = 2 if (stack, number) == (2, 1) else 1
+                y = x
+                if self.shared or at != "stack1/unit1":
+                    y = norm(y, f"{at}/layer1/norm")
+                if stride == 2:
+                    x = conv(y if self.shared else x, width, 1, 2, f"{at}/shortcut")
+                y = conv(y, width // 2, 1, stride, f"{at}/layer1/conv")
+                y = norm(y, f"{at}/layer2/norm")
+                y = conv(y, width // 2, 3, 1, f"{at}/layer2/conv")
+                y = norm(y, f"{at}/layer3/norm")
+                x = x + conv(y, width, 1, 1, f"{at}/layer3/conv")
+        x = norm(x, "head/norm").mean((1, 2))
+        return nn.Dense(4, param_dtype=jnp.float64, name="head/classifier")(x)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("semantics", [ARTICLE, HE2016])
+def test_the_net_equals_a_textbook_net_in_values_and_gradients(
+    float64, semantics, train
+):
+    model = create_model(replace(NET, semantics=semantics), DOUBLE)
+    images = images_of(4, dtype="float64")
+    variables = variables_of(model)
+    flat = {
+        collection: {
+            key: {path.rsplit("/", 1)[1]: leaf for path, leaf in group}
+            for key, group in _grouped(paths(tree))
+        }
+        for collection, tree in variables.items()
+    }
+    plain = PlainNet(shared=semantics == HE2016)
+    weight = images_of(4, shape=(4,), dtype="float64", seed=9)
+
+    def run(model, variables):
+        def loss(params):
+            logits, state = model.apply(
+                {**variables, "params": params},
+                images,
+                train=train,
+                mutable=["batch_stats"],
+            )
+            return (logits * weight).sum(), (logits, state["batch_stats"])
+
+        return jax.grad(loss, has_aux=True)(variables["params"])
+
+    gradient, (logits, stats) = run(model, variables)
+    # linen's own batch normalisation mixes dtypes.
+    with jax.numpy_dtype_promotion("standard"):
+        plain_gradient, (plain_logits, plain_stats) = run(plain, flat)
+    np.testing.assert_allclose(logits, plain_logits, rtol=1e-9, atol=1e-9)
+    for ours, theirs in ((gradient, plain_gradient), (stats, plain_stats)):
+        ours = paths(ours)
+        theirs = paths(theirs)
+        assert ours.keys() == theirs.keys()
+        for path, leaf in ours.items():
+            np.testing.assert_allclose(
+                leaf, theirs[path], rtol=1e-9, atol=1e-9, err_msg=path
+            )
+
+
+def _grouped(flat):
+    groups = {}
+    for path, leaf in flat.items():
+        groups.setdefault(path.rsplit("/", 1)[0], []).append((path, leaf))
+    return groups.items()
+
+
+def test_article_and_he2016_are_different_nets():
+    images = images_of()
+    shared, raw = (
+        create_model(
+            replace(NET, semantics=replace(HE2016, shortcut_input=shortcut_input))
+        )
+        for shortcut_input in ("preactivated", "raw")
+    )
+    variables = variables_of(shared)
+    a, b = (m.apply(variables, images, train=False) for m in (shared, raw))
+    assert not np.allclose(a, b, atol=1e-3)
+
+
+# How it is run changes nothing.
+
+
+def test_remat_changes_nothing(float64):
+    images = images_of(4, dtype="float64")
+
+    def run(remat):
+        model = create_model(NET, replace(DOUBLE, remat=remat))
+        variables = variables_of(model)
+
+        def loss(params):
+            out, state = model.apply(
+                {**variables, "params": params},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+            )
+            return jnp.square(out).sum(), state
+
+        text = str(jax.make_jaxpr(jax.grad(loss, has_aux=True))(variables["params"]))
+        value = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+        return value, "checkpoint" in text or "remat" in text
+
+    (plain, without), (again, within) = run(False), run(True)
+    assert (without, within) == (False, True)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12),
+        plain,
+        again,
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_and_logits_are_float32(key, dtype):
+    model = create_model(NET, Execution(dtype=dtype))
+    logits, variables = model.init_with_output(key, images_of(), train=False)
+    kinds = {leaf.dtype for leaf in jax.tree.leaves((variables, logits))}
+    assert kinds == {jnp.dtype("float32")}
+    maps = activations(model, variables, images_of())
+    assert maps["stack2/unit2"].dtype == dtype
+
+
+def test_bfloat16_is_close_to_float32():
+    variables = variables_of(create_model(NET))
+    wide, narrow = (
+        create_model(NET, Execution(dtype=d)).apply(variables, images_of(), train=False)
+        for d in ("float32", "bfloat16")
+    )
+    np.testing.assert_allclose(wide, narrow, atol=0.05 * float(jnp.abs(wide).max()))
+
+
+def test_the_net_is_a_pure_function():  # R27
+    model = create_model(NET)
+    variables, images = variables_of(model), images_of(3)
+    kept = jax.tree.map(np.array, variables)
+
+    def net(x):
+        return model.apply(variables, x, train=False)
+
+    once, twice = net(images), net(images)
+    assert np.array_equal(once, twice)
+    np.testing.assert_allclose(jax.jit(net)(images), once, rtol=1e-4, atol=1e-5)
+    each = jax.vmap(lambda x: net(x[None])[0])(images)
+    np.testing.assert_allclose(each, once, rtol=1e-4, atol=1e-5)
+    assert jax.eval_shape(net, images).shape == once.shape
+    assert jax.grad(lambda x: net(x).sum())(images).shape == images.shape
+    model.apply(variables, images, train=True, mutable=["batch_stats"])
+    jax.tree.map(np.testing.assert_array_equal, kept, variables)
+
+
+def test_the_mode_must_be_said():
+    model = create_model(NET)
+    with pytest.raises(TypeError, match="train"):
+        model.apply(variables_of(model), images_of())
+
+
+def test_running_statistics_keep_their_share():
+    layer = ResidualLayer(plan_unit(in_width=8, width=8).layers[0])
+    x = images_of(4, shape=(4, 4, 8)) * 2 + 1
+    variables = variables_of(layer, x.shape)
+    _, state = layer.apply(variables, x, train=True, mutable=["batch_stats"])
+    for name, batch in (("mean", x.mean((0, 1, 2))), ("var", x.var((0, 1, 2)))):
+        old = variables["batch_stats"]["norm"][name]
+        new = state["batch_stats"]["norm"][name]
+        np.testing.assert_allclose(new, 0.9 * old + 0.1 * batch, rtol=1e-4, atol=1e-5)
+
+
+@cache
+def largest_gradients(architecture):
+    """Each parameter's largest gradient, at two units a stack at most."""
+    model = create_model(architecture)
+    images = images_of(2, shape=(16, 16, 3))
+    variables = variables_of(model, images.shape)
+
+    @jax.jit
+    def gradients(params):
+        def loss(params):
+            # Running statistics: with the batch's, some gradients are zero by rule.
+            out = model.apply({**variables, "params": params}, images, train=False)
+            return -jax.nn.log_softmax(out)[:, 0].sum()
+
+        return jax.tree.map(lambda g: jnp.abs(g).max(), jax.grad(loss)(params))
+
+    return paths(gradients(variables["params"]))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_parameter_of_every_preset_gets_a_gradient(name):
+    preset = PRESETS[name].architecture
+    cut = replace(preset, units=tuple(min(n, 2) for n in preset.units))
+    for path, largest in largest_gradients(cut).items():
+        assert largest > 1e-6, path
