@@ -13,6 +13,8 @@ from flax_resnetv2.data import DataConfig, Dataset, Split
 NET = Architecture(
     units=(2, 2), widths=(8, 16), strides=(1, 2), stem_width=8, num_classes=4
 )
+SMALL = replace(NET, units=(1, 1), widths=(4, 8), stem_width=4)
+"""Where a test compiles often."""
 SHAPE = (8, 8, 3)
 
 
@@ -76,4 +78,13 @@ def images_of(count=2, shape=SHAPE, dtype="float32", seed=5):
     return jnp.asarray(values, dtype)
 
 
-__all__ = ["NET", "SHAPE", "config", "dataset", "images_of", "replace", "variables_of"]
+__all__ = [
+    "NET",
+    "SHAPE",
+    "SMALL",
+    "config",
+    "dataset",
+    "images_of",
+    "replace",
+    "variables_of",
+]

@@ -1,0 +1,100 @@
+"""How far a linear model gets on the embedded data set: softmax regression.
+
+    python -m benchmarks.linear_baseline
+
+Trains on the normalised pixels by L-BFGS on the whole training split until the loss is
+flat (it falls by less than 0.001 nats in 20 iterations), and prints one JSON line.
+"""
+
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+WINDOW = 20
+"""Iterations over which the loss must have stopped falling."""
+FLAT = 1e-3
+"""Nats by which it may still fall in a window."""
+
+
+def softmax_regression(
+    train_images: np.ndarray,
+    train_labels: np.ndarray,
+    test_images: np.ndarray,
+    test_labels: np.ndarray,
+    most: int = 1000,
+) -> dict[str, float]:
+    """Fit logits linear in the pixels, images uint8 [N, H, W, C], labels [N].
+
+    Returns:
+        Accuracies on both splits at the end and the best on the test split on the way,
+        iterations, the loss, and by how much it still fell in the last window.
+    """
+    mean, std = train_images.mean((0, 1, 2)), train_images.std((0, 1, 2))
+
+    def flat(images: np.ndarray) -> jax.Array:
+        pixels = (images - mean) / std
+        return jnp.asarray(pixels.reshape(len(images), -1), jnp.float32)
+
+    x, y, tx = flat(train_images), jnp.asarray(train_labels), flat(test_images)
+    ty, classes = jnp.asarray(test_labels), int(train_labels.max()) + 1
+
+    def logits(params: dict, x: jax.Array) -> jax.Array:
+        return x @ params["kernel"] + params["bias"]
+
+    def loss(params: dict) -> jax.Array:
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y)
+        return losses.mean()
+
+    optimizer = optax.lbfgs()
+
+    @jax.jit
+    def iterate(params: dict, state: optax.OptState) -> tuple:
+        value, gradient = optax.value_and_grad_from_state(loss)(params, state=state)
+        updates, state = optimizer.update(
+            gradient, state, params, value=value, grad=gradient, value_fn=loss
+        )
+        params = optax.apply_updates(params, updates)
+        right = logits(params, tx).argmax(-1) == ty
+        return params, state, value, right.mean()
+
+    params = {
+        "kernel": jnp.zeros([x.shape[1], classes]),
+        "bias": jnp.zeros([classes]),
+    }
+    state, losses, best = optimizer.init(params), [], 0.0
+    change = float("inf")
+    while len(losses) < most:
+        params, state, value, accuracy = iterate(params, state)
+        losses.append(float(value))
+        best = max(best, float(accuracy))
+        if len(losses) > WINDOW:
+            change = losses[-1 - WINDOW] - losses[-1]
+            if change < FLAT:
+                break
+    return {
+        "train_accuracy": float((logits(params, x).argmax(-1) == y).mean()),
+        "test_accuracy": float(accuracy),
+        "best_test_accuracy": best,
+        "iterations": len(losses),
+        "train_loss": losses[-1],
+        "fall_in_last_window": change,
+    }
+
+
+def main() -> None:
+    """Print the result on the embedded data set."""
+    from flax_resnetv2 import embedded
+
+    began = time.perf_counter()
+    result = softmax_regression(*embedded.draw("train"), *embedded.draw("test"))
+    seconds = round(time.perf_counter() - began, 1)
+    about = {"benchmark": "linear_baseline", "dataset": embedded.NAME}
+    print(json.dumps({**about, **result, "seconds": seconds, "jax": jax.__version__}))
+
+
+if __name__ == "__main__":
+    main()

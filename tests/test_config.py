@@ -1,0 +1,76 @@
+"""Recipes, their JSON form, and what is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from flax_resnetv2 import PRESETS, RECIPES, Architecture, Config, UsageError, plan
+from flax_resnetv2.augment import AugmentConfig
+from flax_resnetv2.config import check_config, differences, from_json, to_json
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_sound_and_survives_json(name):
+    config = RECIPES[name].config
+    check_config(config)
+    plan(config.architecture, (32, 32, 3))
+    assert from_json(to_json(config)) == config
+    assert RECIPES[name].description
+
+
+def test_every_preset_has_a_recipe():
+    assert {f"cifar10-{name}" for name in PRESETS} <= set(RECIPES)
+
+
+def test_uneven_fields_survive_json():
+    architecture = Architecture(
+        reduction=("previous", 2, 4), bridge=(True, False, True)
+    )
+    config = Config(architecture=architecture, augment=AugmentConfig(mean=(0.1, 0.2)))
+    assert from_json(to_json(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(colour=1), r"unknown field colour .* architecture"),
+        (lambda d: d["train"].update(lr=1), r"unknown field train.lr .* learning_rate"),
+        (lambda d: d.update(schema=99), r"schema=99 .* 1"),
+    ],
+)
+def test_a_file_from_elsewhere_is_refused(change, message):
+    values = json.loads(to_json(Config()))
+    change(values)
+    with pytest.raises(UsageError, match=message):
+        from_json(json.dumps(values))
+
+
+def test_what_is_not_json_is_refused():
+    with pytest.raises(UsageError, match="not a configuration in JSON"):
+        from_json("{")
+
+
+def test_differences_are_named():
+    old = Config()
+    new = replace(old, seed=4, train=replace(old.train, epochs=3))
+    assert differences(old, new) == ["train.epochs: 200 -> 3", "seed: 0 -> 4"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": -1}, r"seed=-1 must be from 0"),
+        ({"log_every": 0}, r"log_every=0 must be 1 or above"),
+        ({"keep_checkpoints": 0}, r"keep_checkpoints=0 must be 1 or above"),
+        ({"augment": AugmentConfig(crop_padding=-1)}, r"crop_padding=-1 must be 0"),
+        ({"augment": AugmentConfig(mean=(0.5,))}, r"mean and augment.std"),
+        (
+            {"architecture": Architecture(head="latent")},
+            r"head='latent' gives no logits",
+        ),
+    ],
+)
+def test_a_field_out_of_range_is_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        check_config(Config(**changes))

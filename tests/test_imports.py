@@ -1,0 +1,201 @@
+"""Who may import whom, what loads when, and what the package shows to the outside."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flax_resnetv2
+
+PACKAGE = Path(flax_resnetv2.__file__).parent
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+OURS = {
+    "errors": "",
+    "semantics": "errors",
+    "architecture": "semantics errors",
+    "planning": "architecture semantics errors",
+    "presets": "architecture semantics errors",
+    "ops": "errors",
+    "augment": "errors",
+    "report": "errors",
+    "checkpoint": "errors",
+    "model": "planning architecture presets ops errors",
+    "embedded": "errors",
+    "preparation": "embedded errors",
+    "records": "errors",
+    "data": "augment preparation records errors",
+    "training": "augment errors",
+    "config": "architecture presets augment data training errors",
+    "loop": "config model data training checkpoint report errors",
+    "analysis": "architecture planning model presets errors",
+    "inference": "config model augment checkpoint training data errors",
+    "cli": "config loop inference analysis errors",
+}
+"""What each module may import of ours, anywhere in it."""
+
+THEIRS = {
+    "ops": "jax",
+    "augment": "jax",
+    "report": "rich",
+    "checkpoint": "jax orbax",
+    "model": "jax flax",
+    "embedded": "numpy",
+    "preparation": "numpy tensorflow_datasets PIL rich",
+    "records": "numpy tensorflow_datasets PIL",
+    "data": "jax numpy",
+    "training": "jax flax optax",
+    "loop": "jax numpy",
+    "analysis": "jax flax matplotlib numpy",
+    "inference": "jax numpy PIL",
+    "cli": "numpy tyro",
+}
+"""The same for other people's packages; a module that is not here needs none."""
+
+LAZY = {"orbax", "tensorflow_datasets", "matplotlib", "tyro", "PIL", "array_record"}
+"""Never at the top of a module."""
+
+
+def tree_of(module):
+    return ast.parse((PACKAGE / f"{module}.py").read_text())
+
+
+def is_type_checking(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def imports(node):
+    """Yield the dotted name of everything imported below ``node`` at run time."""
+    for child in ast.iter_child_nodes(node):
+        if is_type_checking(child):
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "relative import"
+            if child.module == "flax_resnetv2":
+                yield from (f"flax_resnetv2.{alias.name}" for alias in child.names)
+            else:
+                yield child.module
+        yield from imports(child)
+
+
+def top_level(tree):
+    """The same tree without the bodies of functions."""
+    return ast.Module(
+        [n for n in tree.body if not isinstance(n, ast.FunctionDef | ast.ClassDef)], []
+    )
+
+
+def packages(names):
+    return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
+
+
+def test_every_module_has_a_row_in_the_table():
+    assert set(MODULES) == set(OURS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_its_row_allows(module):
+    names = list(imports(tree_of(module)))
+    ours = {n.split(".")[1] for n in names if n.startswith("flax_resnetv2.")}
+    assert ours <= set(OURS.get(module, "").split())
+    theirs = packages(names) - {"flax_resnetv2"}
+    assert theirs <= set(THEIRS.get(module, "").split())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_heavy_packages_are_imported_where_they_are_used(module):
+    assert not packages(imports(top_level(tree_of(module)))) & LAZY
+
+
+def test_the_net_is_known_to_training_as_a_type_only():
+    blocks = [n for n in ast.walk(tree_of("training")) if is_type_checking(n)]
+    assert len(blocks) == 1
+    assert list(imports(blocks[0])) == ["flax_resnetv2.model"]
+
+
+def test_pmap_stands_in_the_loop_alone():
+    users = {
+        module
+        for module in MODULES
+        for node in ast.walk(tree_of(module))
+        if getattr(node, "attr", getattr(node, "id", None)) == "pmap"
+    }
+    assert users == {"loop"}
+
+
+def run_python(code):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+
+
+def test_importing_the_package_is_light():
+    code = """
+import sys
+import flax_resnetv2
+print(*sys.modules)
+"""
+    heavy = {"jax", "flax", "optax", "numpy", "tensorflow"} | LAZY
+    assert not heavy & set(run_python(code))
+
+
+def test_the_model_starts_no_backend_and_loads_no_tensorflow():
+    code = """
+import sys
+from flax_resnetv2 import Architecture, ResNetV2, create_model, make_train_step, fit
+create_model(Architecture())
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+print(*(name for name in sys.modules if "." not in name))
+"""
+    heavy = {"tensorflow", "orbax", "tensorflow_datasets", "matplotlib", "tyro", "PIL"}
+    loaded = set(run_python(code))
+    assert "jax" in loaded
+    assert not heavy & loaded
+
+
+def test_type_checkers_see_the_names_that_the_package_has():
+    block = next(n for n in ast.walk(tree_of("__init__")) if is_type_checking(n))
+    seen = {
+        node.module.removeprefix("flax_resnetv2."): tuple(a.name for a in node.names)
+        for node in block.body
+    }
+    assert seen == flax_resnetv2._HOME
+
+
+@pytest.mark.parametrize("name", flax_resnetv2.__all__)
+def test_every_public_name_is_there_and_documented(name):
+    value = getattr(flax_resnetv2, name)
+    assert name in dir(flax_resnetv2)
+    if callable(value):
+        assert len(inspect.getdoc(value)) > 20
+        # A dataclass without a docstring is given its signature as one.
+        assert not value.__doc__.startswith(f"{name}(")
+    else:
+        home = tree_of(flax_resnetv2._MODULE_OF[name]).body
+        at = next(k for k, node in enumerate(home) if assigned(node) == name)
+        assert isinstance(home[at + 1].value, ast.Constant), "no docstring below it"
+
+
+def assigned(node):
+    target = getattr(node, "targets", [getattr(node, "target", None)])[0]
+    return getattr(target, "id", None)
+
+
+@pytest.mark.parametrize("module", ["__init__", *MODULES])
+def test_every_module_says_what_it_is_for(module):
+    assert len(ast.get_docstring(tree_of(module))) > 40
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(AttributeError, match="has no attribute 'Resnet'"):
+        _ = flax_resnetv2.Resnet

@@ -1,0 +1,293 @@
+"""Schedules, optimisers, the pure step, and its equality over device counts."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flax_resnetv2 import (
+    Execution,
+    TrainConfig,
+    UsageError,
+    create_model,
+    create_train_state,
+    make_eval_step,
+    make_train_step,
+    training,
+)
+from flax_resnetv2.augment import AugmentConfig, Batch
+from tests import tiny
+
+PIXELS = AugmentConfig(crop_padding=1, mean=(0.5,) * 3, std=(0.25,) * 3)
+PLAIN = replace(PIXELS, crop_padding=0, flip=False)
+
+
+def batch_of(count, seed=0, padding=0):
+    rng = np.random.default_rng(seed)
+    return Batch(
+        jnp.asarray(rng.integers(0, 256, (count, *tiny.SHAPE), dtype=np.uint8)),
+        jnp.asarray(rng.integers(0, 4, count, dtype=np.int32)),
+        jnp.arange(count) < count - padding,
+    )
+
+
+def state_of(model, config):
+    """A state with parameters unlike their start."""
+    state = create_train_state(model, config, jax.random.key(0), tiny.SHAPE, 10)
+    variables = tiny.variables_of(model)
+    averages = None if state.ema is None else jax.tree.map(jnp.copy, variables)
+    return state.replace(
+        params=variables["params"], batch_stats=variables["batch_stats"], ema=averages
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    return create_model(tiny.NET)
+
+
+# Schedules
+
+
+@pytest.mark.parametrize(
+    ("changes", "rates"),
+    [
+        ({"schedule": "constant"}, {0: 1.0, 99: 1.0}),
+        ({"schedule": "cosine"}, {0: 1.0, 50: 0.5, 100: 0.0}),
+        ({"schedule": "linear"}, {0: 1.0, 25: 0.75, 100: 0.0}),
+        (
+            {"schedule": "linear", "warmup_epochs": 2},
+            {0: 0.0, 10: 0.5, 20: 1.0, 60: 0.5},
+        ),
+        ({"schedule": "cosine", "warmup_epochs": 2}, {10: 0.5, 20: 1.0, 60: 0.5}),
+        ({"schedule": "steps"}, {0: 1.0, 49: 1.0, 51: 0.1, 76: 0.01, 99: 0.01}),
+        ({"schedule": "steps", "warmup_epochs": 1}, {0: 0.1, 9: 0.1, 10: 1.0}),
+        ({"schedule": "one_cycle"}, {0: 0.04, 30: 1.0, 100: 4e-6}),
+        ({"schedule": "one_cycle", "warmup_epochs": 2}, {0: 0.04, 20: 1.0}),
+    ],
+)
+def test_schedules(changes, rates):
+    config = TrainConfig(epochs=10, learning_rate=1.0, **changes)
+    # optax's one-cycle schedule mixes dtypes.
+    with jax.numpy_dtype_promotion("standard"):
+        schedule = training.make_schedule(config, steps_per_epoch=10)
+        for step, rate in rates.items():
+            assert float(schedule(step)) == pytest.approx(rate, rel=1e-4, abs=1e-6)
+
+
+# Optimisers
+
+
+PARAMS = {"conv": {"kernel": np.array([1.0, -2.0]), "bias": np.array([0.5])}}
+GRADIENT = {"conv": {"kernel": np.array([0.1, 0.3]), "bias": np.array([-0.2])}}
+
+
+def steps_of(optimizer, gradient_of, count=3):
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    state = optimizer.init(params)
+    for _ in range(count):
+        updates, state = optimizer.update(gradient_of(params), state, params)
+        params = optax.apply_updates(params, updates)
+    return params["conv"]
+
+
+def given(_):
+    return jax.tree.map(jnp.asarray, GRADIENT)
+
+
+def made(**changes):
+    config = TrainConfig(
+        epochs=1, schedule="constant", learning_rate=0.1, weight_decay=0.5, **changes
+    )
+    return training.make_optimizer(config, 10)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_sgd_is_the_textbook_one(float64, nesterov):
+    w, v = PARAMS["conv"]["kernel"], np.zeros(2)
+    for _ in range(3):
+        g = GRADIENT["conv"]["kernel"] + 0.5 * w
+        v = 0.9 * v + g
+        w = w - 0.1 * (g + 0.9 * v if nesterov else v)
+    ours = steps_of(made(nesterov=nesterov), given)
+    np.testing.assert_allclose(ours["kernel"], w, rtol=1e-12)
+
+
+def test_adam_l2_is_adam_on_a_loss_with_the_term(float64):
+    def with_term(params):
+        term = jax.grad(lambda p: 0.5 / 2 * jnp.square(p["conv"]["kernel"]).sum())
+        return jax.tree.map(jnp.add, given(params), term(params))
+
+    ours = steps_of(made(optimizer="adam_l2"), given)
+    explicit = steps_of(optax.adam(0.1), with_term)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), ours, explicit
+    )
+    decoupled = steps_of(made(optimizer="adamw"), given)
+    assert not np.allclose(ours["kernel"], decoupled["kernel"])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adam_l2"])
+def test_kernels_alone_decay_unless_all_is_said(optimizer):
+    def nothing(params):
+        return jax.tree.map(jnp.zeros_like, params)
+
+    kernels = steps_of(made(optimizer=optimizer), nothing)
+    assert np.array_equal(kernels["bias"], PARAMS["conv"]["bias"])
+    assert not np.allclose(kernels["kernel"], PARAMS["conv"]["kernel"])
+    everything = steps_of(made(optimizer=optimizer, decay="all"), nothing)
+    assert not np.allclose(everything["bias"], PARAMS["conv"]["bias"])
+
+
+# The step
+
+
+def test_the_step_is_a_pure_function_of_sums(model):
+    config = TrainConfig(epochs=1, schedule="constant")
+    step = jax.jit(make_train_step(model, config, PIXELS, seed=0, steps_per_epoch=10))
+    state, batch = state_of(model, config), batch_of(8)
+    (new, metrics), (again, _) = step(state, batch), step(state, batch)
+    jax.tree.map(np.testing.assert_array_equal, new, again)
+    assert int(new.step) == int(state.step) + 1
+    assert int(metrics["count"]) == 8
+    assert int(metrics["steps"]) == 1
+    assert set(metrics["gradient_norm"]) == {"stem", "stack1", "stack2", "head"}
+    assert 0 <= int(metrics["correct"]) <= 8
+    assert float(metrics["loss"]) > 0
+
+
+def test_the_loss_is_the_sum_of_smoothed_cross_entropies(float64):
+    logits = jnp.asarray([[1.0, 2.0, 0.0], [0.5, 0.0, 3.0], [9.0, 0.0, 0.0]])
+    batch = Batch(None, jnp.asarray([1, 0, 2]), jnp.asarray([True, True, False]))
+    loss, correct = training.score(logits, batch, 0.3)
+    log = np.asarray(logits) - np.log(np.exp(logits).sum(-1, keepdims=True))
+    target = np.full((3, 3), 0.1) + 0.7 * np.eye(3)[[1, 0, 2]]
+    expected = -(target * log).sum(-1)[:2].sum()
+    assert float(loss) == pytest.approx(expected, rel=1e-12)
+    assert int(correct) == 1
+
+
+def test_padded_rows_count_for_nothing(model):
+    variables = tiny.variables_of(model)
+    step = jax.jit(make_eval_step(model, PLAIN))
+    padded = batch_of(6, padding=2)
+    whole = jax.tree.map(lambda x: x[:4], padded)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+        step(variables, padded),
+        step(variables, whole),
+    )
+
+
+def test_the_average_follows_the_parameters(model):
+    config = TrainConfig(epochs=1, schedule="constant", ema=0.9)
+    step = jax.jit(make_train_step(model, config, PIXELS, seed=0, steps_per_epoch=10))
+    state = state_of(model, config)
+    for done, keep in ((0, 0.1), (1, 2 / 11)):
+        new, _ = step(state, batch_of(8, seed=done))
+        expected = jax.tree.map(
+            lambda a, b, keep=keep: keep * a + (1 - keep) * b,
+            state.ema,
+            {"params": new.params, "batch_stats": new.batch_stats},
+        )
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+            new.ema,
+            expected,
+        )
+        state = new
+    assert state.variables() is state.ema
+    assert state_of(model, replace(config, ema=0.0)).ema is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, r"train.epochs=0 must be a whole number"),
+        ({"batch_size": -8}, r"train.batch_size=-8 must be"),
+        ({"eval_batch_size": 0}, r"train.eval_batch_size=0 must be"),
+        ({"learning_rate": 0.0}, r"train.learning_rate=0.0 must be above 0"),
+        ({"weight_decay": -1.0}, r"train.weight_decay=-1.0 must be 0 or above"),
+        ({"momentum": 1.0}, r"train.momentum=1.0 must be in \[0, 1\)"),
+        ({"label_smoothing": -0.1}, r"train.label_smoothing=-0.1 must be in"),
+        ({"ema": 1.5}, r"train.ema=1.5 must be in"),
+        ({"warmup_epochs": 200.0}, r"warmup_epochs=200.0 must be .* epochs=200"),
+        ({"drops": (0.7, 0.5)}, r"train.drops=\(0.7, 0.5\) must be rising"),
+        ({"drops": (1.5,)}, r"train.drops=\(1.5,\) must be rising"),
+    ],
+)
+def test_numbers_that_cannot_train_are_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        training.check_train(TrainConfig(**changes))
+
+
+# The same on any number of devices
+
+
+def run_on(devices, dtype, steps, psum=None):
+    """Losses of ``steps``, the final state, and the first gradient norms."""
+    execution = Execution(dtype=dtype, batch_norm_axis="d")
+    model = create_model(tiny.NET, execution)
+    config = TrainConfig(epochs=1, schedule="constant", learning_rate=0.05)
+    step = make_train_step(
+        model, config, PIXELS, seed=3, steps_per_epoch=10, axis_name="d"
+    )
+    mapped = jax.pmap(
+        step,
+        axis_name="d",
+        in_axes=(None, 0),
+        out_axes=(None, None),
+        devices=jax.devices()[:devices],
+    )
+    state, losses, norms = state_of(model, config), [], []
+    for number in range(steps):
+        batch = jax.tree.map(
+            lambda x: x.reshape(devices, -1, *x.shape[1:]), batch_of(16, seed=number)
+        )
+        state, metrics = mapped(state, batch)
+        losses.append(float(metrics["loss"]))
+        norms.append(jax.tree.map(float, metrics["gradient_norm"]))
+    return np.array(losses), norms, state
+
+
+def unequal_shards(state):
+    """How many leaves differ between devices by a bit or more."""
+    differing = 0
+    for leaf in jax.tree.leaves(state):
+        first, *others = [np.asarray(s.data) for s in leaf.addressable_shards]
+        differing += any(first.tobytes() != other.tobytes() for other in others)
+    return differing
+
+
+def test_float64_losses_are_equal_on_1_2_and_8_devices(float64):
+    one, _, _ = run_on(1, "float64", 5)
+    for devices in (2, 8):
+        losses, _, state = run_on(devices, "float64", 5)
+        np.testing.assert_allclose(losses, one, rtol=1e-10)
+        assert unequal_shards(state) == 0
+    assert len(set(one)) == 5
+
+
+def test_float32_first_loss_and_gradient_are_equal():
+    losses, norms, before = run_on(1, "float32", 1)
+    for devices in (2, 8):
+        others, other_norms, after = run_on(devices, "float32", 1)
+        np.testing.assert_allclose(others, losses, rtol=1e-5)
+        for part, norm in norms[0].items():
+            assert other_norms[0][part] == pytest.approx(norm, rel=1e-5)
+        # One step of SGD: parameters differ as the gradients do.
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+            after.params,
+            before.params,
+        )
+        assert unequal_shards(after) == 0
+
+
+def test_a_forgotten_collective_is_seen(monkeypatch):
+    monkeypatch.setattr(training.lax, "psum", lambda tree, axis_name: tree)
+    _, _, state = run_on(2, "float32", 1)
+    assert unequal_shards(state) > 0
