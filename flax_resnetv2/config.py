@@ -184,3 +184,4 @@ def _recipes() -> dict[str, Recipe]:
 
 
 RECIPES: dict[str, Recipe] = _recipes()
+"""What ``train.py`` can be told to do, by name."""

@@ -8,7 +8,7 @@ a batch inside the compiled step.
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from flax_resnetv2.augment import Batch
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.records import class_names, find_prepared, read_split
 
+DatasetName = Literal["cifar10", "embedded_shapes"]
 PADDING = -1
 """In an order: a place of the batch that holds no image."""
 
@@ -27,7 +28,7 @@ PADDING = -1
 class DataConfig:
     """Which images, and where they are."""
 
-    name: Literal["cifar10", "embedded_shapes"] = "cifar10"
+    name: DatasetName = "cifar10"
     """cifar10, or the ten shapes that the project draws itself."""
     dir: str | None = None
     """Directory of TFDS data sets. None: TFDS_DATA_DIR, then TFDS's own default; for
@@ -92,6 +93,10 @@ def open_dataset(config: DataConfig) -> Dataset:
             archive is not CIFAR-10, ``validation`` leaves nothing to train on.
         RunError: the download failed.
     """
+    if config.name not in (names := get_args(DatasetName)):
+        raise UsageError(
+            f"data.name={config.name!r} is unknown; choose one of {', '.join(names)}"
+        )
     root = _data_dir(config)
     directory = find_prepared(config.name, root)
     if directory is None:

@@ -69,6 +69,7 @@ PRESETS: dict[str, Preset] = {
     "he2016-resnet164": Preset(_he2016(18), 1_703_258, _HE),
     "he2016-resnet1001": Preset(_he2016(111), 10_327_706, _HE),
 }
+"""Every named architecture; names say whose net it is."""
 
 
 def get_preset(name: str) -> Preset:

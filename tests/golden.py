@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ from flax_resnetv2 import PRESETS, create_model
 DIRECTORY = Path(__file__).parent / "golden"
 
 
+@cache
 def variable_shapes(architecture):
     """Shapes of all variables for 32x32 images, without computing any."""
     model = create_model(architecture)

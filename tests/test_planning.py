@@ -12,6 +12,7 @@ from flax_resnetv2 import (
     Semantics,
     UsageError,
     plan,
+    plan_stack,
     plan_unit,
 )
 from flax_resnetv2.analysis import layer_table, receptive_field
@@ -69,9 +70,9 @@ def test_the_exception_holds_only_behind_a_stem_that_ends_in_a_norm(architecture
     assert all(x.norm for _, _, unit in units_of(net) for x in unit.layers)
 
 
-@pytest.mark.parametrize(("layer", "unit"), [(1, "bottleneck"), (2, "bottleneck")])
-def test_the_stride_sits_in_one_layer_of_unit_1(layer, unit):  # R7
-    net = plan(Architecture(semantics=replace(ARTICLE, stride_layer=layer), unit=unit))
+@pytest.mark.parametrize("layer", [1, 2])
+def test_the_stride_sits_in_one_layer_of_unit_1(layer):  # R7
+    net = plan(Architecture(semantics=replace(ARTICLE, stride_layer=layer)))
     for stack, number, planned in units_of(net):
         strides = [x.conv.stride for x in planned.layers]
         expected = [1, 1, 1]
@@ -157,6 +158,56 @@ def test_one_to_five_stacks(count):  # R13
         assert (stack.bridge is not None) == architecture.bridge[k]
 
 
+@pytest.mark.parametrize(
+    "field",
+    ["widths", "strides", "reduction", "central_reduction", "kernel", "bridge"],
+)
+def test_a_list_of_another_length_than_units_is_named(field):  # R13
+    with pytest.raises(UsageError, match=rf"^{field}=\(1, 1\) has 2 values, .*3 stacks"):
+        plan(Architecture(**{field: (1, 1)}))
+
+
+def test_a_bridge_is_the_identity_where_shapes_agree():  # R20
+    first, second, third = plan(Architecture(bridge=(True, True, False))).stacks
+    assert (first.bridge, third.bridge) == ("identity", None)
+    conv = second.bridge
+    assert (conv.in_width, conv.width, conv.kernel, conv.stride) == (64, 128, 1, 2)
+    wider = plan_stack(in_width=8, width=16, units=1, bridge=True).bridge
+    assert (wider.width, wider.stride) == (16, 1)
+    strided = plan_stack(in_width=8, width=8, units=1, stride=2, bridge=True).bridge
+    assert (strided.width, strided.stride) == (8, 2)
+
+
+def test_stems():  # R16
+    seven = Architecture(stem_kernel=7, stem_stride=2, stem_pool=True)
+    stem = plan(seven).stem
+    assert [(c.kernel, c.stride, c.width) for c in stem.convs] == [(7, 2, 64)]
+    assert stem.pool == "lowest"
+    stem = plan(Architecture(stem_second_stride=2, semantics=HE2016)).stem
+    assert [(c.kernel, c.stride, c.width) for c in stem.convs] == [
+        (3, 1, 64),
+        (3, 2, 64),
+    ]
+    assert [norm is not None for norm in stem.norms] == [True, False]
+    assert stem.pool is None
+
+
+@pytest.mark.parametrize(
+    "position", ["stem", "layer1", "layer2", "layer3", "shortcut"]
+)
+def test_a_bias_stands_only_where_the_semantics_puts_it(position):
+    semantics = replace(ARTICLE, biases=(position,))
+    net = plan(Architecture(bridge=True, stem_second_stride=1, semantics=semantics))
+    for name, conv in net.convolutions():
+        assert conv.bias == (position in name), name
+
+
+def test_zero_init_last_is_about_the_last_layer_alone():  # R10
+    net = plan(Architecture(semantics=replace(ARTICLE, zero_init_last=True)))
+    for name, conv in net.convolutions():
+        assert (conv.init == "zeros") == ("layer3" in name), name
+
+
 def test_five_stacks_end_at_2x2_and_odd_sizes_work():  # R15
     five = Architecture(
         units=(1,) * 5, widths=(8,) * 5, strides=(1, 2, 2, 2, 2), stem_width=8
@@ -186,6 +237,12 @@ def test_depth_counts_as_the_papers_do(unit, n, depth):  # E1
     reduction = 1 if unit == "basic" else 2
     net = Architecture(units=(n, n, n), unit=unit, reduction=reduction)
     assert net.depth == depth
+
+
+def test_depth_counts_the_stem_convolutions_too():
+    assert Architecture().depth == 29
+    assert Architecture(stem=False).depth == 28
+    assert Architecture(stem_second_stride=2).depth == 30
 
 
 def test_units_after_the_first_have_equal_plans():
@@ -237,16 +294,42 @@ MISTAKES = [
     ({"kernel": (3, 3)}, r"kernel=\(3, 3\) has 2 values"),
     ({"unit": "basic"}, r"reduction=2 in stack 1: a basic unit has no reduction"),
     ({"unit": "dense"}, r"unit='dense' is unknown; .*'bottleneck', 'basic'"),
+    (
+        {"unit": "basic", "reduction": 1, "central_reduction": 2},
+        r"central_reduction=2 in stack 1: a basic unit has no reduction",
+    ),
     ({"bridge": "yes"}, r"bridge='yes' is unknown; .*True, False"),
     ({"stem": 1}, r"stem=1 is unknown; .*True, False"),
     ({"stem_kernel": 4}, r"stem_kernel must be an odd .* got 4"),
     ({"stem_width": 0}, r"stem_width must be .* got 0"),
     ({"stem_second_stride": 0}, r"stem_second_stride must be .* got 0"),
+    ({"stem_stride": 2.0}, r"stem_stride must be .* got 2.0"),
+    ({"stem_pool": "max"}, r"stem_pool='max' is unknown; .*True, False"),
     ({"head": "mlp"}, r"head='mlp' is unknown; .*'classifier', 'latent', 'none'"),
+    ({"head_input": "max"}, r"head_input='max' .*'pooled', 'flattened'"),
     ({"num_classes": 0}, r"num_classes must be .* got 0"),
+    ({"num_classes": True}, r"num_classes must be .* got True"),
+    ({"latent_variance": 1}, r"latent_variance=1 is unknown; .*True, False"),
     ({"hidden": (10, 0)}, r"hidden layer 2 must be .* got 0"),
     ({"latent": 0}, r"latent must be .* got 0"),
     ({"semantics": Semantics(stride_layer=3)}, r"semantics.stride_layer=3 .*1, 2"),
+    (
+        {"semantics": Semantics(shortcut_input="pre")},
+        r"shortcut_input='pre' .*'raw', 'preactivated'",
+    ),
+    (
+        {"semantics": Semantics(projection="never")},
+        r"projection='never' .*'when_needed', 'every_stack'",
+    ),
+    (
+        {"semantics": Semantics(pool_padding="one")},
+        r"pool_padding='one' .*'lowest', 'zero'",
+    ),
+    (
+        {"semantics": Semantics(kernel_init="glorot")},
+        r"kernel_init='glorot' .*'he_normal', 'he_normal_fan_out'",
+    ),
+    ({"semantics": Semantics(stem_norm=0)}, r"stem_norm=0 is unknown; .*True, False"),
     ({"semantics": Semantics(padding="valid")}, r"semantics.padding='valid' .*'same'"),
     ({"semantics": Semantics(biases=("layer4",))}, r"semantics.biases='layer4'"),
     ({"semantics": Semantics(norm_epsilon=0.0)}, r"norm_epsilon=0.0 must be above 0"),
@@ -261,6 +344,26 @@ def test_a_mistake_is_named_with_its_value_and_the_choices(changes, message):
         plan(Architecture(**changes))
     assert re.search(message, str(caught.value)), str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"in_width": 0}, r"^in_width must be .* got 0"),
+        ({"width": 9}, r"^reduction=2 does not divide width=9; .*1, 3, 9"),
+        ({"stride": 0}, r"^stride must be .* got 0"),
+        ({"kernel": 4}, r"^kernel must be an odd .* got 4"),
+        ({"unit": "wide"}, r"^unit='wide' is unknown"),
+    ],
+)
+def test_a_unit_planned_by_hand_is_checked_too(changes, message):
+    with pytest.raises(UsageError, match=message):
+        plan_unit(**({"in_width": 8, "width": 8} | changes))
+
+
+def test_an_image_without_pixels_is_refused():
+    with pytest.raises(UsageError, match="height of image_shape must be .* got 0"):
+        plan(Architecture(), (0, 32, 3))
 
 
 @pytest.mark.parametrize(

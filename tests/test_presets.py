@@ -1,6 +1,7 @@
 """Every preset against its reference count, a count by hand, and its golden tree."""
 
 import json
+from dataclasses import replace
 
 import jax
 import pytest
@@ -56,10 +57,21 @@ def test_parameters_equal_the_reference_and_the_count_by_hand(name):
     assert preset.source
 
 
+def test_the_net_of_the_figure_at_both_reductions():  # R14
+    figure = PRESETS["article-figure"].architecture
+    assert (figure.units, figure.depth) == ((3, 6, 6, 3), 56)
+    for reduction, count in ((2, 4_302_410), (4, 1_524_298)):
+        shapes = golden.variable_shapes(replace(figure, reduction=reduction))
+        built = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+        by_hand = count_by_hand(figure.units, figure.widths, 64, reduction, True)
+        assert built == by_hand == count
+
+
 def test_published_counts():
     counts = [p.parameters for name, p in PRESETS.items() if name.startswith("he2016")]
     assert counts == [219_482, 590_426, 1_146_842, 1_703_258, 10_327_706]
-    assert PRESETS["article-figure"].architecture.depth == 56
+    depths = [p.architecture.depth for n, p in PRESETS.items() if n[:6] == "he2016"]
+    assert depths == [20, 56, 110, 164, 1001]
 
 
 @pytest.mark.parametrize("name", PRESETS)

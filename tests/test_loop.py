@@ -1,0 +1,459 @@
+"""The whole loop on tiny data: files, resuming, devices, and what is refused."""
+
+import io
+import json
+from dataclasses import replace
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from flax_resnetv2 import (
+    Checkpointer,
+    Execution,
+    UsageError,
+    create_model,
+    loop,
+    report,
+    training,
+)
+from flax_resnetv2.augment import AugmentConfig, normalise
+from flax_resnetv2.config import load_config
+from flax_resnetv2.data import Split
+from flax_resnetv2.report import Reporter
+from tests import tiny
+
+TIMES = {"seconds", "images_per_second"}
+
+
+def data(train=50, validation=0, test=23):
+    whole = tiny.dataset(train + validation, test)
+    images = whole.splits["train"]
+    splits = {**whole.splits, "train": Split(*(x[:train] for x in images))}
+    if validation:
+        splits["validation"] = Split(*(x[train:] for x in images))
+    return replace(whole, splits=splits)
+
+
+def configuration(**train):
+    return replace(tiny.config(**train), architecture=tiny.SMALL)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_once(tmp_path_factory):
+    """Keep compiled programs on disk: most tests here run the same ones."""
+    cache = tmp_path_factory.mktemp("compiled")
+    old = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", old)
+
+
+@pytest.fixture
+def fit(monkeypatch, tmp_path):
+    """Run ``fit`` on a data set in memory; give result, lines and final state."""
+
+    def run(config, *, devices=2, dataset=None, workdir="run"):
+        dataset = dataset or data()
+        states = []
+        evaluate = loop._evaluate_all
+
+        def keep(run, state, *rest):
+            states.append(jax.tree.map(shards, state))
+            evaluate(run, state, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "open_dataset", lambda _: dataset)
+            patch.setattr(loop, "_evaluate_all", keep)
+            directory = tmp_path / workdir
+            result = loop.fit(config, directory, devices=jax.devices()[:devices])
+        return result, lines_of(directory), states[-1] if states else None
+
+    return run
+
+
+def shards(leaf):
+    """What each device holds of an array."""
+    return [np.asarray(shard.data) for shard in leaf.addressable_shards]
+
+
+def differing(state):
+    """Paths of the arrays that are not the same, bit by bit, on all devices."""
+    leaves = jax.tree.leaves_with_path(state, is_leaf=lambda x: isinstance(x, list))
+    return [
+        jax.tree_util.keystr(path)
+        for path, (first, *others) in leaves
+        if any(first.tobytes() != other.tobytes() for other in others)
+    ]
+
+
+def lines_of(directory):
+    text = (directory / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def untimed(lines):
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def losses(lines):
+    return [line["loss"] for line in lines if line["split"] == "train"]
+
+
+def test_a_run_leaves_its_files(fit, tmp_path):
+    config = replace(configuration(ema=0.9), log_every=4)
+    result, lines, state = fit(config, dataset=data(validation=9))
+    directory = tmp_path / "run"
+    saved = load_config(directory)
+    mean, std = data().channel_statistics()
+    assert saved == replace(config, augment=replace(config.augment, mean=mean, std=std))
+    environment = json.loads((directory / "environment.json").read_text())
+    assert environment["versions"]["jax"] == jax.__version__
+    assert len(environment["devices"]) == 2
+    facts = json.loads((directory / "dataset.json").read_text())
+    assert facts["class_names"] == ["a", "b", "c", "d"]
+    assert facts["image_shape"] == [8, 8, 3]
+    assert facts["images"] == {"train": 50, "test": 23, "validation": 9}
+    assert sorted(p.name for p in (directory / "checkpoints").iterdir()) == ["12", "6"]
+    assert result == lines[-1]
+    assert int(state.step[0]) == 12
+
+
+def test_the_lines_of_metrics_keep_the_contract(fit):
+    config = replace(configuration(), log_every=4)
+    _, lines, _ = fit(config, dataset=data(validation=9))
+    order = [(line["split"], line["step"], line["count"]) for line in lines]
+    assert order == [
+        ("train", 4, 32),
+        ("train", 6, 16),
+        ("validation", 6, 9),
+        ("test", 6, 23),
+        ("train", 8, 16),
+        ("train", 12, 32),
+        ("validation", 12, 9),
+        ("test", 12, 23),
+    ]
+    common = {"step", "epoch", "split", "loss", "accuracy", "count", "seconds"}
+    own = {
+        "train": {"images_per_second", "learning_rate", "gradient_norm"},
+        "test": {"residual_ratio"},
+        "validation": {"residual_ratio"},
+    }
+    for line in lines:
+        assert set(line) == common | own[line["split"]]
+        assert line["epoch"] == pytest.approx(line["step"] / 6, abs=1e-6)
+        assert 0 <= line["accuracy"] <= 1
+        assert line["accuracy"] * line["count"] == pytest.approx(
+            round(line["accuracy"] * line["count"]), abs=1e-9
+        )
+    assert set(lines[0]["gradient_norm"]) == {"stem", "stack1", "stack2", "head"}
+    assert {k: len(v) for k, v in lines[-1]["residual_ratio"].items()} == {
+        "stack1": 1,
+        "stack2": 1,
+    }
+    # The rate of the last step that the line counts: cosine over 12 steps.
+    expected = 0.05 * (1 + np.cos(np.pi * 3 / 12)) / 2
+    assert lines[0]["learning_rate"] == pytest.approx(expected, rel=1e-5)
+    seconds = [line["seconds"] for line in lines]
+    assert seconds == sorted(seconds)
+
+
+def test_a_run_learns(fit):
+    result, _, _ = fit(configuration(epochs=8, learning_rate=0.1))
+    assert result["accuracy"] > 0.6
+    assert result["count"] == 23
+
+
+@pytest.mark.parametrize(("devices", "batch"), [(1, 7), (3, 23), (8, 5), (8, 64)])
+def test_evaluation_counts_every_image_once(devices, batch):
+    config = configuration(batch_size=24, eval_batch_size=batch)
+    mean, std = data().channel_statistics()
+    pixels = AugmentConfig(mean=mean, std=std)
+    config = replace(config, augment=pixels)
+    run = loop._Run(config, data(), jax.devices()[:devices])
+    model = create_model(tiny.SMALL)
+    variables = tiny.variables_of(model)
+    state = training.TrainState(
+        0, variables["params"], variables["batch_stats"], None, None
+    )
+    sums = run.evaluate(run.place(state), "test")
+    image, label = data().splits["test"]
+    images = normalise(jax.numpy.asarray(image), pixels, "float32")
+    logits = np.asarray(model.apply(variables, images, train=False))
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert int(sums["count"]) == 23
+    assert int(sums["correct"]) == (logits.argmax(-1) == label).sum()
+    assert float(sums["loss"]) == pytest.approx(-log_p[range(23), label].sum(), 1e-5)
+
+
+def test_resumed_is_uninterrupted_bit_for_bit(fit, monkeypatch):
+    config = configuration(ema=0.9, optimizer="adamw")
+    dataset = data(validation=9)
+    straight = fit(config, dataset=dataset, workdir="straight")
+
+    class Interrupted(Exception):
+        pass
+
+    def until_step_8(self, done, *rest, original=Reporter.training, **more):
+        if done == 8:
+            raise Interrupted
+        original(self, done, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reporter, "training", until_step_8)
+        with pytest.raises(Interrupted):
+            fit(config, dataset=dataset)
+    resumed = fit(config, dataset=dataset)
+    assert untimed(resumed[1]) == untimed(straight[1])
+    assert untimed([resumed[0]]) == untimed([straight[0]])
+    jax.tree.map(np.testing.assert_array_equal, resumed[2], straight[2])
+
+
+def test_a_run_killed_while_it_wrote_a_line_goes_on(fit, tmp_path):
+    config = configuration()
+    _, lines, _ = fit(config)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 12, "spl')
+    assert fit(config)[1] == lines
+
+
+def test_a_finished_run_gives_its_result_again(fit, monkeypatch):
+    config = configuration(epochs=1)
+    result, lines, _ = fit(config)
+    monkeypatch.setattr(loop, "_train_epoch", None)
+    again, same, _ = fit(config)
+    assert again == result
+    assert same == lines
+
+
+def test_an_interrupted_run_waits_for_its_checkpoint(fit, monkeypatch):
+    closed = []
+    close = Checkpointer.close
+    monkeypatch.setattr(
+        Checkpointer, "close", lambda self: (closed.append(1), close(self))
+    )
+    monkeypatch.setattr(Reporter, "training", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(configuration())
+    assert closed
+
+
+def test_a_directory_of_another_configuration_is_refused(fit):
+    fit(configuration(epochs=1))
+    other = replace(configuration(epochs=3), seed=2)
+    with pytest.raises(UsageError, match=r"train\.epochs: 1 -> 3; seed: 0 -> 2"):
+        fit(other)
+    shown = replace(configuration(epochs=1), augment=AugmentConfig(crop_padding=2))
+    with pytest.raises(UsageError, match=r"augment\.crop_padding: 1 -> 2"):
+        fit(shown)
+
+
+@pytest.mark.parametrize(
+    ("config", "dataset", "message"),
+    [
+        (configuration(batch_size=12), data(), r"=12 .* 8 devices; .* 8, as 8 or 16"),
+        (configuration(batch_size=7), data(), r"batch_size=7 .* multiple of 8, as 8$"),
+        (configuration(batch_size=56), data(), r"=56 is more than the 50 .* 1 to 50"),
+        (
+            replace(configuration(), architecture=replace(tiny.SMALL, num_classes=10)),
+            data(),
+            r"num_classes=10, but tiny has 4 .* --architecture.num_classes 4",
+        ),
+        (
+            replace(configuration(), architecture=replace(tiny.SMALL, reduction=3)),
+            None,
+            r"reduction=3 does not divide width=4",
+        ),
+        (replace(configuration(), log_every=0), None, "log_every=0 must be 1"),
+        (configuration(epochs=0), None, "train.epochs=0"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(fit, config, dataset, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        fit(config, devices=8, dataset=dataset)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_is_found_before_data_are_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(loop, "open_dataset", lambda _: pytest.fail("was read"))
+    wrong = replace(configuration(), architecture=replace(tiny.SMALL, kernel=2))
+    with pytest.raises(UsageError, match="kernel"):
+        loop.fit(wrong, tmp_path)
+    with pytest.raises(UsageError, match="batch_size=12"):
+        loop.fit(configuration(batch_size=12), tmp_path)
+
+
+def test_chunks_of_steps_give_what_single_steps_give(fit, monkeypatch):
+    config = replace(configuration(), log_every=4)
+    single = fit(config, workdir="single")
+
+    class Chunked(loop._Run):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            assert self.one_by_one
+            self.one_by_one = False
+
+    monkeypatch.setattr(loop, "_Run", Chunked)
+    calls = []
+    epoch = loop._train_epoch
+
+    def counted(run, *rest):
+        train = run.train
+        run.train = lambda *given: (calls.append(given), train(*given))[1]
+        try:
+            return epoch(run, *rest)
+        finally:
+            run.train = train
+
+    monkeypatch.setattr(loop, "_train_epoch", counted)
+    chunked = fit(config, workdir="chunked")
+    assert [int(given[-1]) for given in calls] == [4, 2, 2, 4]
+    for a, b in zip(single[1], chunked[1], strict=True):
+        assert (a["step"], a["split"], a["count"]) == (
+            b["step"],
+            b["split"],
+            b["count"],
+        )
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        if a["split"] == "train":
+            assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-3)
+
+
+def test_nothing_is_compiled_after_the_first_epoch(fit, monkeypatch):
+    events, epochs = [], []
+    train = loop._train_epoch
+
+    def noted(*arguments):
+        epochs.append(len(events))
+        return train(*arguments)
+
+    def listen(name, *_, **__):
+        if name == "/jax/core/compile/backend_compile_duration":
+            events.append(name)
+
+    monkeypatch.setattr(loop, "_train_epoch", noted)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        fit(configuration(epochs=3), dataset=data(validation=9))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    first, second, third = epochs
+    assert second > first
+    assert len(events) == third == second
+
+
+# The same on any number of devices
+
+
+@pytest.fixture(params=["sync", "apart"])
+def sync(request):
+    return request.param == "sync"
+
+
+def test_every_device_holds_the_same_bits(fit, sync):
+    config = configuration(epochs=1, ema=0.9, sync_batch_norm=sync)
+    _, _, state = fit(config, devices=8)
+    assert len(state.step) == 8
+    assert differing(state) == []
+
+
+def test_a_gradient_that_was_not_added_up_is_seen(fit, monkeypatch):
+    psum = jax.lax.psum
+    # The gradient travels in a tuple, beside loss and hits; the count travels alone.
+    forgetful = lambda x, axis: x if isinstance(x, tuple) else psum(x, axis)  # noqa: E731
+    monkeypatch.setattr(training.lax, "psum", forgetful)
+    _, _, state = fit(configuration(epochs=1), devices=2)
+    assert any("params" in path for path in differing(state))
+
+
+def test_losses_do_not_depend_on_the_devices(fit, float64):
+    config = replace(configuration(ema=0.9), execution=Execution(dtype="float64"))
+    one, *others = [
+        untimed(fit(config, devices=n, workdir=str(n))[1]) for n in (1, 2, 8)
+    ]
+    assert len(set(losses(one))) == 12
+    for other in others:
+        for a, b in zip(one, other, strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-10)
+            assert b["accuracy"] == a["accuracy"]
+
+
+def test_one_step_in_float32_does_not_depend_on_the_devices(fit):
+    config = configuration(
+        epochs=1, momentum=0.0, weight_decay=0.0, schedule="constant"
+    )
+    small = data(train=8)
+    (_, one, alone), (_, eight, shared) = [
+        fit(config, devices=n, dataset=small, workdir=str(n)) for n in (1, 8)
+    ]
+    assert eight[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        *(
+            jax.tree.map(lambda x: x[0], s.params, is_leaf=lambda x: type(x) is list)
+            for s in (alone, shared)
+        ),
+    )
+
+
+def test_batch_statistics_of_each_device_alone_are_another_method(fit):
+    lines = [
+        fit(configuration(epochs=1, sync_batch_norm=s), workdir=str(s))[1]
+        for s in (True, False)
+    ]
+    assert losses(lines[0])[0] != pytest.approx(losses(lines[1])[0], rel=1e-3)
+
+
+# What a person sees
+
+
+def shown(tmp_path, monkeypatch, terminal):
+    screen = io.StringIO()
+    console = partial(Console, file=screen, force_terminal=terminal, width=100)
+    monkeypatch.setattr(report, "Console", console)
+    sums = {"loss": 20.0, "correct": 5, "count": 10}
+    with Reporter(tmp_path, began=0.0, total=12, done=0, batch_size=5) as reporter:
+        reporter.say("tiny: 50 training images [not markup]")
+        reporter.progress(1)
+        reporter.training(2, 0.5, sums, learning_rate=0.1)
+        reporter.evaluation("test", 4, 1.0, sums)
+        assert reporter.last["test"]["accuracy"] == 0.5
+    return screen.getvalue()
+
+
+def test_without_a_terminal_there_are_plain_lines(tmp_path, monkeypatch):
+    said, training_line, test_line = shown(tmp_path, monkeypatch, False).splitlines()
+    assert said == "tiny: 50 training images [not markup]"
+    assert training_line.startswith("step 2/12  loss 2.000  accuracy 0.500  ")
+    assert training_line.endswith(" left")
+    assert test_line == "epoch 1  test loss 2.000  accuracy 0.5000 (5 of 10)"
+
+
+def test_on_a_terminal_there_is_a_bar(tmp_path, monkeypatch):
+    text = shown(tmp_path, monkeypatch, True)
+    assert "\x1b[" in text
+    assert "2/12" in text
+    assert "loss 2.000" in text
+    assert "epoch 1  test loss 2.000" in text
+    assert "step 2/12  loss" not in text
+
+
+def test_lines_after_the_checkpoint_are_dropped(tmp_path):
+    lines = [{"step": k, "split": s} for k in (2, 4) for s in ("train", "test")]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with Reporter(tmp_path, began=0.0, total=9, done=3, batch_size=5) as reporter:
+        assert reporter.last == {"train": lines[0], "test": lines[1]}
+    assert lines_of(tmp_path) == lines[:2]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(12.4, "12 s"), (180, "3 min"), (5400, "90 min"), (7200, "2.0 h")],
+)
+def test_a_time_is_said_in_its_unit(seconds, text):
+    assert report._clock(seconds) == text
