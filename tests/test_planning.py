@@ -163,7 +163,9 @@ def test_one_to_five_stacks(count):  # R13
     ["widths", "strides", "reduction", "central_reduction", "kernel", "bridge"],
 )
 def test_a_list_of_another_length_than_units_is_named(field):  # R13
-    with pytest.raises(UsageError, match=rf"^{field}=\(1, 1\) has 2 values, .*3 stacks"):
+    with pytest.raises(
+        UsageError, match=rf"^{field}=\(1, 1\) has 2 values, .*3 stacks"
+    ):
         plan(Architecture(**{field: (1, 1)}))
 
 
@@ -192,9 +194,7 @@ def test_stems():  # R16
     assert stem.pool is None
 
 
-@pytest.mark.parametrize(
-    "position", ["stem", "layer1", "layer2", "layer3", "shortcut"]
-)
+@pytest.mark.parametrize("position", ["stem", "layer1", "layer2", "layer3", "shortcut"])
 def test_a_bias_stands_only_where_the_semantics_puts_it(position):
     semantics = replace(ARTICLE, biases=(position,))
     net = plan(Architecture(bridge=True, stem_second_stride=1, semantics=semantics))
