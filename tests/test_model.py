@@ -18,13 +18,14 @@ from flax_resnetv2 import (
     ResidualLayer,
     ResidualStack,
     ResidualUnit,
+    ResNetV2,
     create_model,
     plan,
     plan_stack,
     plan_unit,
 )
 from flax_resnetv2.analysis import activations, residual_ratios
-from flax_resnetv2.model import Head, Latent, Stem
+from flax_resnetv2.model import Convolution, Head, Latent, NormReLU, Stem
 from tests.tiny import NET, images_of, variables_of
 
 ALL_BIASES = ("stem", "layer1", "layer2", "layer3", "shortcut")
@@ -45,23 +46,67 @@ def paths(tree):
     return {"/".join(k.key for k in p): x for p, x in jax.tree.leaves_with_path(tree)}
 
 
+def shapes_of(module, shape):
+    """(shape of the output, shapes of the parameters), without computing either."""
+    out, variables = jax.eval_shape(
+        lambda x: module.init_with_output(jax.random.key(0), x, train=False),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+    )
+    params = paths(variables.get("params", {}))
+    return out.shape, {path: leaf.shape for path, leaf in params.items()}
+
+
 # Each level alone (R1), in a few lines.
 
 
-def test_every_level_works_alone(key):
-    x = jnp.ones([2, 8, 8, 64])
-    unit = ResidualUnit(plan_unit(in_width=64, width=128, reduction=2, stride=2))
-    y, _ = unit.init_with_output(key, x, train=False)
-    assert y.shape == (2, 4, 4, 128)
+def test_a_unit_by_hand_takes_three_lines(key):  # R1
+    unit = ResidualUnit(plan_unit(in_width=8, width=16, reduction=2, stride=2))
+    y, _ = unit.init_with_output(key, jnp.ones([2, 8, 8, 8]), train=False)
+    assert y.shape == (2, 4, 4, 16)
+
+
+def test_every_level_works_alone():  # R1
+    net, maps = plan(Architecture()), (2, 8, 8, 64)
     stack = ResidualStack(plan_stack(in_width=64, width=32, units=2, stride=2))
-    assert stack.init_with_output(key, x, train=False)[0].shape == (2, 4, 4, 32)
-    net = plan(Architecture())
+    assert shapes_of(stack, maps)[0] == (2, 4, 4, 32)
     layer = ResidualLayer(net.stacks[0].units[1].layers[0])
-    assert layer.init_with_output(key, x, train=False)[0].shape == (2, 8, 8, 32)
-    images = jnp.ones([2, 8, 8, 3])
-    assert Stem(net.stem).init_with_output(key, images, train=False)[0].shape[-1] == 64
-    maps = jnp.ones([2, 4, 4, 256])
-    assert Head(net.head).init_with_output(key, maps, train=False)[0].shape == (2, 10)
+    assert shapes_of(layer, maps)[0] == (2, 8, 8, 32)
+    assert shapes_of(Stem(net.stem), (2, 8, 8, 3))[0] == maps
+    assert shapes_of(Head(net.head), (2, 4, 4, 256))[0] == (2, 10)
+    assert shapes_of(ResNetV2(net), (2, 8, 8, 3))[0] == (2, 10)
+
+
+@pytest.mark.parametrize("size", [(9, 9), (7, 5), (8, 8)])
+@pytest.mark.parametrize("padding", ["same", "symmetric"])
+@pytest.mark.parametrize("stride", [2, 3])
+def test_both_branches_agree_on_every_size(size, padding, stride):  # R2, R15
+    for layer, kernel in ((1, 1), (2, 3), (1, 5)):
+        semantics = replace(
+            ARTICLE, stride_layer=layer, shortcut_kernel=kernel, padding=padding
+        )
+        planned = plan_stack(
+            in_width=4,
+            width=8,
+            units=2,
+            stride=stride,
+            bridge=True,
+            semantics=semantics,
+        )
+        out, _ = shapes_of(ResidualStack(planned), (2, *size, 4))
+        assert out == (2, -(-size[0] // stride), -(-size[1] // stride), 8)
+
+
+def test_reduction_leaves_kernels_and_widths_of_the_units_alone():  # R11
+    def facts(reduction):
+        net = create_model(replace(NET, reduction=reduction))
+        out, params = shapes_of(net, (2, 8, 8, 3))
+        kernels = {p: s[:2] for p, s in params.items() if p.endswith("conv/kernel")}
+        last = [s[-1] for p, s in params.items() if p.endswith("layer3/conv/kernel")]
+        return out, kernels, last
+
+    assert facts(1) == facts(2) == facts(8)
+    _, wide = shapes_of(create_model(replace(NET, reduction=1)), (2, 8, 8, 3))
+    assert wide["stack2/unit1/layer2/conv/kernel"] == (3, 3, 16, 16)
 
 
 def test_a_layer_is_norm_then_relu_then_convolution(key):  # R4
@@ -93,14 +138,74 @@ def test_a_zeroed_residual_leaves_the_input_bit_for_bit(semantics, train):  # R5
     assert (np.asarray(x) < 0).any()  # nothing after the sum cuts them off
 
 
-def test_a_zeroed_stack_gives_out_its_shortcut():  # R5
-    stack = ResidualStack(plan_stack(in_width=4, width=8, units=3, stride=2))
-    x = images_of(shape=(4, 4, 4))
+@pytest.mark.parametrize("train", [False, True])
+def test_a_zeroed_stack_gives_out_its_shortcut(train):  # R5
+    semantics = replace(ARTICLE, biases=ALL_BIASES)
+    planned = plan_stack(in_width=4, width=8, units=3, stride=2, semantics=semantics)
+    stack, x = ResidualStack(planned), images_of(shape=(4, 4, 4))
     variables = variables_of(stack, x.shape)
     params = zero_last(variables["params"])
-    y = stack.apply({**variables, "params": params}, x, train=False)
+    variables = {**variables, "params": params}
+    y, _ = stack.apply(variables, x, train=train, mutable=["batch_stats"])
+    carried = {"params": params["unit1"]["shortcut"]}
+    assert np.array_equal(y, Convolution(planned.units[0].shortcut).apply(carried, x))
     expected = x[:, ::2, ::2] @ params["unit1"]["shortcut"]["kernel"][0, 0]
+    expected += params["unit1"]["shortcut"]["bias"]
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+
+
+UNITS = [
+    # What the semantics and the plan say; then (kernel, stride) of layers, shortcut.
+    ({}, {"kernel": 5}, [(1, 2), (5, 1), (1, 1)], 1),
+    ({"stride_layer": 2}, {}, [(1, 1), (3, 2), (1, 1)], 1),
+    ({"stride_layer": 2, "padding": "symmetric"}, {}, [(1, 1), (3, 2), (1, 1)], 1),
+    ({"shortcut_kernel": 3}, {"central_reduction": 4}, [(1, 2), (3, 1), (1, 1)], 3),
+    ({"shortcut_input": "preactivated"}, {}, [(1, 2), (3, 1), (1, 1)], 1),
+    ({"biases": ALL_BIASES}, {}, [(1, 2), (3, 1), (1, 1)], 1),
+    ({}, {"behind_norm": True}, [(1, 2), (3, 1), (1, 1)], 1),
+    ({"norm_epsilon": 0.5}, {}, [(1, 2), (3, 1), (1, 1)], 1),
+    ({}, {"unit": "basic", "reduction": 1}, [(3, 2), (3, 1)], 1),
+]
+
+
+@pytest.mark.parametrize(("changes", "arguments", "layers", "size"), UNITS)
+def test_each_kind_of_unit_is_the_textbook_sum(
+    float64, changes, arguments, layers, size
+):
+    semantics = replace(ARTICLE, **changes)
+    planned = plan_unit(in_width=4, width=8, stride=2, semantics=semantics, **arguments)
+    unit, x = ResidualUnit(planned, DOUBLE), images_of(shape=(6, 6, 4), dtype="float64")
+    variables = variables_of(unit, x.shape)
+    params, stats = variables["params"], variables["batch_stats"]
+
+    def conv(x, p, size, stride):
+        assert p["kernel"].shape[0] == size
+        around = [((size - 1) // 2,) * 2] * 2
+        if semantics.padding == "same":
+            around = "SAME"
+        axes = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(
+            x, p["kernel"], (stride, stride), around, dimension_numbers=axes
+        )
+        assert ("bias" in p) == bool(semantics.biases)
+        return y + p.get("bias", 0.0)
+
+    active = y = x
+    for number, (kernel, stride) in enumerate(layers, start=1):
+        p = params[f"layer{number}"]
+        assert ("norm" in p) == (number > 1 or "behind_norm" not in arguments)
+        if "norm" in p:
+            s = stats[f"layer{number}"]["norm"]
+            spread = jnp.sqrt(s["var"] + semantics.norm_epsilon)
+            y = (y - s["mean"]) / spread * p["norm"]["scale"] + p["norm"]["bias"]
+            y = jnp.maximum(y, 0)
+        if number == 1:
+            active = y
+        y = conv(y, p["conv"], kernel, stride)
+    shared = semantics.shortcut_input == "preactivated"
+    y += conv(active if shared else x, params["shortcut"], size, 2)
+    out = unit.apply(variables, x, train=False)
+    np.testing.assert_allclose(out, y, rtol=1e-11, atol=1e-11)
 
 
 def test_residual_ratios_are_what_each_unit_adds(key):  # R10
@@ -119,7 +224,7 @@ def test_zero_init_last_starts_every_unit_as_its_shortcut(key):  # R10
     semantics = replace(ARTICLE, zero_init_last=True)
     model = create_model(replace(NET, semantics=semantics))
     images = images_of()
-    variables = model.init(key, images, train=False)
+    variables = jax.jit(lambda: model.init(key, images, train=False))()
     ratios = residual_ratios(model, variables, images)
     assert ratios == {"stack1": [0.0, 0.0], "stack2": [0.0, 0.0]}
 
@@ -128,7 +233,11 @@ def test_zero_init_last_starts_every_unit_as_its_shortcut(key):  # R10
     ("changes", "shape", "tree"),
     [
         ({}, (16, 16, 8), {"conv", "norm"}),
-        ({"stem_kernel": 7, "stem_stride": 2, "stem_pool": True}, (4, 4, 8), None),
+        (
+            {"stem_kernel": 7, "stem_stride": 2, "stem_pool": True},
+            (4, 4, 8),
+            {"conv", "norm"},
+        ),
         ({"stem_second_stride": 2}, (8, 8, 8), {"conv", "norm", "conv2", "norm2"}),
         ({"semantics": HE2016}, (16, 16, 8), {"conv"}),
         (
@@ -139,23 +248,23 @@ def test_zero_init_last_starts_every_unit_as_its_shortcut(key):  # R10
     ],
 )
 @pytest.mark.parametrize("channels", [1, 3])
-def test_stems(key, changes, shape, tree, channels):  # R16
+def test_stems(changes, shape, tree, channels):  # R16
     stem = Stem(plan(replace(NET, **changes)).stem)
-    images = images_of(shape=(16, 16, channels))
-    maps, variables = stem.init_with_output(key, images, train=False)
-    assert maps.shape[1:] == shape
-    assert tree is None or set(variables["params"]) == tree
+    out, params = shapes_of(stem, (2, 16, 16, channels))
+    assert out == (2, *shape)
+    assert {path.split("/")[0] for path in params} == tree
+    size = changes.get("stem_kernel", 3)
+    assert params["conv/kernel"] == (size, size, channels, 8)
 
 
-def test_without_a_stem_the_image_enters_stack_1(key):
+def test_without_a_stem_the_image_enters_stack_1():
     model = create_model(replace(NET, stem=False), image_shape=(8, 8, 3))
-    params = model.init(key, images_of(), train=False)["params"]
-    assert "stem" not in params
-    assert params["stack1"]["unit1"]["shortcut"]["kernel"].shape == (1, 1, 3, 8)
+    _, params = shapes_of(model, (2, 8, 8, 3))
+    assert not any(path.startswith("stem") for path in params)
+    assert params["stack1/unit1/shortcut/kernel"] == (1, 1, 3, 8)
 
 
 def test_pool_padding_of_zero_shows_where_all_is_negative():
-    semantics = replace(HE2016, pool_padding="zero")
     x = -1 - jnp.abs(images_of(shape=(4, 4, 3)))
     corner = {}
     for padding in ("lowest", "zero"):
@@ -163,7 +272,12 @@ def test_pool_padding_of_zero_shows_where_all_is_negative():
         net = replace(NET, stem_kernel=1, stem_pool=True, semantics=semantics)
         stem = Stem(plan(net).stem)
         ones = {"params": {"conv": {"kernel": jnp.ones([1, 1, 3, 8])}}}
-        corner[padding] = stem.apply(ones, x, train=False)[0, 0, 0, 0]
+        maps = stem.apply(ones, x, train=False)
+        corner[padding] = maps[0, 0, 0, 0]
+        if padding == "lowest":
+            wide = jnp.broadcast_to(x.sum(-1, keepdims=True), (2, 4, 4, 8))
+            pooled = nn.max_pool(wide, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            np.testing.assert_allclose(maps, pooled, rtol=1e-6)
     assert corner["zero"] == 0
     assert corner["lowest"] < -1
 
@@ -177,11 +291,27 @@ HEADS = [
 
 
 @pytest.mark.parametrize(("changes", "shape", "tree"), HEADS)
-def test_heads(key, changes, shape, tree):  # R18
-    model = create_model(replace(NET, **changes))
-    out, variables = model.init_with_output(key, images_of(), train=False)
-    assert out.shape == shape
-    assert set(variables["params"]["head"]) == tree
+def test_heads(changes, shape, tree):  # R18
+    out, params = shapes_of(create_model(replace(NET, **changes)), (2, 8, 8, 3))
+    assert out == shape
+    heads = {path.split("/")[1] for path in params if path.startswith("head/")}
+    assert heads == tree
+
+
+@pytest.mark.parametrize("head_input", ["pooled", "flattened"])
+def test_a_head_is_norm_relu_average_and_dense_layers(float64, head_input):  # R18
+    head = Head(plan(replace(NET, hidden=(6,), head_input=head_input)).head, DOUBLE)
+    x = images_of(shape=(3, 3, 16), dtype="float64")
+    variables = variables_of(head, x.shape)
+    p, s = variables["params"], variables["batch_stats"]["norm"]
+    y = (x - s["mean"]) / jnp.sqrt(s["var"] + 1e-5) * p["norm"]["scale"]
+    y = jnp.maximum(y + p["norm"]["bias"], 0)
+    y = y.mean((1, 2)) if head_input == "pooled" else y.reshape(2, 3 * 3 * 16)
+    hidden = y @ p["hidden1"]["kernel"] + p["hidden1"]["bias"]
+    assert (hidden < 0).any()
+    y = jnp.maximum(hidden, 0) @ p["classifier"]["kernel"] + p["classifier"]["bias"]
+    out = head.apply(variables, x, train=False)
+    np.testing.assert_allclose(out, y, rtol=1e-11, atol=1e-11)
 
 
 def test_latents_pooled_or_flattened_with_a_log_variance(key):  # R18
@@ -355,6 +485,9 @@ def test_remat_changes_nothing(float64):
 
     def run(remat):
         model = create_model(NET, replace(DOUBLE, remat=remat))
+        assert shapes_of(model, images.shape) == shapes_of(
+            create_model(NET, DOUBLE), images.shape
+        )
         variables = variables_of(model)
 
         def loss(params):
@@ -362,7 +495,7 @@ def test_remat_changes_nothing(float64):
                 {**variables, "params": params},
                 images,
                 train=True,
-                mutable=["batch_stats"],
+                mutable=["batch_stats", "intermediates"],
             )
             return jnp.square(out).sum(), state
 
@@ -387,6 +520,14 @@ def test_parameters_and_logits_are_float32(key, dtype):
     assert kinds == {jnp.dtype("float32")}
     maps = activations(model, variables, images_of())
     assert maps["stack2/unit2"].dtype == dtype
+
+
+def test_float64_is_float64_everywhere(float64):
+    model = create_model(NET, DOUBLE)
+    variables, images = variables_of(model), images_of(dtype="float64")
+    maps = activations(model, variables, images)
+    kinds = {leaf.dtype for leaf in jax.tree.leaves((variables, maps))}
+    assert kinds == {jnp.dtype("float64")}
 
 
 def test_bfloat16_is_close_to_float32():
@@ -434,11 +575,63 @@ def test_running_statistics_keep_their_share():
         np.testing.assert_allclose(new, 0.9 * old + 0.1 * batch, rtol=1e-4, atol=1e-5)
 
 
+def test_an_initialisation_leaves_the_statistics_at_their_start():
+    # Also where the mapped axis of training is not there.
+    model = create_model(NET, Execution(batch_norm_axis="devices"))
+    x = images_of() * 3 + 1
+    init = jax.jit(lambda key: model.init(key, x, train=True))
+    for path, leaf in paths(init(jax.random.key(0))["batch_stats"]).items():
+        assert (leaf == (0 if path.endswith("mean") else 1)).all(), path
+
+
+def test_statistics_over_devices_are_those_of_the_whole_batch(float64):
+    plain = plan_unit(in_width=8, width=8).layers[0].norm
+    x = images_of(8, shape=(3, 3, 8), dtype="float64")
+    x *= jnp.arange(1.0, 9.0)[:, None, None, None]
+    variables = variables_of(NormReLU(plain, DOUBLE), x.shape)
+
+    def run(x, axis):
+        norm = NormReLU(plain, replace(DOUBLE, batch_norm_axis=axis))
+        return norm.apply(variables, x, train=True, mutable=["batch_stats"])
+
+    y, state = run(x, None)
+    ys, states = jax.pmap(
+        lambda x: run(x, "d"), axis_name="d", devices=jax.devices()[:2]
+    )(x.reshape(2, 4, 3, 3, 8))
+    np.testing.assert_allclose(ys.reshape(y.shape), y, rtol=1e-9, atol=1e-9)
+    for path, leaf in paths(state).items():
+        for own in paths(states)[path]:
+            np.testing.assert_allclose(own, leaf, rtol=1e-9, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("init", "variance", "bound"),
+    [
+        ("he_normal", lambda fan_in, fan_out: 2 / fan_in, 2.3),
+        ("he_normal_fan_out", lambda fan_in, fan_out: 2 / fan_out, None),
+        ("uniform_fan_in", lambda fan_in, fan_out: 1 / (3 * fan_in), 3**0.5),
+    ],
+)
+def test_kernels_start_with_the_spread_of_their_initialiser(key, init, variance, bound):
+    semantics = replace(ARTICLE, kernel_init=init)
+    conv = plan_unit(in_width=32, width=256, semantics=semantics).layers[1].conv
+    x = jnp.zeros([1, 1, 1, 128])
+    kernel = np.asarray(
+        Convolution(replace(conv, width=64)).init(key, x)["params"]["kernel"]
+    )
+    expected = variance(9 * 128, 9 * 64) ** 0.5
+    assert kernel.std() == pytest.approx(expected, rel=0.02)
+    assert abs(kernel.mean()) < 0.02 * expected
+    # A truncated normal and a uniform distribution end; a normal one goes on.
+    reach = abs(kernel).max() / expected
+    assert reach > 3.5 if bound is None else reach < bound
+
+
 @cache
 def largest_gradients(architecture):
     """Each parameter's largest gradient, at two units a stack at most."""
     model = create_model(architecture)
-    images = images_of(2, shape=(16, 16, 3))
+    images = images_of(2, shape=(32, 32, 3))
     variables = variables_of(model, images.shape)
 
     @jax.jit

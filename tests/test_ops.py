@@ -120,17 +120,52 @@ def test_a_small_spread_around_a_large_mean_stays_exact():
     exact = x.astype(np.float64)
     np.testing.assert_allclose(mean, exact.mean((0, 1, 2)), rtol=1e-6)
     np.testing.assert_allclose(variance, exact.var((0, 1, 2)), rtol=1e-3)
-    expected = np.maximum((exact - exact.mean((0, 1, 2))) / 0.01, 0)
-    # One unit in the last place of 100 is already a thousandth of the spread.
-    np.testing.assert_allclose(y, expected * _share_kept(exact), atol=0.02)
+    expected, *_ = plain_batch_norm_relu(exact, 1.0, 0.0, 1e-5)
+    # The last place of 100 is a thousandth of the spread; y ends up to 3.
+    np.testing.assert_allclose(y, expected, atol=0.02)
 
 
 def test_bfloat16_in_bfloat16_out_with_float32_statistics():
     x = normal(0, (4, 4, 4, 2), "bfloat16")
     y, mean, variance = ops.batch_norm_relu(x, jnp.ones(2), jnp.zeros(2), 1e-5, None)
     assert (y.dtype, mean.dtype, variance.dtype) == ("bfloat16", "float32", "float32")
-    wide = np.asarray(x, np.float32)
-    np.testing.assert_allclose(mean, wide.mean((0, 1, 2)), rtol=1e-5, atol=1e-6)
+    wide = x.astype("float32")
+    expected = plain_batch_norm_relu(wide, jnp.ones(2), jnp.zeros(2), 1e-5)
+    np.testing.assert_allclose(mean, expected[1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(variance, expected[2], rtol=1e-5)
+    # Eight bits of mantissa: one rounding, at the end.
+    np.testing.assert_allclose(np.asarray(y, "float32"), expected[0], rtol=2**-8)
+    given = (jnp.ones(2), jnp.zeros(2), jnp.zeros(2), jnp.ones(2), 1e-5)
+    assert ops.norm_relu(x, *given).dtype == "bfloat16"
+
+
+def test_bfloat16_gradients_are_rounded_once():
+    x, weight = normal(0, (4, 4, 4, 2), "bfloat16"), normal(1, (4, 4, 4, 2), "bfloat16")
+
+    def loss(operation, x, scale, bias):
+        y = operation(x, scale, bias)[0]
+        return (y.astype("float32") * weight.astype("float32")).sum()
+
+    ours = jax.grad(
+        lambda *a: loss(lambda *b: ops.batch_norm_relu(*b, 1e-5, None), *a), (0, 1, 2)
+    )(x, jnp.ones(2), jnp.zeros(2))
+    plain = jax.grad(
+        lambda *a: loss(lambda *b: plain_batch_norm_relu(*b, 1e-5), *a), (0, 1, 2)
+    )(x.astype("float32"), jnp.ones(2), jnp.zeros(2))
+    assert [g.dtype for g in ours] == ["bfloat16", "float32", "float32"]
+    for mine, theirs in zip(ours, plain, strict=True):
+        mine = np.asarray(mine, "float32")
+        np.testing.assert_allclose(mine, theirs, rtol=2**-8, atol=1e-5)
+
+
+def test_no_gradient_flows_through_the_statistics():
+    def loss(x):
+        _, mean, variance = ops.batch_norm_relu(
+            x, jnp.ones(2), jnp.zeros(2), 1e-5, None
+        )
+        return (mean + variance).sum()
+
+    assert not jax.grad(loss)(normal(0, (2, 3, 3, 2), "float32")).any()
 
 
 def test_norm_relu_uses_the_statistics_it_is_given(float64):
