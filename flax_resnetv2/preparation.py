@@ -5,6 +5,8 @@ itself opens the result: the builders are TFDS's own, given PNG bytes, and array
 files, because its CIFAR reader and its image encoder are what needs TensorFlow.
 """
 
+import codecs
+import contextlib
 import functools
 import hashlib
 import io
@@ -86,7 +88,6 @@ def prepare_cifar10(
             f"{expected}; if you trust the file, add --data.accept_checksum"
         )
     splits = _read_archive(path)
-    print(f"preparing CIFAR-10 in {root} (once)", flush=True)
     _write(
         root,
         name="cifar10",
@@ -179,9 +180,12 @@ def _write(
     # TFDS takes the name of a data set from its class.
     Builder.name = name
     Builder.pkg_dir_path = None
+    print(f"preparing {name} in {root} (once)", flush=True)
     tfds.disable_progress_bar()
-    builder = Builder(data_dir=root, file_format="array_record")
-    builder.download_and_prepare()
+    # TFDS announces a download of unknown size, whatever is written.
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder = Builder(data_dir=root, file_format="array_record")
+        builder.download_and_prepare()
 
 
 def _png(image: np.ndarray) -> bytes:
@@ -264,6 +268,8 @@ class _ArrayUnpickler(pickle.Unpickler):
             return np._core.multiarray._reconstruct
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):  # how protocol 2 writes bytes
+            return codecs.encode
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 

@@ -362,7 +362,7 @@ def test_a_unit_planned_by_hand_is_checked_too(changes, message):
 
 
 def test_an_image_without_pixels_is_refused():
-    with pytest.raises(UsageError, match="height of image_shape must be .* got 0"):
+    with pytest.raises(UsageError, match=r"height of image_shape must be .* got 0"):
         plan(Architecture(), (0, 32, 3))
 
 
