@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from flax_resnetv2.errors import UsageError
-from flax_resnetv2.semantics import ARTICLE, Position, Semantics
+from flax_resnetv2.semantics import ARTICLE, SEMANTICS, Position, Semantics
 
 MAX_STACKS = 5
 UnitKind = Literal["bottleneck", "basic"]
@@ -112,7 +112,7 @@ class Execution:
 
 def check_fields(a: Architecture) -> None:
     """The rules that do not need a stack's input width."""
-    s = a.semantics
+    check_semantics(a.semantics)
     if not isinstance(a.units, tuple) or not 1 <= len(a.units) <= MAX_STACKS:
         raise UsageError(
             f"units={a.units!r} must give 1 to {MAX_STACKS} stacks their number of "
@@ -129,22 +129,32 @@ def check_fields(a: Architecture) -> None:
         check_positive(field, getattr(a, field))
     if a.stem_second_stride is not None:
         check_positive("stem_second_stride", a.stem_second_stride)
+    check_tuple("hidden", a.hidden, "(256,)")
     for k, value in enumerate(a.hidden, start=1):
         check_positive(f"hidden layer {k}", value)
     check_odd("stem_kernel", a.stem_kernel)
-    check_odd("semantics.shortcut_kernel", s.shortcut_kernel)
-    for owner, at in ((a, ""), (s, "semantics.")):
-        for field, hint in get_type_hints(type(owner)).items():
-            value, choices = getattr(owner, field), get_args(hint)
-            if get_origin(hint) is Literal:
-                check_choice(at + field, value, choices)
-            elif hint is bool:
-                check_choice(at + field, value, (True, False))
+    check_literals(a, "")
     for value in a.per_stack("bridge"):
         check_choice("bridge", value, (True, False))
+
+
+def check_semantics(s: Semantics) -> None:
+    """The rules of a version alone; units planned by hand are held to them too."""
+    if not isinstance(s, Semantics):
+        raise UsageError(
+            f"semantics={s!r} must be a Semantics; choose one of "
+            f"{', '.join(SEMANTICS)}, or replace a field of it"
+        )
+    check_literals(s, "semantics.")
+    check_odd("semantics.shortcut_kernel", s.shortcut_kernel)
+    check_tuple("semantics.biases", s.biases, "('stem',)")
     for value in s.biases:
         check_choice("semantics.biases", value, get_args(Position))
-    if not s.norm_epsilon > 0:
+    for field in ("norm_epsilon", "norm_momentum"):
+        value = getattr(s, field)
+        if type(value) not in (int, float):
+            raise UsageError(f"semantics.{field}={value!r} must be a number")
+    if not 0 < s.norm_epsilon < float("inf"):
         raise UsageError(
             f"semantics.norm_epsilon={s.norm_epsilon} must be above 0, as 1e-5"
         )
@@ -153,6 +163,21 @@ def check_fields(a: Architecture) -> None:
             f"semantics.norm_momentum={s.norm_momentum} is the share that the running "
             "statistics keep; choose one in [0, 1), as 0.9"
         )
+
+
+def check_literals(owner: object, at: str) -> None:
+    """Refuse a value that its field's type does not list."""
+    for field, hint in get_type_hints(type(owner)).items():
+        if get_origin(hint) is Literal:
+            check_choice(at + field, getattr(owner, field), get_args(hint))
+        elif hint is bool:
+            check_choice(at + field, getattr(owner, field), (True, False))
+
+
+def check_tuple(name: str, value: object, example: str) -> None:
+    """Refuse what is not a tuple."""
+    if not isinstance(value, tuple):
+        raise UsageError(f"{name}={value!r} must be a tuple, as {example}")
 
 
 def check_choice(name: str, value: object, choices: tuple) -> None:

@@ -47,6 +47,12 @@ def normalise(images: jax.Array, config: AugmentConfig, dtype: str) -> jax.Array
     return ((images.astype(wide) / 255 - mean) / std).astype(dtype)
 
 
+def positions(size: int, axis_name: str | None) -> jax.Array:
+    """Places in the global batch of this device's ``size`` images, int32 [size]."""
+    places = jnp.arange(size, dtype=jnp.int32)
+    return places if axis_name is None else places + lax.axis_index(axis_name) * size
+
+
 def image_keys(key: jax.Array, step: jax.Array, position: jax.Array) -> jax.Array:
     """Keys [B]: one for each image, from the step and its place in the global batch.
 

@@ -1,8 +1,8 @@
 """Checkpoints of a training state, through orbax.
 
->>> checkpoints = Checkpointer("runs/a/checkpoints", keep=2)
->>> checkpoints.save(390, state)
->>> state = checkpoints.restore(checkpoints.latest(), like=state)
+>>> with Checkpointer("runs/a/checkpoints", keep=2) as checkpoints:
+...     checkpoints.save(390, state)
+...     state = checkpoints.restore(checkpoints.latest(), like=state)
 """
 
 from pathlib import Path
@@ -47,6 +47,12 @@ class Checkpointer:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
         return self._manager.restore(step, args=self._args.StandardRestore(target))
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Wait until everything is on disk."""

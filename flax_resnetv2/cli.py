@@ -42,7 +42,9 @@ def train(arguments: Sequence[str] | None = None) -> int:
         args=arguments,
     )
     config = Config(**{name: getattr(command, name) for name in names})
-    recipe = next(word for word in arguments if word in RECIPES)
+    # tyro takes an underscore for a hyphen.
+    words = [word.replace("_", "-") for word in arguments]
+    recipe = next(word for word in words if word in RECIPES)
 
     def work() -> None:
         from flax_resnetv2.loop import fit

@@ -13,7 +13,6 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from flax_resnetv2.augment import Batch
 from flax_resnetv2.errors import UsageError
@@ -148,12 +147,6 @@ def evaluation_order(count: int, batch_size: int) -> np.ndarray:
     order = np.full(-(-count // batch_size) * batch_size, PADDING, np.int32)
     order[:count] = np.arange(count)
     return order
-
-
-def positions(size: int, axis_name: str | None) -> jax.Array:
-    """Places in the global batch of this device's ``size`` images, int32 [size]."""
-    first = 0 if axis_name is None else lax.axis_index(axis_name) * size
-    return jnp.arange(size, dtype=jnp.int32) + first
 
 
 def fetch(split: Split, order: jax.Array, places: jax.Array) -> Batch:

@@ -54,24 +54,28 @@ class Predictor:
         """
         config, facts = load_config(workdir), load_dataset_facts(workdir)
         image_shape = tuple(facts["image_shape"])
-        checkpoints = Checkpointer(Path(workdir) / "checkpoints")
-        step = checkpoints.latest()
-        if step is None:
-            raise UsageError(
-                f"{workdir} holds no checkpoint yet; train at least one epoch"
-            )
         model = create_model(config.architecture, config.execution, image_shape)
-        create = partial(create_train_state, model, config.train)
         shapes = jax.eval_shape(
-            partial(create, image_shape=image_shape, steps_per_epoch=1),
-            jax.random.key(0),
+            partial(
+                create_train_state,
+                model,
+                config.train,
+                image_shape=image_shape,
+                steps_per_epoch=1,  # shapes do not depend on it
+            ),
+            key=jax.random.key(0),
         )
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         like = jax.tree.map(
             lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes
         )
-        variables = checkpoints.restore(step, like).variables()
-        checkpoints.close()
+        with Checkpointer(Path(workdir) / "checkpoints") as checkpoints:
+            step = checkpoints.latest()
+            if step is None:
+                raise UsageError(
+                    f"{workdir} holds no checkpoint yet; train at least one epoch"
+                )
+            variables = checkpoints.restore(step, like).variables()
         names = facts["class_names"]
         return cls(model, variables, config.augment, names, image_shape)
 

@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from flax_resnetv2.augment import positions
 from flax_resnetv2.checkpoint import Checkpointer
 from flax_resnetv2.config import Config, check_config, differences, load_config, to_json
 from flax_resnetv2.data import (
@@ -29,7 +30,6 @@ from flax_resnetv2.data import (
     evaluation_order,
     fetch,
     open_dataset,
-    positions,
 )
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.model import ResNetV2, create_model
@@ -68,46 +68,28 @@ def fit(
             together, or ``workdir`` holds a run of another configuration.
         RunError: the data set could not be had.
     """
-    began = time.perf_counter()
-    check_config(config)
-    # Planned before anything is read, so that a mistake costs no waiting.
-    create_model(config.architecture, image_shape=(32, 32, 3))
+    began, workdir = time.perf_counter(), Path(workdir)
     devices = list(devices or jax.local_devices())
-    _check_devices(config, len(devices))
-    workdir = Path(workdir)
-    if (workdir / "config.json").exists():
-        _check_same(load_config(workdir), config, workdir)
-    dataset = open_dataset(config.data)
-    config = _resolve(config, dataset)
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(to_json(config))
-    _write_dataset_facts(workdir, dataset)
-    _write_environment(workdir, devices)
-
+    config, dataset = _agree(config, workdir, devices)
+    _write_records(config, dataset, workdir, devices)
     run = _Run(config, dataset, devices)
-    checkpoints = Checkpointer(workdir / "checkpoints", config.keep_checkpoints)
-    state = run.initial_state()
-    if (step := checkpoints.latest()) is not None:
-        state = checkpoints.restore(step, like=state)
     total = config.train.epochs * run.steps_per_epoch
-    done = int(state.step)
-    with Reporter(workdir, began, total, done, config.train.batch_size) as report:
-        report.say(
-            f"{config.data.name}: {run.images:,} training images, "
-            f"{run.parameters(state):,} parameters, {len(devices)} "
-            f"{devices[0].platform} device(s)"
-            + (f"; going on after step {done:,}" if done else "")
-        )
-        while done < total:
-            epoch = done // run.steps_per_epoch
-            state, done = _train_epoch(run, state, done, report)
-            last = done == total
-            if last or (epoch + 1) % config.evaluate_every == 0:
-                _evaluate_all(run, state, done, report)
-            if last or (epoch + 1) % config.checkpoint_every == 0:
-                checkpoints.save(done, state)
-        checkpoints.close()
-        return report.last["test"]
+    with Checkpointer(workdir / "checkpoints", config.keep_checkpoints) as checkpoints:
+        state = run.initial_state()
+        if (step := checkpoints.latest()) is not None:
+            state = checkpoints.restore(step, like=state)
+        done = int(state.step)
+        with Reporter(workdir, began, total, done, config.train.batch_size) as report:
+            report.say(run.describe(state))
+            while done < total:
+                epoch = done // run.steps_per_epoch
+                state, done = _train_epoch(run, state, done, report)
+                last = done == total
+                if last or (epoch + 1) % config.evaluate_every == 0:
+                    _evaluate_all(run, state, done, report)
+                if last or (epoch + 1) % config.checkpoint_every == 0:
+                    checkpoints.save(done, state)
+            return report.last["test"]
 
 
 def _train_epoch(
@@ -213,9 +195,16 @@ class _Run:
 
         return self.place(jax.jit(create)(jax.random.key(self.config.seed)))
 
-    def parameters(self, state: TrainState) -> int:
-        """How many trainable numbers."""
-        return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    def describe(self, state: TrainState) -> str:
+        """Say in one line what is about to run."""
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        done, count = int(state.step), len(self.devices)
+        return (
+            f"{self.dataset.name}: {self.images:,} training images, {parameters:,} "
+            f"parameters, {count} {self.devices[0].platform} "
+            + ("device" if count == 1 else "devices")
+            + (f"; going on after step {done:,}" if done else "")
+        )
 
     def evaluate(self, state: TrainState, name: str) -> Metrics:
         """Sums over a whole split."""
@@ -300,6 +289,21 @@ def _add_up(metrics: list[Metrics]) -> Metrics:
     )
 
 
+def _agree(
+    config: Config, workdir: Path, devices: list[jax.Device]
+) -> tuple[Config, Dataset]:
+    """Everything that can be refused, cheapest first; the configuration filled in."""
+    check_config(config)
+    # Before anything is read, so that a mistake costs no waiting; again, with the
+    # images' real shape, when the model is made.
+    create_model(config.architecture, image_shape=(32, 32, 3))
+    _check_devices(config, len(devices))
+    if (workdir / "config.json").exists():
+        _check_same(load_config(workdir), config, workdir)
+    dataset = open_dataset(config.data)
+    return _resolve(config, dataset), dataset
+
+
 def _resolve(config: Config, dataset: Dataset) -> Config:
     """Fill in what only the data set knows, and check that the two fit."""
     classes, asked = len(dataset.class_names), config.architecture.num_classes
@@ -345,19 +349,34 @@ def _check_same(old: Config, new: Config, workdir: Path) -> None:
         )
 
 
-def _write_dataset_facts(workdir: Path, dataset: Dataset) -> None:
-    """Record what a predictor must know and the configuration does not say."""
+def _write_records(
+    config: Config, dataset: Dataset, workdir: Path, devices: list[jax.Device]
+) -> None:
+    """Write what a run is: its configuration, its data set, its environment."""
     facts = {
         "name": dataset.name,
         "image_shape": dataset.image_shape,
         "class_names": dataset.class_names,
         "images": {name: len(s.label) for name, s in dataset.splits.items()},
     }
-    (workdir / "dataset.json").write_text(json.dumps(facts, indent=2) + "\n")
+    records = {
+        "config.json": to_json(config),
+        "dataset.json": json.dumps(facts, indent=2) + "\n",
+        "environment.json": json.dumps(_environment(devices), indent=2) + "\n",
+    }
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        for name, text in records.items():
+            (workdir / name).write_text(text)
+    except OSError as error:
+        raise UsageError(
+            f"workdir={workdir} cannot be written ({error.strerror}); choose another "
+            "--workdir"
+        ) from error
 
 
-def _write_environment(workdir: Path, devices: list[jax.Device]) -> None:
-    """Record commit, versions and devices beside the run."""
+def _environment(devices: list[jax.Device]) -> dict[str, Any]:
+    """Commit, versions and devices."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40"],
         cwd=Path(__file__).parent,
@@ -366,7 +385,7 @@ def _write_environment(workdir: Path, devices: list[jax.Device]) -> None:
         check=False,
     ).stdout.strip()
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    record = {
+    return {
         "commit": commit or None,
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in packages},
@@ -374,4 +393,3 @@ def _write_environment(workdir: Path, devices: list[jax.Device]) -> None:
         "devices": [device.device_kind for device in devices],
         "machine": platform.machine(),
     }
-    (workdir / "environment.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_resnetv2 import ops
-from flax_resnetv2.architecture import Architecture, Execution
+from flax_resnetv2.architecture import Architecture, Execution, check_literals
 from flax_resnetv2.planning import (
     ConvPlan,
     HeadPlan,
@@ -296,6 +296,7 @@ def create_model(
     """
     if isinstance(architecture, str):
         architecture = get_preset(architecture).architecture
+    check_literals(execution, "execution.")
     return ResNetV2(plan(architecture, image_shape), execution)
 
 

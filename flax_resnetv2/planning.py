@@ -21,6 +21,7 @@ from flax_resnetv2.architecture import (
     check_fields,
     check_odd,
     check_positive,
+    check_semantics,
 )
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.semantics import ARTICLE, Initialiser, Semantics
@@ -145,6 +146,8 @@ def plan(
     """
     a = architecture
     check_fields(a)
+    if image_shape is not None and len(image_shape) != 3:
+        raise UsageError(f"image_shape={image_shape} must be (height, width, channels)")
     channels = image_shape[2] if image_shape else None
     stem = _plan_stem(a, channels) if a.stem else None
     in_width = a.stem_width if stem else channels
@@ -205,7 +208,9 @@ def plan_stack(
         UsageError: as ``plan_unit``.
     """
     check_positive(f"units{where}", units)
+    check_choice(f"bridge{where}", bridge, (True, False))
     s = semantics
+    check_semantics(s)
     inner = _inner_maps(
         unit, in_width, width, reduction, central_reduction, kernel, stride, where
     )
@@ -255,6 +260,7 @@ def plan_unit(
     Raises:
         UsageError: a value breaks a rule.
     """
+    check_semantics(semantics)
     inner = _inner_maps(
         unit, in_width, width, reduction, central_reduction, kernel, stride, where
     )

@@ -30,8 +30,7 @@ class Reporter:
         self._began, self._total, self._batch = began, total, batch_size
         self._step, self._time = done, time.perf_counter()
         path = workdir / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in map(json.loads, lines) if line["step"] <= done]
+        kept = [line for line in _read(path) if line["step"] <= done]
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         for line in kept:
             self.last[line["split"]] = line
@@ -117,6 +116,17 @@ class Reporter:
         self._file.write(json.dumps(line) + "\n")
         self.last[split] = line
         return line
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Lines of an earlier run; the last may have been cut off with it."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
 
 
 def _clock(seconds: float) -> str:

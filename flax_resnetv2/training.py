@@ -7,7 +7,7 @@ leave a step as sums and counts, so that they can be added up.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import flax.struct
 import jax
@@ -15,7 +15,14 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from flax_resnetv2.augment import AugmentConfig, Batch, augment, image_keys, normalise
+from flax_resnetv2.augment import (
+    AugmentConfig,
+    Batch,
+    augment,
+    image_keys,
+    normalise,
+    positions,
+)
 from flax_resnetv2.errors import UsageError
 
 if TYPE_CHECKING:
@@ -119,6 +126,10 @@ def check_train(config: TrainConfig) -> None:
         (name, getattr(c, name), 0 <= getattr(c, name) < 1, "in [0, 1)")
         for name in ("momentum", "label_smoothing", "ema")
     ]
+    for name in ("optimizer", "decay", "schedule"):
+        words = get_args(get_type_hints(TrainConfig)[name])
+        rule = f"one of {', '.join(words)}"
+        ranges.append((name, getattr(c, name), getattr(c, name) in words, rule))
     for name, value, legal, rule in ranges:
         if not legal:
             raise UsageError(f"train.{name}={value} must be {rule}")
@@ -131,18 +142,29 @@ def make_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
     warmup = round(c.warmup_epochs * steps_per_epoch)
     if c.schedule == "one_cycle":
         rising = warmup / total if warmup else 0.3
-        return optax.cosine_onecycle_schedule(total, peak, pct_start=rising)
-    if c.schedule == "steps":
+        schedule = optax.cosine_onecycle_schedule(total, peak, pct_start=rising)
+    elif c.schedule == "steps":
         drops = {round(share * total): 0.1 for share in c.drops}
         steps = optax.piecewise_constant_schedule(peak, drops)
-        return lambda step: jnp.where(step < warmup, peak / 10, steps(step))
-    after = {
-        "cosine": optax.cosine_decay_schedule(peak, total - warmup),
-        "linear": optax.linear_schedule(peak, 0.0, total - warmup),
-        "constant": optax.constant_schedule(peak),
-    }[c.schedule]
-    ramp = optax.linear_schedule(0.0, peak, warmup)
-    return optax.join_schedules([ramp, after], [warmup]) if warmup else after
+
+        def schedule(step: jax.Array) -> jax.Array:
+            return jnp.where(step < warmup, peak / 10, steps(step))
+
+    else:
+        schedule = {
+            "cosine": optax.cosine_decay_schedule(peak, total - warmup),
+            "linear": optax.linear_schedule(peak, 0.0, total - warmup),
+            "constant": optax.constant_schedule(peak),
+        }[c.schedule]
+        if warmup:
+            ramp = optax.linear_schedule(0.0, peak, warmup)
+            schedule = optax.join_schedules([ramp, schedule], [warmup])
+
+    def rate(step: jax.Array) -> jax.Array:
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+            return jnp.asarray(schedule(step), float)
+
+    return rate
 
 
 def make_optimizer(
@@ -215,9 +237,8 @@ def make_train_step(
         return tree if axis_name is None else lax.psum(tree, axis_name)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        size = batch.label.shape[0]
-        first = 0 if axis_name is None else lax.axis_index(axis_name) * size
-        keys = image_keys(jax.random.key(seed), state.step, first + jnp.arange(size))
+        places = positions(batch.label.shape[0], axis_name)
+        keys = image_keys(jax.random.key(seed), state.step, places)
         images = normalise(batch.image, augmentation, model.execution.param_dtype)
         images = augment(images, keys, augmentation)
         count = total(batch.mask.sum())
@@ -240,14 +261,17 @@ def make_train_step(
         gradient, loss, correct = total((gradient, loss, correct))
         if axis_name is not None:
             stats = lax.pmean(stats, axis_name)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+            updates, opt_state = optimizer.update(
+                gradient, state.opt_state, state.params
+            )
         params = optax.apply_updates(state.params, updates)
         averaged = None
         if state.ema is not None:
             # While the run is young the average forgets its start faster.
             keep = jnp.minimum(train.ema, (1 + state.step) / (10 + state.step))
             averaged = jax.tree.map(
-                lambda old, new: (keep * old + (1 - keep) * new).astype(old.dtype),
+                lambda old, new: new + keep.astype(old.dtype) * (old - new),
                 state.ema,
                 {"params": params, "batch_stats": stats},
             )
@@ -256,7 +280,7 @@ def make_train_step(
             "correct": correct,
             "count": count,
             "steps": jnp.ones([], jnp.int32),
-            "gradient_norm": {k: optax.global_norm(g) for k, g in gradient.items()},
+            "gradient_norm": {k: optax.tree.norm(g) for k, g in gradient.items()},
         }
         new = TrainState(state.step + 1, params, stats, opt_state, averaged)
         return new, metrics
@@ -304,5 +328,5 @@ def score(
     target = jax.nn.one_hot(batch.label, logits.shape[-1], dtype=logits.dtype)
     target = optax.smooth_labels(target, label_smoothing)
     loss = optax.softmax_cross_entropy(logits, target)
-    right = (logits.argmax(-1) == batch.label) & batch.mask
+    right = (lax.argmax(logits, 1, batch.label.dtype) == batch.label) & batch.mask
     return jnp.where(batch.mask, loss, 0).sum(), right.sum()

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 import re
 import typing
 from pathlib import Path
@@ -204,7 +205,7 @@ def fields_of(kind, prefix=""):
     """Yield (flag, type, help text) of every field, those of parts included."""
     hints, texts = typing.get_type_hints(kind), {}
     body = ast.parse(inspect.getsource(kind)).body[0].body
-    for node, below in zip(body, body[1:], strict=False):
+    for node, below in itertools.pairwise(body):
         if isinstance(node, ast.AnnAssign):
             texts[node.target.id] = below.value.value
     for field in dataclasses.fields(kind):
@@ -218,7 +219,7 @@ def fields_of(kind, prefix=""):
 def test_the_help_of_a_recipe_lists_every_field_with_its_docstring(
     capsys, monkeypatch
 ):  # R23
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "100")
     assert run(["quickstart", "--help"]) == 0
     text = flat(capsys.readouterr().out)
     found = list(fields_of(Config))

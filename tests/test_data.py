@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from flax_resnetv2 import DataConfig, UsageError, data, open_dataset
+from flax_resnetv2.augment import positions
 from flax_resnetv2.data import (
     PADDING,
     Dataset,
@@ -15,7 +16,6 @@ from flax_resnetv2.data import (
     epoch_order,
     evaluation_order,
     fetch,
-    positions,
 )
 
 

@@ -30,7 +30,7 @@ OURS = {
     "data": "augment preparation records errors",
     "training": "augment errors",
     "config": "architecture presets augment data training errors",
-    "loop": "config model data training checkpoint report errors",
+    "loop": "augment config model data training checkpoint report errors",
     "analysis": "architecture planning model presets errors",
     "inference": "config model augment checkpoint training data errors",
     "cli": "config loop inference analysis errors",

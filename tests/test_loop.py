@@ -54,7 +54,20 @@ def _compiled_once(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", old)
 
 
-def run_fit(directory, config, devices=2, dataset=None):
+def ready_state(model, train, key, image_shape, steps_per_epoch):
+    """``create_train_state`` with constants, whose compilation takes no time."""
+    dtype = jax.numpy.dtype(model.execution.param_dtype)
+    variables = jax.tree.map(lambda x: x.astype(dtype), tiny.variables_of(model))
+    optimizer = training.make_optimizer(train, steps_per_epoch)
+    return training.TrainState(
+        jax.numpy.int32(0),
+        *(variables["params"], variables["batch_stats"]),
+        optimizer.init(variables["params"]),
+        jax.tree.map(jax.numpy.copy, variables) if train.ema else None,
+    )
+
+
+def run_fit(directory, config, devices=2, dataset=None, create=None):
     """Run ``fit`` on a data set in memory; give result, lines and last state."""
     dataset, states, evaluate = dataset or data(), [], loop._evaluate_all
 
@@ -65,6 +78,8 @@ def run_fit(directory, config, devices=2, dataset=None):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "open_dataset", lambda _: dataset)
         patch.setattr(loop, "_evaluate_all", keep)
+        if create:
+            patch.setattr(loop, "create_train_state", create)
         result = loop.fit(config, directory, devices=jax.devices()[:devices])
     return result, lines_of(directory), states[-1] if states else None
 
@@ -178,10 +193,16 @@ def test_the_lines_of_metrics_keep_the_contract(finished):
     assert seconds == sorted(seconds)
 
 
-def test_a_run_learns(fit):
-    result, _, _ = fit(configuration(epochs=8, learning_rate=0.1))
+def test_a_run_learns_and_keeps_its_intervals(fit, tmp_path):
+    train = replace(CONFIG.train, epochs=8, learning_rate=0.1)
+    config = replace(CONFIG, train=train, evaluate_every=5, checkpoint_every=3)
+    result, lines, _ = fit(config)
     assert result["accuracy"] > 0.6
-    assert result["count"] == 23
+    # The last epoch is evaluated and saved, whatever the intervals are.
+    tests = [line["step"] for line in lines if line["split"] == "test"]
+    assert tests == [30, 48]
+    saved = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved == [36, 48]
 
 
 @pytest.mark.parametrize(("devices", "batch"), [(1, 7), (3, 23), (8, 5), (8, 64)])
@@ -193,8 +214,10 @@ def test_evaluation_counts_every_image_once(devices, batch):
     run = loop._Run(config, data(), jax.devices()[:devices])
     model = create_model(tiny.SMALL)
     variables = tiny.variables_of(model)
+    # The averages are what is evaluated.
+    nothing = jax.tree.map(jax.numpy.zeros_like, variables)
     state = training.TrainState(
-        0, variables["params"], variables["batch_stats"], None, None
+        0, nothing["params"], nothing["batch_stats"], None, variables
     )
     sums = run.evaluate(run.place(state), "test")
     image, label = data().splits["test"]
@@ -340,13 +363,18 @@ def test_chunks_of_steps_give_what_single_steps_give(fit, monkeypatch, finished)
             assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-3)
 
 
-def test_nothing_is_compiled_after_the_first_epoch(fit, monkeypatch):
+def test_the_second_epoch_has_its_own_order_and_compiles_nothing(fit, monkeypatch):
     events, epochs = [], []
     train = loop._train_epoch
 
     def noted(*arguments):
         epochs.append(len(events))
         return train(*arguments)
+
+    order, asked = loop.epoch_order, []
+    monkeypatch.setattr(
+        loop, "epoch_order", lambda *given: (asked.append(given), order(*given))[1]
+    )
 
     def listen(name, *_, **__):
         if name == "/jax/core/compile/backend_compile_duration":
@@ -355,23 +383,62 @@ def test_nothing_is_compiled_after_the_first_epoch(fit, monkeypatch):
     monkeypatch.setattr(loop, "_train_epoch", noted)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        config = replace(CONFIG, train=replace(CONFIG.train, epochs=3))
-        fit(config, dataset=VALIDATED)
+        fit(CONFIG, dataset=VALIDATED)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    first, second, third = epochs
-    assert second > first
-    assert len(events) == third == second
+    first, second = epochs
+    assert len(events) == second > first
+    assert asked == [(50, 8, 0, 0), (50, 8, 0, 1)]
 
 
 # The same on any number of devices
 
 
-@pytest.mark.parametrize("sync", [True, False])
-def test_every_device_holds_the_same_bits(fit, sync):
-    config = configuration(epochs=1, ema=0.9, sync_batch_norm=sync)
-    _, _, state = fit(config, devices=4)
-    assert len(state.step) == 4
+ALONE = {"devices": 1, "create": ready_state, "workdir": "alone"}
+SHARED = {"create": ready_state, "workdir": "shared"}
+
+
+def test_losses_do_not_depend_on_the_devices(fit, float64):
+    config = replace(
+        configuration(epochs=1, ema=0.9), execution=Execution(dtype="float64")
+    )
+    _, expected, _ = fit(config, **ALONE)
+    assert len(set(losses(expected))) == 6
+    for devices in (2, 8):
+        create = {"devices": devices, "create": ready_state, "workdir": str(devices)}
+        _, lines, state = fit(config, **create)
+        for ours, theirs in zip(lines, expected, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-10)
+            assert ours["accuracy"] == theirs["accuracy"]
+        assert len(state.step) == devices
+        assert differing(state) == []
+
+
+def test_one_step_in_float32_does_not_depend_on_the_devices(fit):
+    config = configuration(
+        epochs=1, momentum=0.0, weight_decay=0.0, schedule="constant"
+    )
+    one_step = data(train=8)
+    _, (alone, *_), before = fit(config, dataset=one_step, **ALONE)
+    _, (shared, *_), after = fit(config, dataset=one_step, devices=8, **SHARED)
+    assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    for part, norm in alone["gradient_norm"].items():
+        assert shared["gradient_norm"][part] == pytest.approx(norm, rel=1e-5)
+    # Without momentum the parameters differ as the gradients do.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6),
+        *(
+            jax.tree.map(lambda x: x[0], s.params, is_leaf=lambda x: type(x) is list)
+            for s in (before, after)
+        ),
+    )
+    assert differing(after) == []
+
+
+def test_statistics_of_each_device_alone_are_averaged_all_the_same(fit):
+    config = configuration(epochs=1, sync_batch_norm=False)
+    assert loop._model(config, data()).execution.batch_norm_axis is None
+    _, _, state = fit(config, dataset=data(train=8), **SHARED)
     assert differing(state) == []
 
 
@@ -380,38 +447,8 @@ def test_a_gradient_that_was_not_added_up_is_seen(fit, monkeypatch):
     # The gradient travels in a tuple, beside loss and hits; the count travels alone.
     forgetful = lambda x, axis: x if isinstance(x, tuple) else psum(x, axis)  # noqa: E731
     monkeypatch.setattr(training.lax, "psum", forgetful)
-    _, _, state = fit(configuration(epochs=1, ema=0.9))
+    _, _, state = fit(configuration(epochs=1), dataset=data(train=8), **SHARED)
     assert any("params" in path for path in differing(state))
-
-
-def test_losses_do_not_depend_on_the_devices(fit, float64):
-    config = replace(configuration(ema=0.9), execution=Execution(dtype="float64"))
-    one, *others = [
-        untimed(fit(config, devices=n, workdir=str(n))[1]) for n in (1, 2, 8)
-    ]
-    assert len(set(losses(one))) == 12
-    for other in others:
-        for a, b in zip(one, other, strict=True):
-            assert b["loss"] == pytest.approx(a["loss"], rel=1e-10)
-            assert b["accuracy"] == a["accuracy"]
-
-
-def test_one_step_in_float32_does_not_depend_on_the_devices(fit):
-    config = configuration(
-        epochs=1, momentum=0.0, weight_decay=0.0, schedule="constant"
-    )
-    small = data(train=8)
-    (_, one, alone), (_, eight, shared) = [
-        fit(config, devices=n, dataset=small, workdir=str(n)) for n in (1, 8)
-    ]
-    assert eight[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
-        *(
-            jax.tree.map(lambda x: x[0], s.params, is_leaf=lambda x: type(x) is list)
-            for s in (alone, shared)
-        ),
-    )
 
 
 # What a person sees

@@ -19,6 +19,7 @@ from flax_resnetv2 import (
     ResidualStack,
     ResidualUnit,
     ResNetV2,
+    UsageError,
     create_model,
     plan,
     plan_stack,
@@ -30,6 +31,8 @@ from tests.tiny import NET, images_of, variables_of
 
 ALL_BIASES = ("stem", "layer1", "layer2", "layer3", "shortcut")
 DOUBLE = Execution(dtype="float64")
+# Less to compile: the bare unit, one that projects, and a plain one.
+SMALL = replace(NET, units=(1, 2))
 
 
 def zero_last(params):
@@ -47,13 +50,15 @@ def paths(tree):
 
 
 def shapes_of(module, shape):
-    """(shape of the output, shapes of the parameters), without computing either."""
+    """Shape of the output and of each parameter, without computing any."""
     out, variables = jax.eval_shape(
         lambda x: module.init_with_output(jax.random.key(0), x, train=False),
         jax.ShapeDtypeStruct(shape, jnp.float32),
     )
     params = paths(variables.get("params", {}))
-    return out.shape, {path: leaf.shape for path, leaf in params.items()}
+    return jax.tree.map(lambda x: x.shape, out), {
+        path: leaf.shape for path, leaf in params.items()
+    }
 
 
 # Each level alone (R1), in a few lines.
@@ -220,13 +225,21 @@ def test_residual_ratios_are_what_each_unit_adds(key):  # R10
     assert ratios["stack1"][1] == pytest.approx((norms[0] / norms[1]).mean(), rel=1e-4)
 
 
-def test_zero_init_last_starts_every_unit_as_its_shortcut(key):  # R10
+@pytest.mark.parametrize("width", [8, 16])
+def test_zero_init_last_starts_a_unit_as_its_shortcut(key, width):  # R10
     semantics = replace(ARTICLE, zero_init_last=True)
-    model = create_model(replace(NET, semantics=semantics))
-    images = images_of()
-    variables = jax.jit(lambda: model.init(key, images, train=False))()
-    ratios = residual_ratios(model, variables, images)
-    assert ratios == {"stack1": [0.0, 0.0], "stack2": [0.0, 0.0]}
+    planned = plan_unit(
+        in_width=8, width=width, reduction=width // 8, semantics=semantics
+    )
+    unit, x = ResidualUnit(planned), images_of(shape=(4, 4, 8))
+    variables = unit.init(key, x, train=False)
+    y, state = unit.apply(variables, x, train=False, mutable=["intermediates"])
+    if width == 16:
+        x = Convolution(planned.shortcut).apply(
+            {"params": variables["params"]["shortcut"]}, x
+        )
+    assert np.array_equal(y, x)
+    assert not state["intermediates"]["residual_ratio"][0].any()
 
 
 @pytest.mark.parametrize(
@@ -314,23 +327,36 @@ def test_a_head_is_norm_relu_average_and_dense_layers(float64, head_input):  # R
     np.testing.assert_allclose(out, y, rtol=1e-11, atol=1e-11)
 
 
-def test_latents_pooled_or_flattened_with_a_log_variance(key):  # R18
+def test_the_head_averages_in_float32_behind_bfloat16_maps():
+    semantics = replace(ARTICLE, final_norm=False)
+    head = Head(plan(replace(NET, semantics=semantics)).head, Execution("bfloat16"))
+    x = images_of(shape=(3, 3, 16), dtype="bfloat16")
+    variables = variables_of(head, x.shape)
+    p = variables["params"]["classifier"]
+    expected = x.astype("float32").mean((1, 2)) @ p["kernel"] + p["bias"]
+    out = head.apply(variables, x, train=False)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_latents_pooled_or_flattened_with_a_log_variance():  # R18
     net = replace(NET, head="latent", latent=7, latent_variance=True)
     for head_input, fan_in in (("pooled", 16), ("flattened", 4 * 4 * 16)):
         model = create_model(replace(net, head_input=head_input))
-        out, variables = model.init_with_output(key, images_of(), train=False)
+        out, params = shapes_of(model, (2, 8, 8, 3))
         assert isinstance(out, Latent)
-        assert out.mean.shape == out.log_variance.shape == (2, 7)
+        assert out == ((2, 7), (2, 7))
         for name in ("latent", "log_variance"):
-            assert variables["params"]["head"][name]["kernel"].shape == (fan_in, 7)
+            assert params[f"head/{name}/kernel"] == (fan_in, 7)
 
 
-def test_the_last_norm_can_be_left_out(key):  # R19
+def test_the_last_norm_can_be_left_out():  # R19
     semantics = replace(ARTICLE, final_norm=False)
-    model = create_model(replace(NET, head="none", semantics=semantics))
-    out, variables = model.init_with_output(key, images_of(), train=False)
+    model = create_model(replace(SMALL, head="none", semantics=semantics))
+    variables = variables_of(model)
+    maps = activations(model, variables, images_of())
     assert "head" not in variables["params"]
-    assert (np.asarray(out) < 0).any()
+    assert np.array_equal(maps["head"], maps["stack2"])
+    assert (np.asarray(maps["head"]) < 0).any()
 
 
 def test_the_bridge_adds_the_stacks_input_and_costs_nothing_when_off(key):  # R20
@@ -363,7 +389,7 @@ def test_the_bridge_adds_the_stacks_input_and_costs_nothing_when_off(key):  # R2
 
 
 class PlainNet(nn.Module):
-    """NET and its HE2016 twin as a textbook would write them."""
+    """SMALL and its HE2016 twin as a textbook would write them."""
 
     shared: bool
 
@@ -394,20 +420,19 @@ class PlainNet(nn.Module):
         x = conv(x, 8, 3, 1, "stem/conv")
         if not self.shared:
             x = norm(x, "stem/norm")
-        for stack, width in ((1, 8), (2, 16)):
-            for number in (1, 2):
-                at = f"stack{stack}/unit{number}"
-                stride = 2 if (stack, number) == (2, 1) else 1
-                y = x
-                if self.shared or at != "stack1/unit1":
-                    y = norm(y, f"{at}/layer1/norm")
-                if stride == 2:
-                    x = conv(y if self.shared else x, width, 1, 2, f"{at}/shortcut")
-                y = conv(y, width // 2, 1, stride, f"{at}/layer1/conv")
-                y = norm(y, f"{at}/layer2/norm")
-                y = conv(y, width // 2, 3, 1, f"{at}/layer2/conv")
-                y = norm(y, f"{at}/layer3/norm")
-                x = x + conv(y, width, 1, 1, f"{at}/layer3/conv")
+        for stack, number, width in ((1, 1, 8), (2, 1, 16), (2, 2, 16)):
+            at = f"stack{stack}/unit{number}"
+            stride = 2 if (stack, number) == (2, 1) else 1
+            y = x
+            if self.shared or at != "stack1/unit1":
+                y = norm(y, f"{at}/layer1/norm")
+            if stride == 2:
+                x = conv(y if self.shared else x, width, 1, 2, f"{at}/shortcut")
+            y = conv(y, width // 2, 1, stride, f"{at}/layer1/conv")
+            y = norm(y, f"{at}/layer2/norm")
+            y = conv(y, width // 2, 3, 1, f"{at}/layer2/conv")
+            y = norm(y, f"{at}/layer3/norm")
+            x = x + conv(y, width, 1, 1, f"{at}/layer3/conv")
         x = norm(x, "head/norm").mean((1, 2))
         return nn.Dense(4, param_dtype=jnp.float64, name="head/classifier")(x)
 
@@ -417,7 +442,7 @@ class PlainNet(nn.Module):
 def test_the_net_equals_a_textbook_net_in_values_and_gradients(
     float64, semantics, train
 ):
-    model = create_model(replace(NET, semantics=semantics), DOUBLE)
+    model = create_model(replace(SMALL, semantics=semantics), DOUBLE)
     images = images_of(4, dtype="float64")
     variables = variables_of(model)
     flat = {
@@ -440,7 +465,7 @@ def test_the_net_equals_a_textbook_net_in_values_and_gradients(
             )
             return (logits * weight).sum(), (logits, state["batch_stats"])
 
-        return jax.grad(loss, has_aux=True)(variables["params"])
+        return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
 
     gradient, (logits, stats) = run(model, variables)
     # linen's own batch normalisation mixes dtypes.
@@ -481,13 +506,11 @@ def test_article_and_he2016_are_different_nets():
 
 
 def test_remat_changes_nothing(float64):
-    images = images_of(4, dtype="float64")
+    images, trees = images_of(4, dtype="float64"), []
 
     def run(remat):
-        model = create_model(NET, replace(DOUBLE, remat=remat))
-        assert shapes_of(model, images.shape) == shapes_of(
-            create_model(NET, DOUBLE), images.shape
-        )
+        model = create_model(SMALL, replace(DOUBLE, remat=remat))
+        trees.append(shapes_of(model, images.shape))
         variables = variables_of(model)
 
         def loss(params):
@@ -500,11 +523,12 @@ def test_remat_changes_nothing(float64):
             return jnp.square(out).sum(), state
 
         text = str(jax.make_jaxpr(jax.grad(loss, has_aux=True))(variables["params"]))
-        value = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+        value = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
         return value, "checkpoint" in text or "remat" in text
 
     (plain, without), (again, within) = run(False), run(True)
     assert (without, within) == (False, True)
+    assert trees[0] == trees[1]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12),
         plain,
@@ -513,17 +537,18 @@ def test_remat_changes_nothing(float64):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_parameters_and_logits_are_float32(key, dtype):
-    model = create_model(NET, Execution(dtype=dtype))
-    logits, variables = model.init_with_output(key, images_of(), train=False)
+def test_parameters_and_logits_are_float32(dtype):
+    model = create_model(SMALL, Execution(dtype=dtype))
+    variables = variables_of(model)
+    maps = activations(model, variables, images_of())
+    logits = maps.pop("head")
     kinds = {leaf.dtype for leaf in jax.tree.leaves((variables, logits))}
     assert kinds == {jnp.dtype("float32")}
-    maps = activations(model, variables, images_of())
-    assert maps["stack2/unit2"].dtype == dtype
+    assert {leaf.dtype for leaf in maps.values()} == {jnp.dtype(dtype)}
 
 
 def test_float64_is_float64_everywhere(float64):
-    model = create_model(NET, DOUBLE)
+    model = create_model(SMALL, DOUBLE)
     variables, images = variables_of(model), images_of(dtype="float64")
     maps = activations(model, variables, images)
     kinds = {leaf.dtype for leaf in jax.tree.leaves((variables, maps))}
@@ -540,7 +565,7 @@ def test_bfloat16_is_close_to_float32():
 
 
 def test_the_net_is_a_pure_function():  # R27
-    model = create_model(NET)
+    model = create_model(SMALL)
     variables, images = variables_of(model), images_of(3)
     kept = jax.tree.map(np.array, variables)
 
@@ -577,10 +602,11 @@ def test_running_statistics_keep_their_share():
 
 def test_an_initialisation_leaves_the_statistics_at_their_start():
     # Also where the mapped axis of training is not there.
-    model = create_model(NET, Execution(batch_norm_axis="devices"))
-    x = images_of() * 3 + 1
-    init = jax.jit(lambda key: model.init(key, x, train=True))
-    for path, leaf in paths(init(jax.random.key(0))["batch_stats"]).items():
+    planned = plan_unit(in_width=8, width=8)
+    unit = ResidualUnit(planned, Execution(batch_norm_axis="devices"))
+    x = images_of(shape=(4, 4, 8)) * 3 + 1
+    variables = unit.init(jax.random.key(0), x, train=True)
+    for path, leaf in paths(variables["batch_stats"]).items():
         assert (leaf == (0 if path.endswith("mean") else 1)).all(), path
 
 
@@ -652,3 +678,8 @@ def test_every_parameter_of_every_preset_gets_a_gradient(name):
     cut = replace(preset, units=tuple(min(n, 2) for n in preset.units))
     for path, largest in largest_gradients(cut).items():
         assert largest > 1e-6, path
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(UsageError, match=r"execution.dtype='int8' .*'bfloat16'"):
+        create_model(NET, Execution(dtype="int8"))

@@ -70,6 +70,12 @@ def test_the_exception_holds_only_behind_a_stem_that_ends_in_a_norm(architecture
     assert all(x.norm for _, _, unit in units_of(net) for x in unit.layers)
 
 
+def test_a_unit_by_hand_has_the_exception_only_in_the_article():
+    for semantics, bare in ((ARTICLE, True), (HE2016, False)):
+        unit = plan_unit(in_width=8, width=8, behind_norm=True, semantics=semantics)
+        assert [x.norm is None for x in unit.layers] == [bare, False, False]
+
+
 @pytest.mark.parametrize("layer", [1, 2])
 def test_the_stride_sits_in_one_layer_of_unit_1(layer):  # R7
     net = plan(Architecture(semantics=replace(ARTICLE, stride_layer=layer)))
@@ -162,11 +168,11 @@ def test_one_to_five_stacks(count):  # R13
     "field",
     ["widths", "strides", "reduction", "central_reduction", "kernel", "bridge"],
 )
-def test_a_list_of_another_length_than_units_is_named(field):  # R13
-    with pytest.raises(
-        UsageError, match=rf"^{field}=\(1, 1\) has 2 values, .*3 stacks"
-    ):
-        plan(Architecture(**{field: (1, 1)}))
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_list_of_another_length_than_units_is_named(field, count):  # R13
+    message = rf"^{field}=\(1, 1.*\) has {count} values, .*3 stacks"
+    with pytest.raises(UsageError, match=message):
+        plan(Architecture(**{field: (1,) * count}))
 
 
 def test_a_bridge_is_the_identity_where_shapes_agree():  # R20
@@ -192,6 +198,12 @@ def test_stems():  # R16
     ]
     assert [norm is not None for norm in stem.norms] == [True, False]
     assert stem.pool is None
+
+
+def test_the_head_starts_as_the_semantics_says():
+    for semantics in (ARTICLE, HE2016):
+        head = plan(Architecture(semantics=semantics)).head
+        assert head.init == semantics.dense_init
 
 
 @pytest.mark.parametrize("position", ["stem", "layer1", "layer2", "layer3", "shortcut"])
@@ -274,6 +286,10 @@ def test_without_a_stem_the_channels_must_be_known():
 
 
 MISTAKES = [
+    ({"hidden": 5}, r"hidden=5 must be a tuple"),
+    ({"semantics": "HE2016"}, r"semantics='HE2016' must be .*ARTICLE, HE2016"),
+    ({"semantics": Semantics(norm_epsilon="1e-5")}, r"norm_epsilon='1e-5' must be a"),
+    ({"semantics": Semantics(biases="stem")}, r"biases='stem' must be a tuple"),
     ({"units": (1,) * 6}, r"units=\(1, 1, 1, 1, 1, 1\) must give 1 to 5 stacks"),
     ({"units": ()}, r"units=\(\) must give 1 to 5 stacks"),
     ({"units": 3}, r"units=3 must give 1 to 5 stacks"),
@@ -378,3 +394,13 @@ def test_a_stride_on_a_map_of_one_pixel_is_refused(changes, shape, where):  # R1
     with pytest.raises(UsageError, match=f"at {where}: the map is already 1x1"):
         plan(Architecture(**changes), shape)
     plan(Architecture(**changes))
+
+
+def test_an_image_shape_has_three_numbers():
+    with pytest.raises(UsageError, match=r"image_shape=\(32, 32\)"):
+        plan(Architecture(), (32, 32))
+
+
+def test_a_unit_by_hand_checks_its_semantics():
+    with pytest.raises(UsageError, match=r"semantics.stride_layer=3"):
+        plan_unit(in_width=8, width=8, semantics=Semantics(stride_layer=3))

@@ -89,7 +89,9 @@ def steps_of(optimizer, gradient_of, count=3):
     params = jax.tree.map(jnp.asarray, PARAMS)
     state = optimizer.init(params)
     for _ in range(count):
-        updates, state = optimizer.update(gradient_of(params), state, params)
+        # optax's Adam raises a float to a whole number.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update(gradient_of(params), state, params)
         params = optax.apply_updates(params, updates)
     return params["conv"]
 
@@ -224,70 +226,161 @@ def test_numbers_that_cannot_train_are_refused(changes, message):
         training.check_train(TrainConfig(**changes))
 
 
-# The same on any number of devices
+# A strict program may use all of it
 
 
-def run_on(devices, dtype, steps, psum=None):
-    """Losses of ``steps``, the final state, and the first gradient norms."""
-    execution = Execution(dtype=dtype, batch_norm_axis="d")
-    model = create_model(tiny.NET, execution)
-    config = TrainConfig(epochs=1, schedule="constant", learning_rate=0.05)
-    step = make_train_step(
-        model, config, PIXELS, seed=3, steps_per_epoch=10, axis_name="d"
+@pytest.mark.parametrize(
+    "schedule", ["steps", "cosine", "one_cycle", "linear", "constant"]
+)
+def test_a_strict_program_may_ask_for_the_rate(schedule):
+    config = TrainConfig(epochs=10, schedule=schedule, warmup_epochs=1)
+    rate = training.make_schedule(config, steps_per_epoch=10)
+    assert float(rate(jnp.int32(10))) == pytest.approx(0.1)
+    assert float(jax.jit(rate)(jnp.int32(10))) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adam_l2"])
+@pytest.mark.parametrize("schedule", ["steps", "one_cycle"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_strict_program_may_train(optimizer, schedule, dtype):
+    config = TrainConfig(optimizer=optimizer, schedule=schedule, ema=0.9)
+    model = create_model(tiny.SMALL, Execution(dtype=dtype))
+    step = make_train_step(model, config, PIXELS, seed=0, steps_per_epoch=10)
+    create = lambda: create_train_state(  # noqa: E731
+        model, config, jax.random.key(0), tiny.SHAPE, 10
     )
-    mapped = jax.pmap(
-        step,
-        axis_name="d",
-        in_axes=(None, 0),
-        out_axes=(None, None),
-        devices=jax.devices()[:devices],
+    state = jax.eval_shape(create)
+    new, _ = jax.eval_shape(step, state, batch_of(4))
+    # The state keeps its structure, shapes and types.
+    assert new == state
+
+
+def test_float64_is_float64_throughout(float64):
+    config = TrainConfig(schedule="constant", ema=0.9)
+    model = create_model(tiny.SMALL, Execution(dtype="float64"))
+    step = make_train_step(model, config, PIXELS, seed=0, steps_per_epoch=10)
+    create = lambda: create_train_state(  # noqa: E731
+        model, config, jax.random.key(0), tiny.SHAPE, 10
     )
-    state, losses, norms = state_of(model, config), [], []
-    for number in range(steps):
-        batch = jax.tree.map(
-            lambda x: x.reshape(devices, -1, *x.shape[1:]), batch_of(16, seed=number)
+    state = jax.eval_shape(create)
+    new, metrics = jax.eval_shape(step, state, batch_of(4))
+    assert new == state
+    floats = {leaf.dtype for leaf in jax.tree.leaves((new.params, new.ema))}
+    assert floats == {metrics["loss"].dtype} == {jnp.dtype("float64")}
+
+
+# What a step is, written out
+
+
+def small_step(config, pixels=PLAIN, seed=0):
+    model = create_model(tiny.SMALL)
+    step = make_train_step(model, config, pixels, seed=seed, steps_per_epoch=10)
+    variables = tiny.variables_of(model)
+    state = training.TrainState(
+        step=jnp.int32(0),
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        opt_state=training.make_optimizer(config, 10).init(variables["params"]),
+        ema=jax.tree.map(jnp.copy, variables) if config.ema else None,
+    )
+    return model, jax.jit(step), state
+
+
+def test_a_step_goes_down_the_gradient_of_the_mean_loss():
+    config = TrainConfig(
+        schedule="constant", momentum=0.0, weight_decay=0.0, label_smoothing=0.1
+    )
+    model, step, state = small_step(config)
+    batch = batch_of(6)
+
+    @jax.jit
+    @jax.grad
+    def gradient_of(params):
+        logits, _ = model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            (batch.image.astype(jnp.float32) / 255 - 0.5) / 0.25,
+            train=True,
+            mutable=["batch_stats"],
         )
-        state, metrics = mapped(state, batch)
-        losses.append(float(metrics["loss"]))
-        norms.append(jax.tree.map(float, metrics["gradient_norm"]))
-    return np.array(losses), norms, state
+        target = 0.9 * jax.nn.one_hot(batch.label, 4) + 0.1 / 4
+        return -(target * jax.nn.log_softmax(logits)).sum(-1).mean()
+
+    gradient = gradient_of(state.params)
+    new, metrics = step(state, batch)
+    jax.tree.map(
+        lambda old, g, now: np.testing.assert_allclose(
+            now, old - 0.1 * g, rtol=1e-4, atol=1e-6
+        ),
+        state.params, gradient, new.params,
+    )  # fmt: skip
+    for part, norm in metrics["gradient_norm"].items():
+        squares = sum(float((g**2).sum()) for g in jax.tree.leaves(gradient[part]))
+        assert float(norm) == pytest.approx(squares**0.5, rel=1e-4)
 
 
-def unequal_shards(state):
-    """How many leaves differ between devices by a bit or more."""
-    differing = 0
-    for leaf in jax.tree.leaves(state):
-        first, *others = [np.asarray(s.data) for s in leaf.addressable_shards]
-        differing += any(first.tobytes() != other.tobytes() for other in others)
-    return differing
+def test_a_masked_row_gives_neither_loss_nor_gradient_nor_hit():
+    batch = batch_of(6, padding=2)
+    few = jax.tree.map(lambda x: x[:4], batch)
+    # Every row is right.
+    logits = 5 * jax.nn.one_hot(batch.label, 4)
+    loss, correct = training.score(logits, batch, 0.1)
+    assert int(correct) == 4
+    np.testing.assert_allclose(loss, training.score(logits[:4], few, 0.1)[0], rtol=1e-6)
+    gradient = jax.grad(lambda x: training.score(x, batch, 0.1)[0])(logits)
+    assert not gradient[4:].any()
+    assert gradient[:4].any(1).all()
+    # Not even where a masked row is beyond all numbers.
+    wild = training.score(logits.at[5].set(jnp.inf), batch, 0.1)[0]
+    np.testing.assert_array_equal(wild, loss)
 
 
-def test_float64_losses_are_equal_on_1_2_and_8_devices(float64):
-    one, _, _ = run_on(1, "float64", 5)
-    for devices in (2, 8):
-        losses, _, state = run_on(devices, "float64", 5)
-        np.testing.assert_allclose(losses, one, rtol=1e-10)
-        assert unequal_shards(state) == 0
-    assert len(set(one)) == 5
+def test_step_number_and_seed_choose_the_crops_and_masked_labels_do_not_matter():
+    config, batch = TrainConfig(schedule="constant", ema=0.9), batch_of(6, padding=2)
+    losses = set()
+    for seed in (0, 1):
+        _, step, state = small_step(config, replace(PIXELS, crop_padding=2), seed)
+        for number in (0, 1):
+            at = state.replace(step=jnp.int32(number))
+            losses.add(float(step(at, batch)[1]["loss"]))
+    assert len(losses) == 4
+    other = batch._replace(label=(batch.label + (~batch.mask).astype(jnp.int32)) % 4)
+    assert (other.label != batch.label).sum() == 2
+    results = step(state, batch), step(state, other)
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    assert int(results[0][1]["count"]) == 4
+    # An old average keeps the share that the configuration says.
+    old = state.replace(step=jnp.int32(1000))
+    new, _ = step(old, batch)
+    before, now, got = (
+        tree["head"]["norm"]["mean"]
+        for tree in (old.ema["batch_stats"], new.batch_stats, new.ema["batch_stats"])
+    )
+    np.testing.assert_allclose(got, 0.9 * before + 0.1 * now, rtol=1e-5, atol=1e-6)
 
 
-def test_float32_first_loss_and_gradient_are_equal():
-    losses, norms, before = run_on(1, "float32", 1)
-    for devices in (2, 8):
-        others, other_norms, after = run_on(devices, "float32", 1)
-        np.testing.assert_allclose(others, losses, rtol=1e-5)
-        for part, norm in norms[0].items():
-            assert other_norms[0][part] == pytest.approx(norm, rel=1e-5)
-        # One step of SGD: parameters differ as the gradients do.
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-            after.params,
-            before.params,
-        )
-        assert unequal_shards(after) == 0
+@pytest.mark.parametrize(
+    ("field", "choices"),
+    [
+        ("optimizer", "sgd, adamw, adam_l2"),
+        ("schedule", "steps, cosine, one_cycle, linear, constant"),
+        ("decay", "kernels, all"),
+    ],
+)
+def test_an_unknown_word_is_refused_with_the_choices(field, choices):
+    config = replace(TrainConfig(), **{field: "lion"})
+    with pytest.raises(UsageError, match=f"train.{field}=.*lion.* one of .*{choices}"):
+        training.check_train(config)
 
 
-def test_a_forgotten_collective_is_seen(monkeypatch):
-    monkeypatch.setattr(training.lax, "psum", lambda tree, axis_name: tree)
-    _, _, state = run_on(2, "float32", 1)
-    assert unequal_shards(state) > 0
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"epochs": True},
+        {"epochs": 1.5},
+        {"learning_rate": float("nan")},
+        {"drops": (0.5, 0.5)},
+    ],
+)
+def test_a_number_of_another_kind_is_refused(changes):
+    with pytest.raises(UsageError, match=f"train.{next(iter(changes))}="):
+        training.check_train(TrainConfig(**changes))
