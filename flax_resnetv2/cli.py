@@ -50,7 +50,6 @@ def train(arguments: Sequence[str] | None = None) -> int:
         from flax_resnetv2.loop import fit
 
         workdir = command.workdir or _new_workdir(recipe)
-        print(f"run directory: {workdir}")
         result = fit(config, workdir)
         print(
             f"test accuracy {result['accuracy']:.4f} of {result['count']:,} images; "

@@ -80,7 +80,7 @@ def fit(
             state = checkpoints.restore(step, like=state)
         done = int(state.step)
         with Reporter(workdir, began, total, done, config.train.batch_size) as report:
-            report.say(run.describe(state))
+            report.say(f"{workdir}: {run.describe(state)}")
             while done < total:
                 epoch = done // run.steps_per_epoch
                 state, done = _train_epoch(run, state, done, report)

@@ -78,7 +78,7 @@ def test_flags_reach_fit(captured, capsys):
     )
     assert workdir == "a/b"
     out = capsys.readouterr().out
-    assert "run directory: a/b" in out
+    assert "in a/b" in out
     assert "test accuracy 0.5000 of 2,000 images; 12 s; in a/b" in out
 
 
