@@ -8,7 +8,7 @@ a batch inside the compiled step.
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from flax_resnetv2.errors import UsageError
 from flax_resnetv2.records import class_names, find_prepared, read_split
 
 DatasetName = Literal["cifar10", "embedded_shapes"]
+IMAGE_SHAPES = {"cifar10": (32, 32, 3), "embedded_shapes": (32, 32, 3)}
+"""(height, width, channels), known before a data set is opened."""
 PADDING = -1
 """In an order: a place of the batch that holds no image."""
 
@@ -92,9 +94,10 @@ def open_dataset(config: DataConfig) -> Dataset:
             archive is not CIFAR-10, ``validation`` leaves nothing to train on.
         RunError: the download failed.
     """
-    if config.name not in (names := get_args(DatasetName)):
+    if config.name not in IMAGE_SHAPES:
         raise UsageError(
-            f"data.name={config.name!r} is unknown; choose one of {', '.join(names)}"
+            f"data.name={config.name!r} is unknown; choose one of "
+            f"{', '.join(IMAGE_SHAPES)}"
         )
     root = _data_dir(config)
     directory = find_prepared(config.name, root)

@@ -24,6 +24,7 @@ from flax_resnetv2.augment import positions
 from flax_resnetv2.checkpoint import Checkpointer
 from flax_resnetv2.config import Config, check_config, differences, load_config, to_json
 from flax_resnetv2.data import (
+    IMAGE_SHAPES,
     Dataset,
     Split,
     epoch_order,
@@ -294,9 +295,10 @@ def _agree(
 ) -> tuple[Config, Dataset]:
     """Everything that can be refused, cheapest first; the configuration filled in."""
     check_config(config)
-    # Before anything is read, so that a mistake costs no waiting; again, with the
-    # images' real shape, when the model is made.
-    create_model(config.architecture, image_shape=(32, 32, 3))
+    # Planned before anything is read, so that a mistake costs no waiting.
+    create_model(
+        config.architecture, config.execution, IMAGE_SHAPES.get(config.data.name)
+    )
     _check_devices(config, len(devices))
     if (workdir / "config.json").exists():
         _check_same(load_config(workdir), config, workdir)
