@@ -36,7 +36,7 @@ CIFAR10_SHA256 = {
     ),
 }
 """Of the two official archives; TFDS and Keras publish them too."""
-TIMEOUT = 10
+TIMEOUT = 8
 """Seconds without a byte after which a download gives up."""
 
 _CIFAR10_CLASSES = (
