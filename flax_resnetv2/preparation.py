@@ -7,15 +7,21 @@ files, because its CIFAR reader and its image encoder are what needs TensorFlow.
 
 import codecs
 import contextlib
+import fcntl
 import functools
+import gzip
 import hashlib
+import http.client
 import io
 import os
 import pickle
+import queue
 import tarfile
+import threading
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -69,61 +75,104 @@ def prepare_cifar10(
         UsageError: the archive is missing, another one, or damaged.
         RunError: the download failed; what has arrived is kept and gone on with.
     """
-    if archive is not None:
-        path = Path(archive).expanduser()
-        if not path.is_file():
-            raise UsageError(
-                f"data.archive={archive} is not a file; give a local copy of "
-                f"{' or '.join(CIFAR10_SHA256)}"
-            )
-    else:
-        path = _download(url or CIFAR10_URL, root / "downloads")
-    received = _sha256(path)
-    if received not in CIFAR10_SHA256.values() and not accept_checksum:
+    url = url or CIFAR10_URL
+    if archive is not None and not Path(archive).expanduser().is_file():
+        raise UsageError(
+            f"data.archive={archive} is not a file; give a local copy of "
+            f"{' or '.join(CIFAR10_SHA256)}"
+        )
+    if not url.startswith(("http://", "https://")):
+        raise UsageError(
+            f"data.url={url} is no address to download from; give one that begins "
+            "with http:// or https://, or a local file by --data.archive PATH"
+        )
+    with _alone(root / "cifar10" / "3.0.2") as wanted:
+        if not wanted:
+            return
+        if archive is not None:
+            path = Path(archive).expanduser()
+        else:
+            path = _download(url, root / "downloads")
+        try:
+            if not accept_checksum:
+                _check_sum(path, archive or url)
+            splits = _read_archive(path)
+        except UsageError:
+            if archive is None:  # or every later run would meet the same file
+                path.unlink()
+            raise
+        # Description, citation and homepage are those that TFDS gives the data set.
+        _write(
+            root,
+            name="cifar10",
+            version="3.0.2",
+            description=(
+                "The CIFAR-10 dataset consists of 60000 32x32 colour images in 10 "
+                "classes, with 6000 images per class. There are 50000 training images "
+                "and 10000 test images."
+            ),
+            homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
+            citation=(
+                "@TECHREPORT{Krizhevsky09learningmultiple,\n"
+                "    author = {Alex Krizhevsky},\n"
+                "    title = {Learning multiple layers of features from tiny images},\n"
+                "    institution = {},\n"
+                "    year = {2009}\n}"
+            ),
+            names=_CIFAR10_CLASSES,
+            splits={split: lambda s=split: splits[s] for split in splits},
+        )
         if archive is None:
             path.unlink()
-        expected = " or ".join(f"{v} ({k})" for k, v in CIFAR10_SHA256.items())
-        raise UsageError(
-            f"{archive or url or CIFAR10_URL} has the SHA-256 {received}; expected "
-            f"{expected}; if you trust the file, add --data.accept_checksum"
-        )
-    splits = _read_archive(path)
-    _write(
-        root,
-        name="cifar10",
-        version="3.0.2",
-        description=(
-            "CIFAR-10: 60,000 colour images of 32x32 pixels, 6,000 in each of ten "
-            "classes; 50,000 to train on and 10,000 to test."
-        ),
-        homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
-        citation=(
-            "@TECHREPORT{Krizhevsky09learningmultiple, author = {Alex Krizhevsky}, "
-            "title = {Learning multiple layers of features from tiny images}, "
-            "year = {2009}}"
-        ),
-        names=_CIFAR10_CLASSES,
-        splits={split: lambda s=split: splits[s] for split in splits},
-    )
-    if archive is None:
-        path.unlink(missing_ok=True)
 
 
 def prepare_embedded(root: Path) -> None:
     """Write ``root/embedded_shapes/1.0.0``: the images of ``embedded.draw``."""
-    _write(
-        root,
-        name=embedded.NAME,
-        version="1.0.0",
-        description="Ten shapes on 32x32 pixels, drawn by flax_resnetv2.embedded.",
-        homepage="",
-        citation="",
-        names=embedded.CLASSES,
-        splits={
-            split: functools.partial(embedded.draw, split)
-            for split in embedded.PER_CLASS
-        },
-    )
+    with _alone(root / embedded.NAME / "1.0.0") as wanted:
+        if not wanted:
+            return
+        _write(
+            root,
+            name=embedded.NAME,
+            version="1.0.0",
+            description="Ten shapes on 32x32 pixels, drawn by flax_resnetv2.embedded.",
+            homepage="",
+            citation="",
+            names=embedded.CLASSES,
+            splits={
+                split: functools.partial(embedded.draw, split)
+                for split in embedded.PER_CLASS
+            },
+        )
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[bool]:
+    """Let one process at a time prepare root/name/version.
+
+    Yields:
+        Whether it is still to be written: another process may have done it meanwhile.
+
+    Raises:
+        UsageError: something else than a data set has its place.
+    """
+    lock = directory.parents[1] / "downloads" / f".{directory.parent.name}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    # The kernel opens the lock of a process that is killed.
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that prepares {directory}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # some network file systems have no locks
+            pass
+        if directory.exists() and not (directory / "dataset_info.json").exists():
+            raise UsageError(
+                f"{directory} holds no dataset_info.json, so it is no data set; remove "
+                "it to have the data set prepared, or give another --data.dir"
+            )
+        yield not directory.exists()
 
 
 def _write(
@@ -196,9 +245,16 @@ def _png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _sha256(path: Path) -> str:
+def _check_sum(path: Path, source: str) -> None:
+    """Refuse an archive that is neither official one."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        received = hashlib.file_digest(file, "sha256").hexdigest()
+    if received not in CIFAR10_SHA256.values():
+        expected = " or ".join(f"{v} ({k})" for k, v in CIFAR10_SHA256.items())
+        raise UsageError(
+            f"{source} has the SHA-256 {received}; expected {expected}; if you trust "
+            "the file, add --data.accept_checksum"
+        )
 
 
 def _read_archive(path: Path) -> dict[str, Examples]:
@@ -210,13 +266,15 @@ def _read_archive(path: Path) -> dict[str, Examples]:
     wanted = {name for names in _BATCHES.values() for name in names}
     found: dict[str, Examples] = {}
     try:
-        with tarfile.open(path, "r:gz") as tar:
+        with gzip.open(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 stem, suffix = os.path.splitext(os.path.basename(member.name))
                 if member.isfile() and stem in wanted and suffix in ("", ".bin"):
                     read = _read_binary if suffix else _read_pickled
                     found[stem] = read(stem, tar.extractfile(member))
-    except (tarfile.TarError, EOFError, OSError, pickle.UnpicklingError) as error:
+            while file.read(1 << 20):  # gzip compares its checksum at the very end
+                pass
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise UsageError(
             f"{path} is damaged or no CIFAR-10 archive ({error}); fetch it again"
         ) from error
@@ -251,9 +309,9 @@ def _read_pickled(name: str, file: IO[bytes]) -> Examples:
     try:
         batch = _ArrayUnpickler(file, encoding="bytes").load()
         return _examples(name, np.asarray(batch[b"data"]), np.asarray(batch[b"labels"]))
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
+    except UsageError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
         raise UsageError(
             f"{name} of the archive is not a batch of CIFAR-10 ({error!r}); fetch the "
             "archive again"
@@ -275,15 +333,21 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 def _examples(name: str, pixels: np.ndarray, labels: np.ndarray) -> Examples:
     """Planes of colour -> images; refuse what cannot be CIFAR-10."""
-    if pixels.shape != (len(labels), _IMAGE_BYTES) or pixels.dtype != np.uint8:
+    if pixels.shape != (labels.size, _IMAGE_BYTES) or pixels.dtype != np.uint8:
         raise UsageError(
             f"{name} of the archive has data {pixels.dtype} {list(pixels.shape)} for "
-            f"{len(labels)} labels; expected uint8 [{len(labels)}, {_IMAGE_BYTES}]"
+            f"{labels.size} labels; expected uint8 [{labels.size}, {_IMAGE_BYTES}]"
         )
-    if labels.max() >= len(_CIFAR10_CLASSES):
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise UsageError(
-            f"{name} of the archive has the label {labels.max()}; CIFAR-10 has 0 to 9"
+            f"{name} of the archive has labels {labels.dtype} {list(labels.shape)}; "
+            f"expected whole numbers [{labels.size}]"
         )
+    for label in (labels.min(), labels.max()):
+        if not 0 <= label < len(_CIFAR10_CLASSES):
+            raise UsageError(
+                f"{name} of the archive has the label {label}; CIFAR-10 has 0 to 9"
+            )
     images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), labels.astype(np.int64)
 
@@ -302,17 +366,18 @@ def _download(url: str, directory: Path) -> Path:
     if path.exists():
         return path
     have = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
     try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+            with _open(request) as answer:
                 _save(answer, partial, have)
         except urllib.error.HTTPError as error:
             # 416: nothing is left to send, so all of it is here.
             if error.code != 416 or not have:
                 raise
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = " ".join(str(getattr(error, "reason", None) or error).split())
+        have = partial.stat().st_size if partial.exists() else 0
         raise RunError(
             f"cannot download {url} ({reason}); ways on: --data.archive PATH with a "
             f"local {' or '.join(CIFAR10_SHA256)}, --data.url MIRROR, --data.dir DIR "
@@ -320,6 +385,30 @@ def _download(url: str, directory: Path) -> Path:
             "no data" + (f"; {have:,} bytes are kept" if have else "")
         ) from error
     return partial.rename(path)
+
+
+def _open(request: urllib.request.Request) -> Any:
+    """Open an address within two timeouts.
+
+    In a thread: looking up a name heeds no timeout, and each of the addresses of a
+    name has a timeout of its own.
+    """
+    outcome: queue.Queue[Any] = queue.Queue()
+
+    def work() -> None:
+        try:
+            outcome.put(urllib.request.urlopen(request, timeout=TIMEOUT))
+        except Exception as error:
+            outcome.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        answer = outcome.get(timeout=2 * TIMEOUT)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {2 * TIMEOUT} s") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def _save(answer: Any, partial: Path, have: int) -> None:
@@ -336,7 +425,8 @@ def _save(answer: Any, partial: Path, have: int) -> None:
         live = bar.console.is_terminal
         task = bar.add_task("", total=total, completed=have)
         told = time.monotonic()
-        while chunk := answer.read(1 << 16):
+        # What has come, even if little: a connection that stalls loses nothing.
+        while chunk := answer.read1(1 << 16):
             file.write(chunk)
             have += len(chunk)
             bar.update(task, completed=have)

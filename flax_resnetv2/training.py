@@ -266,15 +266,7 @@ def make_train_step(
                 gradient, state.opt_state, state.params
             )
         params = optax.apply_updates(state.params, updates)
-        averaged = None
-        if state.ema is not None:
-            # While the run is young the average forgets its start faster.
-            keep = jnp.minimum(train.ema, (1 + state.step) / (10 + state.step))
-            averaged = jax.tree.map(
-                lambda old, new: new + keep.astype(old.dtype) * (old - new),
-                state.ema,
-                {"params": params, "batch_stats": stats},
-            )
+        averaged = _average(state, {"params": params, "batch_stats": stats}, train.ema)
         metrics = {
             "loss": loss,
             "correct": correct,
@@ -286,6 +278,19 @@ def make_train_step(
         return new, metrics
 
     return step
+
+
+def _average(state: TrainState, variables: dict[str, Any], share: float) -> Any:
+    """Move the averages towards ``variables``; None where none are kept."""
+    if state.ema is None:
+        return None
+    # While the run is young the average forgets its start faster.
+    keep = jnp.minimum(share, (1 + state.step) / (10 + state.step))
+    return jax.tree.map(
+        lambda old, new: new + keep.astype(old.dtype) * (old - new),
+        state.ema,
+        variables,
+    )
 
 
 def make_eval_step(

@@ -1,10 +1,10 @@
 """CIFAR-10 from its archives, local and over HTTP, into directories that TFDS opens."""
 
-import functools
 import hashlib
 import http.server
 import io
 import json
+import os
 import pickle
 import socket
 import subprocess
@@ -89,7 +89,11 @@ def test_either_archive_gives_the_images_and_tfds_opens_them(tmp_path, kind):
         assert np.array_equal(record["image"], image)
         assert np.array_equal(images[index], image)
         assert record["label"] == labels[index] == expected[number % 4]
-    assert class_names(directory)[3] == "cat"
+    theirs = tfds.builder("cifar10", data_dir=tmp_path / "elsewhere").info
+    ours = tfds.builder("cifar10", data_dir=tmp_path / "data").info
+    for field in ("description", "citation", "homepage", "supervised_keys", "version"):
+        assert getattr(ours, field) == getattr(theirs, field)
+    assert class_names(directory) == tuple(theirs.features["label"].names)
     assert len(read_split(directory, "test")[1]) == 4
 
 
@@ -102,6 +106,17 @@ def test_another_checksum_is_refused_naming_the_flag(tmp_path, binary):
 def test_a_missing_archive_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"data.archive=/no/such is not a file"):
         prepare(tmp_path, archive="/no/such")
+
+
+def start(code, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def without_a_batch(tmp_path):
@@ -132,15 +147,45 @@ def a_label_too_high(tmp_path):
     return write_tar(tmp_path / "a", members), "label 11"
 
 
+def a_flipped_bit(tmp_path):
+    path = write_tar(tmp_path / "a", binary_members())
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return path, "damaged or no CIFAR-10 archive"
+
+
+def first_pickle(tmp_path, content):
+    members = python_members()
+    members["cifar-10-batches-py/data_batch_1"] = content
+    return write_tar(tmp_path / "a", members)
+
+
+def a_pickled_label_below_zero(tmp_path):
+    values = {b"data": batch("data_batch_1")[0], b"labels": [0, 1, -1, 2]}
+    return first_pickle(tmp_path, pickle.dumps(values, protocol=2)), "label -1"
+
+
+def pickled_labels_that_are_fractions(tmp_path):
+    values = {b"data": batch("data_batch_1")[0], b"labels": [0.5, 1, 2, 3]}
+    content = pickle.dumps(values, protocol=2)
+    return first_pickle(tmp_path, content), "labels float64"
+
+
+def a_damaged_pickle(tmp_path):
+    content = python_members()["cifar-10-batches-py/data_batch_1"]
+    content = content.replace(b"latin1", b"latin?")
+    return first_pickle(tmp_path, content), "data_batch_1 .* not a batch.*LookupError"
+
+
 class Evil:
     def __reduce__(self):
         return print, ("this must never run",)
 
 
 def a_pickle_with_a_call(tmp_path):
-    members = python_members()
-    members["cifar-10-batches-py/data_batch_1"] = pickle.dumps(Evil(), protocol=2)
-    return write_tar(tmp_path / "a", members), "asks for .*print"
+    content = pickle.dumps(Evil(), protocol=2)
+    return first_pickle(tmp_path, content), "asks for .*print"
 
 
 @pytest.mark.parametrize(
@@ -151,6 +196,10 @@ def a_pickle_with_a_call(tmp_path):
         no_archive,
         half_a_record,
         a_label_too_high,
+        a_flipped_bit,
+        a_pickled_label_below_zero,
+        pickled_labels_that_are_fractions,
+        a_damaged_pickle,
         a_pickle_with_a_call,
     ],
 )
@@ -167,11 +216,11 @@ def test_a_wrong_archive_is_one_clear_line(tmp_path, make, capsys):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves one file; can break off, and can ignore ranges."""
+    """Serves one file; can break off, ignore ranges, and take its time."""
 
     def __init__(self, content):
         self.content, self.ranges, self.sent = content, True, 0
-        self.break_at, self.asked = None, []
+        self.break_at, self.asked, self.delay = None, [], 0.0
         super().__init__(("127.0.0.1", 0), Handler)
 
     @property
@@ -184,6 +233,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         s = self.server
         asked = self.headers.get("Range", "bytes=0-")
         s.asked.append(asked)
+        time.sleep(s.delay)
         start = int(asked[len("bytes=") : -1]) if s.ranges else 0
         self.send_response(206 if s.ranges else 200)
         self.send_header("Content-Length", str(len(s.content) - start))
@@ -199,7 +249,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(binary):
     with Server(binary.read_bytes()) as s:
-        threading.Thread(target=s.serve_forever, daemon=True).start()
+        threading.Thread(target=s.serve_forever, args=(0.01,), daemon=True).start()
         yield s
         s.shutdown()
 
@@ -242,12 +292,76 @@ def test_no_network_is_one_clear_line_soon(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_server_that_stalls_is_left(tmp_path, monkeypatch):
+def test_a_name_that_is_looked_up_for_long_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "TIMEOUT", 0.1)
+    released = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: released.wait(5) and [])
+    with pytest.raises(RunError, match=r"no answer within 0.2 s\).*--data.archive"):
+        prepare(tmp_path, url="http://slow.invalid/x.tar.gz")
+    released.set()
+
+
+@pytest.mark.parametrize(
+    ("answer", "message", "kept"),
+    [
+        (b"", "timed out", 0),
+        (b"HTTP/1.0 200 OK\r\nContent-Length: 9\r\n\r\nabc", "timed out.*3 bytes", 3),
+        (b"garbage\r\n\r\n", r"\(garbage\)", 0),
+        (b"HTTP/1.0 404 Not Found\r\n\r\n", "Not Found", 0),
+    ],
+    ids=["silent", "stalls", "garbage", "404"],
+)
+def test_a_server_that_fails_is_left(tmp_path, monkeypatch, answer, message, kept):
     monkeypatch.setattr(preparation, "TIMEOUT", 0.3)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}/x.tar.gz"
-        with pytest.raises(RunError, match="timed out"):
+
+    def serve():
+        connection, _ = listening.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(answer)
+            done.wait(5)
+
+    done = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/x.tar.gz"
+        with pytest.raises(RunError, match=message) as caught:
             prepare(tmp_path, url=url)
+        done.set()
+        thread.join()
+    assert "\n" not in str(caught.value)
+    partial = list((tmp_path / "downloads").glob("*.partial"))
+    assert sum(path.stat().st_size for path in partial) == kept
+
+
+def test_what_is_no_address_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"data.url=mirror is no address.*https://"):
+        prepare(tmp_path, url="mirror")
+
+
+def test_a_damaged_download_is_fetched_again(tmp_path, server):
+    whole = server.content
+    server.content = b"not an archive"
+    with pytest.raises(UsageError, match="no CIFAR-10 archive"):
+        prepare(tmp_path / "data", url=server.url)
+    server.content = whole
+    assert prepare(tmp_path / "data", url=server.url).is_dir()
+
+
+def test_two_processes_share_one_download(tmp_path, server):
+    server.delay = 0.5
+    code = f"""
+from pathlib import Path
+from flax_resnetv2 import preparation
+root = Path({str(tmp_path)!r})
+preparation.prepare_cifar10(root, url={server.url!r}, accept_checksum=True)
+"""
+    both = [start(code) for _ in range(2)]
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert len(server.asked) == 1
+    assert len(read_split(find_prepared("cifar10", tmp_path), "train")[1]) == 20
 
 
 # What is prepared
@@ -261,10 +375,35 @@ def test_the_embedded_set_is_what_is_drawn(tmp_path, monkeypatch):
     for split in ("train", "test"):
         drawn, labels = embedded.draw(split)
         stored, stored_labels = read_split(directory, split)
-        assert sorted(image.tobytes() for image in drawn) == sorted(
-            image.tobytes() for image in stored
-        )
-        assert sorted(labels) == sorted(stored_labels)
+        assert pairs(drawn, labels) == pairs(stored, stored_labels)
+
+
+def pairs(images, labels):
+    """Images with their labels, in an order of their own: TFDS shuffles."""
+    return sorted(
+        (image.tobytes(), int(label))
+        for image, label in zip(images, labels, strict=True)
+    )
+
+
+def test_a_killed_run_does_not_hinder_the_next(tmp_path, binary):
+    left = tmp_path / "data" / "cifar10" / "incomplete.ABCDEF_3.0.2"
+    left.mkdir(parents=True)
+    (left / "cifar10-train.array_record-00000-of-00001").write_bytes(b"half")
+    assert prepare(tmp_path / "data", archive=str(binary)).name == "3.0.2"
+
+
+def test_what_is_prepared_is_not_written_again(tmp_path, binary):
+    directory = prepare(tmp_path / "data", archive=str(binary))
+    before = [path.stat().st_mtime_ns for path in sorted(directory.iterdir())]
+    prepare(tmp_path / "data", archive=str(binary))
+    assert before == [path.stat().st_mtime_ns for path in sorted(directory.iterdir())]
+
+
+def test_an_occupied_place_is_named(tmp_path, binary):
+    (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"3\.0\.2 holds no dataset_info.json"):
+        prepare(tmp_path, archive=str(binary))
 
 
 def test_a_damaged_directory_is_named(tmp_path, binary):
@@ -302,6 +441,10 @@ def test_the_newest_version_is_taken(tmp_path):
 
 
 def test_no_step_needs_tensorflow(tmp_path, binary):
+    # Installed for all to see, but nothing may import it.
+    trap = tmp_path / "installed" / "tensorflow"
+    trap.mkdir(parents=True)
+    (trap / "__init__.py").write_text("raise AssertionError('TensorFlow imported')")
     code = f"""
 import sys
 from pathlib import Path
@@ -312,6 +455,7 @@ images, labels = records.read_split(records.find_prepared("cifar10", root), "tra
 print(images.shape)
 assert "tensorflow" not in sys.modules
 """
-    root = Path(__file__).parents[1]
-    run = functools.partial(subprocess.run, capture_output=True, text=True, cwd=root)
-    assert "(20, 32, 32, 3)" in run([sys.executable, "-c", code], check=True).stdout
+    process = start(code, PYTHONPATH=str(trap.parent))
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    assert "(20, 32, 32, 3)" in said
