@@ -21,6 +21,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,15 +102,13 @@ def prepare_cifar10(
             if archive is None:  # or every later run would meet the same file
                 path.unlink()
             raise
-        # Description, citation and homepage are those that TFDS gives the data set.
         _write(
             root,
             name="cifar10",
             version="3.0.2",
             description=(
-                "The CIFAR-10 dataset consists of 60000 32x32 colour images in 10 "
-                "classes, with 6000 images per class. There are 50000 training images "
-                "and 10000 test images."
+                "CIFAR-10: 60,000 colour images of 32x32 pixels, 6,000 in each of ten "
+                "classes; 50,000 to train on and 10,000 to test."
             ),
             homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
             citation=(
@@ -307,7 +306,9 @@ def _read_binary(name: str, file: IO[bytes]) -> Examples:
 def _read_pickled(name: str, file: IO[bytes]) -> Examples:
     """A pickled dictionary with ``data`` [N, 3072] and ``labels``."""
     try:
-        batch = _ArrayUnpickler(file, encoding="bytes").load()
+        # NumPy 2.4.0 warns of the whole numbers that Python 2 wrote for booleans.
+        with warnings.catch_warnings(action="ignore"):
+            batch = _ArrayUnpickler(file, encoding="bytes").load()
         return _examples(name, np.asarray(batch[b"data"]), np.asarray(batch[b"labels"]))
     except UsageError:
         raise
@@ -372,6 +373,7 @@ def _download(url: str, directory: Path) -> Path:
             with _open(request) as answer:
                 _save(answer, partial, have)
         except urllib.error.HTTPError as error:
+            error.close()  # it is the answer, too
             # 416: nothing is left to send, so all of it is here.
             if error.code != 416 or not have:
                 raise

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,14 @@ def find_prepared(name: str, root: Path) -> Path | None:
     Raises:
         UsageError: what is there is broken, or in a format that needs TensorFlow.
     """
+    # Other names are of directories that TFDS is writing, or was when it was killed.
     found = sorted(
-        (path.parent for path in root.glob(f"{name}/*/dataset_info.json")),
-        key=_version,
+        (
+            path.parent
+            for path in root.glob(f"{name}/*/dataset_info.json")
+            if re.fullmatch(r"[0-9]+(\.[0-9]+)*", path.parent.name)
+        ),
+        key=lambda directory: [int(part) for part in directory.name.split(".")],
         reverse=True,
     )
     formats = {directory: _description(directory)["fileFormat"] for directory in found}
@@ -86,11 +92,6 @@ def class_names(directory: Path) -> tuple[str, ...]:
 
     builder = tfds.builder_from_directory(directory)
     return tuple(builder.info.features["label"].names)
-
-
-def _version(directory: Path) -> tuple[int, ...]:
-    parts = directory.name.split(".")
-    return tuple(int(part) if part.isdecimal() else -1 for part in parts)
 
 
 def _description(directory: Path) -> dict[str, Any]:
