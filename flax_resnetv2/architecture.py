@@ -99,8 +99,12 @@ class Execution:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Of the computation. Parameters and outputs stay float32 (float64 with float64,
     which needs jax_enable_x64)."""
-    remat: bool = False
-    """Compute a unit's inside again in the backward pass instead of keeping it."""
+    remat: Literal["nothing", "norms", "units"] = "norms"
+    """What the backward pass computes again instead of keeping it: nothing; every
+    BN-ReLU (half the memory); a unit's whole inside."""
+    derivatives: Literal["by_hand", "automatic"] = "by_hand"
+    """by_hand: the fast ones, in reverse mode, once. automatic: the textbook operations
+    as JAX differentiates them, for forward mode and second derivatives; slower."""
     batch_norm_axis: str | None = None
     """Name of the mapped axis over which batch statistics are taken together."""
 

@@ -55,15 +55,22 @@ class Convolution(nn.Module):
     execution: Execution = Execution()
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array | ops.PreActivation) -> jax.Array:
         """Convolve, and add the bias where the plan has one."""
-        p, param_dtype = self.plan, self.execution.param_dtype
-        shape = (p.kernel, p.kernel, x.shape[-1], p.width)
-        kernel = self.param("kernel", _INITIALISERS[p.init], shape, param_dtype)
-        y = ops.convolution(x, kernel.astype(x.dtype), p.stride, p.padding)
+        p, e = self.plan, self.execution
+        maps = x.x if isinstance(x, ops.PreActivation) else x
+        shape = (p.kernel, p.kernel, maps.shape[-1], p.width)
+        kernel = self.param("kernel", _INITIALISERS[p.init], shape, e.param_dtype)
+        kernel = kernel.astype(maps.dtype)
+        if e.derivatives == "automatic":
+            x = x.value if isinstance(x, ops.PreActivation) else x
+            y = ops.plain_convolution(x, kernel, p.stride, p.padding)
+        else:
+            recompute = e.remat != "nothing"
+            y = ops.convolution(x, kernel, p.stride, p.padding, recompute)
         if p.bias:
             zeros = nn.initializers.zeros_init()
-            y += self.param("bias", zeros, (p.width,), param_dtype).astype(y.dtype)
+            y += self.param("bias", zeros, (p.width,), e.param_dtype).astype(y.dtype)
         return y
 
 
@@ -77,25 +84,30 @@ class NormReLU(nn.Module):
     plan: NormPlan
     execution: Execution = Execution()
 
-    @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Use the batch's statistics and keep them (train), or the running ones."""
-        shape, dtype = x.shape[-1:], self.execution.param_dtype
-        scale = self.param("scale", nn.initializers.ones_init(), shape, dtype)
-        bias = self.param("bias", nn.initializers.zeros_init(), shape, dtype)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, dtype)
-        var = self.variable("batch_stats", "var", jnp.ones, shape, dtype)
+        return self.promise(x, train=train).value
+
+    @nn.compact
+    def promise(self, x: jax.Array, *, train: bool) -> ops.PreActivation:
+        """Do the same, but leave the computation to the convolution that reads it."""
+        shape, e = x.shape[-1:], self.execution
+        scale = self.param("scale", nn.initializers.ones_init(), shape, e.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape, e.param_dtype)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, e.param_dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, e.param_dtype)
         epsilon, keep = self.plan.epsilon, self.plan.momentum
         if not train:
-            return ops.norm_relu(x, scale, bias, mean.value, var.value, epsilon)
-        axis_name = self.execution.batch_norm_axis
-        if self.is_initializing():
-            axis_name = None
-        y, *batch = ops.batch_norm_relu(x, scale, bias, epsilon, axis_name)
+            return ops.pre_activation(x, scale, bias, mean.value, var.value, epsilon)
+        axis_name = None if self.is_initializing() else e.batch_norm_axis
+        by_hand = e.derivatives == "by_hand"
+        moments = ops.batch_moments if by_hand else ops.plain_moments
+        batch = moments(x, axis_name)
         if self.is_mutable_collection("batch_stats") and not self.is_initializing():
             for running, now in zip((mean, var), batch, strict=True):
+                now = jax.lax.stop_gradient(now)
                 running.value = keep * running.value + (1 - keep) * now
-        return y
+        return ops.pre_activation(x, scale, bias, *batch, epsilon)
 
 
 class ResidualLayer(nn.Module):
@@ -113,11 +125,13 @@ class ResidualLayer(nn.Module):
             self.norm = NormReLU(self.plan.norm, self.execution)
         self.conv = Convolution(self.plan.conv, self.execution)
 
-    def preactivate(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """BN -> ReLU; nothing in the one layer that the article excepts."""
-        return x if self.plan.norm is None else self.norm(x, train=train)
+    def preactivate(
+        self, x: jax.Array, *, train: bool
+    ) -> jax.Array | ops.PreActivation:
+        """BN -> ReLU, as a promise; nothing in the one layer that is excepted."""
+        return x if self.plan.norm is None else self.norm.promise(x, train=train)
 
-    def convolve(self, x: jax.Array) -> jax.Array:
+    def convolve(self, x: jax.Array | ops.PreActivation) -> jax.Array:
         """Convolve alone."""
         return self.conv(x)
 
@@ -179,7 +193,7 @@ class ResidualStack(nn.Module):
         def run(unit: ResidualUnit, x: jax.Array) -> jax.Array:
             return unit(x, train=train)
 
-        if self.execution.remat and train:
+        if self.execution.remat == "units" and train:
             run = nn.remat(run)
         y = x
         for number, unit in enumerate(self.plan.units, start=1):

@@ -123,6 +123,7 @@ def test_a_layer_is_norm_then_relu_then_convolution(key):  # R4
     stats, params = variables["batch_stats"]["norm"], variables["params"]
     normed = (x - stats["mean"]) / jnp.sqrt(stats["var"] + 1e-5)
     normed = normed * params["norm"]["scale"] + params["norm"]["bias"]
+    active = active.value
     np.testing.assert_allclose(active, np.maximum(normed, 0), rtol=1e-4, atol=1e-5)
     assert (normed < 0).any()
     y = layer.apply(variables, x, train=False)
@@ -505,11 +506,12 @@ def test_article_and_he2016_are_different_nets():
 # How it is run changes nothing.
 
 
-def test_remat_changes_nothing(float64):
+def test_remat_and_derivatives_change_nothing(float64):
     images, trees = images_of(4, dtype="float64"), []
 
-    def run(remat):
-        model = create_model(SMALL, replace(DOUBLE, remat=remat))
+    def run(remat, derivatives="by_hand"):
+        how = replace(DOUBLE, remat=remat, derivatives=derivatives)
+        model = create_model(SMALL, how)
         trees.append(shapes_of(model, images.shape))
         variables = variables_of(model)
 
@@ -526,14 +528,16 @@ def test_remat_changes_nothing(float64):
         value = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
         return value, "checkpoint" in text or "remat" in text
 
-    (plain, without), (again, within) = run(False), run(True)
+    (plain, without), (again, within) = run("nothing"), run("units")
+    (default, _), (automatic, _) = run("norms"), run("nothing", "automatic")
     assert (without, within) == (False, True)
-    assert trees[0] == trees[1]
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12),
-        plain,
-        again,
-    )
+    assert trees[0] == trees[1] == trees[2]
+    for other in (again, default, automatic):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10),
+            plain,
+            other,
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -683,3 +687,22 @@ def test_every_parameter_of_every_preset_gets_a_gradient(name):
 def test_an_unknown_dtype_is_refused():
     with pytest.raises(UsageError, match=r"execution.dtype='int8' .*'bfloat16'"):
         create_model(NET, Execution(dtype="int8"))
+
+
+def test_automatic_derivatives_go_forward_and_twice(float64):
+    model = create_model(SMALL, replace(DOUBLE, derivatives="automatic"))
+    variables, images = variables_of(model), images_of(4, dtype="float64")
+
+    def loss(params):
+        out, _ = model.apply(
+            {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+        )
+        return jnp.square(out).sum()
+
+    params = variables["params"]
+    along = jax.tree.map(jnp.ones_like, params)
+    _, forward = jax.jvp(loss, (params,), (along,))
+    backward = sum(g.sum() for g in jax.tree.leaves(jax.grad(loss)(params)))
+    np.testing.assert_allclose(forward, backward, rtol=1e-9)
+    _, curvature = jax.jvp(jax.grad(loss), (params,), (along,))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(curvature))
