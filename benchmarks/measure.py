@@ -1,0 +1,99 @@
+"""What every measurement here shares: interleaved timing, and rows that say where from.
+
+A row is one JSON object: what was measured, with device, versions and commit. Rivals
+are timed in turns within one run, because a machine's speed drifts by more than the
+differences that matter.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+"""Where the committed rows are, one file a table."""
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "keras", "timm")
+
+
+def provenance() -> dict[str, Any]:
+    """Give the device, versions and commit that every row carries."""
+    import jax
+
+    commit = None
+    # No git and no repository are no reason to lose a measurement.
+    with contextlib.suppress(OSError):
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cores": usable_cores(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit or None,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def interleaved(
+    runs: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Time each of ``runs`` once a round, in turns; seconds by name.
+
+    A run must wait for its own result. The order turns round every second time, so
+    that no rival always follows the same one.
+    """
+    for run in runs.values():
+        for _ in range(warmup):
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds):
+        names = list(runs) if number % 2 == 0 else list(runs)[::-1]
+        for name in names:
+            began = time.perf_counter()
+            runs[name]()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Median and spread (the middle half's width over the median) of timings."""
+    median = statistics.median(seconds)
+    if len(seconds) < 4:
+        spread = (max(seconds) - min(seconds)) / median
+    else:
+        low, _, high = statistics.quantiles(seconds, n=4)
+        spread = (high - low) / median
+    return {"seconds": median, "spread": round(spread, 4), "rounds": len(seconds)}
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Add one row to a file of JSON lines, and show it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(row)
+    with path.open("a") as file:
+        file.write(line + "\n")
+    print(line, flush=True)

@@ -1,0 +1,233 @@
+"""The measurements measure the same net, in turns, and a queue that fails goes on.
+
+PyTorch and Keras are no dependencies of the tests: ``python -m benchmarks.peers``
+compares them.
+"""
+
+import json
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import cpu, gpu, peers
+from benchmarks.measure import append, interleaved, summary
+from flax_resnetv2 import ARTICLE, HE2016, PRESETS, Architecture
+from tests import tiny
+
+SIZE = (9, 9, 3)
+"""Odd, so that padding to both sides differs from padding to one."""
+
+
+ONE_UNIT = Architecture(units=(1,), widths=(4,), strides=(1,), stem_width=4)
+"""Where a training step is compiled."""
+
+
+def task_of(name, batch=4):
+    return peers.Task(name, peers.PARITY[name], SIZE, batch)
+
+
+def both_logits(task, variables):
+    """Ours and the plain ones, not compiled apart from their operations."""
+    images = jnp.asarray(task.images())
+    ours = peers.create_model(task.architecture)
+    plain = peers.PlainLinen(task.plan)
+    return [
+        jax.jit(lambda v, net=net: net.apply(v, images, train=False))(v)
+        for net, v in ((ours, variables), (plain, peers._renamed(variables)))
+    ]
+
+
+@pytest.mark.parametrize("name", peers.PARITY)
+def test_plain_linen_is_the_same_net(name):
+    task = task_of(name)
+    expected, got = both_logits(task, peers.draw_variables(task, stir=True))
+    np.testing.assert_allclose(
+        got, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max()
+    )
+
+
+def test_the_compared_nets_are_of_both_versions():
+    assert {ARTICLE, HE2016} <= {a.semantics for a in peers.PARITY.values()}
+
+
+def test_plain_linen_trains_alike():
+    task = peers.Task("one unit", ONE_UNIT, tiny.SHAPE, batch=4)
+    logits, losses = peers.difference(task, peers.plain_linen, steps=2)
+    assert logits <= peers.TOLERANCE["linen"][0]
+    assert losses <= peers.TOLERANCE["linen"][1]
+
+
+def test_another_net_under_a_presets_name_is_refused():
+    wrong = peers.Task("he2016-resnet20", tiny.SMALL, tiny.SHAPE, batch=2)
+    with pytest.raises(RuntimeError, match=r"he2016-resnet20: \d+ parameters, not 219"):
+        peers.plain_linen(wrong, peers.draw_variables(wrong))
+
+
+@pytest.mark.parametrize(
+    "change", [{"head": "latent"}, {"bridge": True}, {"hidden": (8,)}]
+)
+def test_a_net_that_rivals_do_not_build_is_refused(change):
+    with pytest.raises(ValueError, match="rivals have a"):
+        _ = peers.Task("odd", Architecture(**change)).plan
+
+
+def test_flops_are_twice_the_multiply_adds():
+    task = peers.Task("one unit", ONE_UNIT, tiny.SHAPE, batch=4)
+    convolutions = 9 * 3 * 4 + 4 * 2 + 9 * 2 * 2 + 2 * 4
+    assert task.flops == 2 * (64 * convolutions + 4 * 10)
+    assert peers.Task.of_preset("article").parameters == PRESETS["article"].parameters
+
+
+def test_rivals_take_turns():
+    seen = []
+    runs = {name: (lambda name=name: seen.append(name)) for name in "ab"}
+    seconds = interleaved(runs, rounds=3, warmup=1)
+    assert "".join(seen) == "ab" + "ab" + "ba" + "ab"
+    assert [len(s) for s in seconds.values()] == [3, 3]
+
+
+def test_a_summary_is_median_and_middle_half():
+    assert summary([2.0, 1.0, 4.0]) == {"seconds": 2.0, "spread": 1.5, "rounds": 3}
+    assert summary([1.0, 2.0, 3.0, 4.0, 5.0])["spread"] == 1.0
+
+
+def row_of(contestant, seconds, run="1", **more):
+    row = {"net": "n", "batch": 4, "run": run, "mode": "train", "spread": 0.01}
+    row["rounds"] = 3
+    row |= {"contestant": contestant, "seconds": seconds, "first_seconds": seconds}
+    return row | {"images_per_second": 4 / seconds, "flops_fraction": 0.5} | more
+
+
+def test_the_cpu_table_joins_the_last_run():
+    rows = [row_of("ours", 9.0), row_of("torch", 9.0)]
+    rows += [row_of("ours", 1.0, "2"), row_of("torch", 2.0, "2")]
+    text = cpu.table(rows)
+    assert "| n, 4 | train | ours | 4 | 3 | 1.0% | 2.00 | - |" in text
+    assert len(text.splitlines()) == 4
+
+
+def python(name, code, estimate=0.0, timeout=20.0):
+    return gpu.Job(name, (sys.executable, "-c", code), estimate, timeout)
+
+
+def ok(name, **row):
+    return python(name, f"print('noise'); print('RESULT {json.dumps(row)}')")
+
+
+def statuses(path):
+    return [(row["id"], row["status"]) for row in cpu.read_rows(path)]
+
+
+def test_the_queue_goes_on_after_a_failure_and_where_it_stopped(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    broken = python("broken", "raise MemoryError('RESOURCE_EXHAUSTED: 80 GB')")
+    run = lambda *jobs: gpu.run_queue(list(jobs), out, 60, {"commit": "c"})  # noqa: E731
+    run(broken, ok("a", x=1))
+    assert statuses(out) == [("broken", "failed"), ("a", "ok")]
+    failed, good = cpu.read_rows(out)
+    assert failed["error"] == "MemoryError: RESOURCE_EXHAUSTED: 80 GB"
+    assert failed["exit_code"] == 1
+    assert good["x"] == 1
+    assert good["commit"] == "c"
+    # Again: what is done stays done, what failed comes after what is new.
+    run(broken, ok("a", x=2), ok("b"))
+    assert statuses(out)[2:] == [("b", "ok"), ("broken", "failed")]
+    assert "3 jobs, 1 done before" in capsys.readouterr().out
+
+
+def test_a_job_that_takes_too_long_is_ended_with_its_children(tmp_path):
+    marker = tmp_path / "alive"
+    child = f"import time; time.sleep(2); open({str(marker)!r}, 'w')"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    began = time.monotonic()
+    row = gpu.run_job(python("slow", code, timeout=0.5))
+    assert row["status"] == "failed"
+    assert row["error"].startswith("ended after")
+    # The queue's end is no fault of the job's.
+    assert gpu.run_job(python("slow", code), left=0.3)["status"] == "cut"
+    time.sleep(max(0, began + 3 - time.monotonic()))
+    assert not marker.exists()
+
+
+def test_a_job_is_not_started_when_too_little_time_is_left(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    gpu.run_queue([python("long", "", estimate=100), ok("short")], out, 30)
+    assert statuses(out) == [("short", "ok")]
+    assert "long: not started" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("cuts", "order"), [(1, "abc"), (2, "acb")])
+def test_a_job_that_was_cut_keeps_its_place_once(tmp_path, cuts, order):
+    out = tmp_path / "rows.jsonl"
+    for _ in range(cuts):
+        append(out, {"id": "b", "status": "cut"})
+    gpu.run_queue([ok(name) for name in "abc"], out, 60)
+    assert "".join(name for name, _ in statuses(out)[cuts:]) == order
+
+
+def test_a_job_without_a_result_has_failed():
+    assert gpu.run_job(python("mute", ""))["error"] == "no output"
+    killed = gpu.run_job(python("killed", "import os; os.kill(os.getpid(), 9)"))
+    assert killed["exit_code"] == -9
+
+
+def test_the_fraction_of_the_peak_is_joined_in_the_queue(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    jobs = [ok("peak", bfloat16_flops=8.0), ok("train/n/4/ours", model_flops=2.0)]
+    gpu.run_queue(jobs, out, 60)
+    assert cpu.read_rows(out)[1]["fraction_of_peak"] == 0.25
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_the_queue_names_nets_that_there_are_once(small):
+    jobs = gpu.queue(small)
+    names = [job.id for job in jobs]
+    assert len(set(names)) == len(names)
+    assert names[0].startswith("tests/")
+    measured = [n for n in names if n.startswith(("train/", "pipeline/"))]
+    nets = gpu.TINY_NETS if small else gpu.NETS
+    assert {name.split("/")[1] for name in measured} == set(nets)
+    assert all(0 < job.estimate < job.timeout for job in jobs)
+
+
+def test_the_gpu_table_joins_contestants(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    for name, seconds in (
+        ("ours", 1.0),
+        (gpu.EAGER, 3.0),
+        (gpu.COMPILED + "default", 2.0),
+    ):
+        row = row_of(name, seconds, compile_seconds=1.5, peak_bytes=None)
+        append(out, row | {"id": f"train/n/4/{name}", "status": "ok"})
+    append(out, {"id": "tests/ops", "status": "failed", "error": "1 bad"})
+    text = gpu.table(cpu.read_rows(out))
+    assert "| n | 4 | ours | 4 | 1.0% | 1000.00 | 3.00 | 2.00 | 1.5 |" in text
+    assert "- tests/ops: failed, 1 bad" in text
+
+
+def test_several_steps_are_one_program_with_the_pipeline_inside():
+    net = gpu.Net(ONE_UNIT, tiny.SHAPE, images=16, steps=3)
+    task = peers.Task("one unit", ONE_UNIT, tiny.SHAPE, batch=4)
+    run, facts = gpu.our_chunk(task, net, peers.Execution(), pipeline=True)
+    run()
+    run()  # on, with the state that the first one gave back
+    assert facts["compile_seconds"] > 0
+
+
+def test_neither_torch_nor_keras_nor_the_command_line_is_loaded():
+    code = "import sys, benchmarks.gpu; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=gpu.ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    # (flax itself loads rich.)
+    assert "jax" in loaded
+    assert not {"torch", "keras", "tyro", "tensorflow_datasets"} & set(loaded)
