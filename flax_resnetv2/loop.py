@@ -4,6 +4,7 @@ The only module that knows ``pmap``. State and data set are whole on every devic
 device takes its share of every batch (see ``data.positions``).
 """
 
+import contextlib
 import json
 import platform
 import subprocess
@@ -379,13 +380,15 @@ def _write_records(
 
 def _environment(devices: list[jax.Device]) -> dict[str, Any]:
     """Commit, versions and devices."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    commit = None
+    with contextlib.suppress(OSError):  # no git
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
         "commit": commit or None,
