@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flax_resnetv2 import process
 from flax_resnetv2.config import RECIPES, Config
 from flax_resnetv2.errors import RunError, UsageError
 
@@ -21,6 +22,9 @@ class TrainCommand(Config):
 
     workdir: str | None = None
     """Directory of the run; None: a new runs/RECIPE-N."""
+    compilation_cache: bool = True
+    """Keep compiled programs for the next run: in JAX_COMPILATION_CACHE_DIR, or in the
+    user's cache directory, as ~/.cache/flax_resnetv2/xla, which may be deleted."""
 
 
 def train(arguments: Sequence[str] | None = None) -> int:
@@ -47,6 +51,9 @@ def train(arguments: Sequence[str] | None = None) -> int:
     recipe = next(word for word in words if word in RECIPES)
 
     def work() -> None:
+        process.keep_memory()
+        if command.compilation_cache:
+            process.cache_compilations()
         from flax_resnetv2.loop import fit
 
         workdir = command.workdir or _new_workdir(recipe)

