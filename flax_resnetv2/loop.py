@@ -185,17 +185,15 @@ class _Run:
 
     def initial_state(self) -> TrainState:
         """Initial state from the seed."""
-
-        def create(key: jax.Array) -> TrainState:
-            return create_train_state(
+        return self.place(
+            create_train_state(
                 self.model,
                 self.config.train,
-                key,
+                jax.random.key(self.config.seed),
                 self.dataset.image_shape,
                 self.steps_per_epoch,
             )
-
-        return self.place(jax.jit(create)(jax.random.key(self.config.seed)))
+        )
 
     def describe(self, state: TrainState) -> str:
         """Say in one line what is about to run."""

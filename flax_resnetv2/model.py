@@ -11,11 +11,15 @@ the article's figure: ``stack2/unit1/layer3/conv/kernel``.
 (4, 10)
 """
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
 from flax_resnetv2 import ops
@@ -33,12 +37,15 @@ from flax_resnetv2.planning import (
 )
 from flax_resnetv2.presets import get_preset
 
-_INITIALISERS = {
-    "he_normal": nn.initializers.he_normal(),
-    "he_normal_fan_out": nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-    "uniform_fan_in": nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-    "zeros": nn.initializers.zeros_init(),
+_DRAWN = {
+    "he_normal": (2.0, "fan_in", "truncated_normal"),
+    "he_normal_fan_out": (2.0, "fan_out", "normal"),
+    "uniform_fan_in": (1 / 3, "fan_in", "uniform"),
 }
+"""Initial kernels that are drawn: variance times fan, which fan, distribution."""
+_INITIALISERS = {
+    name: nn.initializers.variance_scaling(*drawn) for name, drawn in _DRAWN.items()
+} | {"zeros": nn.initializers.zeros_init()}
 
 
 class Latent(NamedTuple):
@@ -291,6 +298,51 @@ class ResNetV2(nn.Module):
             x = run(x, train=train)
         return Head(self.plan.head, self.execution, name="head")(x, train=train)
 
+    @nn.nowrap
+    def init_in_one_draw(
+        self, key: jax.Array, image_shape: tuple[int, int, int]
+    ) -> dict[str, Any]:
+        """Initialise as ``init`` does, but cut all kernels from one draw.
+
+        ``init`` draws each kernel by itself, and XLA compiles each draw: that takes
+        ten times as long, most of a minute for 1001 layers. The distributions are the
+        same, the numbers are not. Fastest outside jit.
+
+        Args:
+            key: decides the numbers.
+            image_shape: (height, width, channels).
+
+        Returns:
+            ``params`` and ``batch_stats``.
+        """
+        dtype = self.execution.param_dtype
+        drawn: dict[tuple[str, ...], str] = {}
+        shapes: dict[str, dict[tuple[str, ...], tuple[int, ...]]] = {}
+
+        def note(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+            module = context.module
+            if isinstance(module, Convolution):
+                drawn["params", *module.path, "kernel"] = module.plan.init
+            if isinstance(module, nn.Dense):
+                drawn["params", *module.path, "kernel"] = self.plan.head.init
+            return call(*args, **kwargs)
+
+        @jax.jit
+        def rest(key: jax.Array) -> dict[tuple[str, ...], jax.Array]:
+            with nn.intercept_methods(note):
+                images = jnp.zeros((1, *image_shape), dtype)
+                leaves = flatten_dict(self.init(key, images, train=False))
+            for path, init in drawn.items():
+                if init in _DRAWN:
+                    shapes.setdefault(init, {})[path] = leaves.pop(path).shape
+            return leaves
+
+        leaves = rest(key)
+        # linen's own keys are this one folded with hashes of paths, never so small.
+        for number, (init, kernels) in enumerate(shapes.items()):
+            leaves |= _cut(jax.random.fold_in(key, number), init, kernels, dtype)
+        return unflatten_dict(leaves)
+
 
 def create_model(
     architecture: Architecture | str = Architecture(),
@@ -312,6 +364,28 @@ def create_model(
         architecture = get_preset(architecture).architecture
     check_literals(execution, "execution.")
     return ResNetV2(plan(architecture, image_shape), execution)
+
+
+def _cut(
+    key: jax.Array,
+    init: str,
+    shapes: dict[tuple[str, ...], tuple[int, ...]],
+    dtype: str,
+) -> dict[tuple[str, ...], jax.Array]:
+    """Draw kernels of these shapes in one piece."""
+    variance, fan, distribution = _DRAWN[init]
+    ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+    unit = nn.initializers.variance_scaling(1.0, "fan_in", distribution)
+    numbers = jax.jit(unit, static_argnums=(1, 2))(key, (1, int(ends[-1])), dtype)[0]
+    # On the host, because XLA compiles every cut; when traced there is no choice.
+    xp = jnp if isinstance(numbers, jax.core.Tracer) else np
+    kernels = {}
+    pieces = xp.split(xp.asarray(numbers), ends[:-1])
+    for (path, shape), piece in zip(shapes.items(), pieces, strict=True):
+        maps = shape[-2] if fan == "fan_in" else shape[-1]
+        spread = math.sqrt(variance / (math.prod(shape[:-2]) * maps))
+        kernels[path] = piece.reshape(shape) * xp.asarray(spread, dtype)
+    return jax.device_put(kernels)
 
 
 def _norms(x: jax.Array, dtype: str) -> jax.Array:

@@ -1,7 +1,7 @@
 """The modules: the article's sentences about residual units, layers, stem and head."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import flax.linen as nn
 import jax
@@ -27,7 +27,7 @@ from flax_resnetv2 import (
 )
 from flax_resnetv2.analysis import activations, residual_ratios
 from flax_resnetv2.model import Convolution, Head, Latent, NormReLU, Stem
-from tests.tiny import NET, images_of, variables_of
+from tests.tiny import NET, SHAPE, images_of, variables_of
 
 ALL_BIASES = ("stem", "layer1", "layer2", "layer3", "shortcut")
 DOUBLE = Execution(dtype="float64")
@@ -655,6 +655,49 @@ def test_kernels_start_with_the_spread_of_their_initialiser(key, init, variance,
     # A truncated normal and a uniform distribution end; a normal one goes on.
     reach = abs(kernel).max() / expected
     assert reach > 3.5 if bound is None else reach < bound
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("version", [ARTICLE, HE2016])
+def test_one_draw_is_an_initialisation_like_any_other(version, traced):
+    semantics = replace(version, zero_init_last=True)
+    architecture = Architecture(
+        units=(2, 1), widths=(64, 96), strides=(1, 2), hidden=(50,), semantics=semantics
+    )
+    model = create_model(architecture)
+    initialise = partial(model.init_in_one_draw, image_shape=(32, 32, 3))
+    drawn = paths((jax.jit(initialise) if traced else initialise)(jax.random.key(3)))
+    usual = jax.jit(partial(model.init, train=False))(
+        jax.random.key(7), jnp.zeros([1, 32, 32, 3])
+    )
+    usual = paths(usual)
+    assert drawn.keys() == usual.keys()
+    firsts = set()
+    for path, leaf in usual.items():
+        new = drawn[path]
+        assert (new.shape, new.dtype) == (leaf.shape, leaf.dtype), path
+        assert isinstance(new, jax.Array), path
+        if not path.endswith("kernel") or not leaf.any():
+            np.testing.assert_array_equal(new, leaf, err_msg=path)
+            continue
+        firsts.add(float(new.ravel()[0] / new.std()))
+        error = 4 / leaf.size**0.5
+        assert new.std() == pytest.approx(float(leaf.std()), rel=error), path
+        assert abs(new.mean()) < error * leaf.std(), path
+        reach, usual_reach = (float(abs(x).max() / x.std()) for x in (new, leaf))
+        assert reach == pytest.approx(usual_reach, rel=0.3), path
+    kernels = [path for path in usual if path.endswith("kernel") and usual[path].any()]
+    assert len(firsts) == len(kernels)
+
+
+def test_one_draw_depends_on_its_key_alone():
+    model = create_model(SMALL)
+    one, again, other = (
+        paths(model.init_in_one_draw(jax.random.key(k), SHAPE)) for k in (0, 0, 1)
+    )
+    for path in one:
+        np.testing.assert_array_equal(one[path], again[path], err_msg=path)
+    assert any((one[path] != other[path]).any() for path in one)
 
 
 @cache
