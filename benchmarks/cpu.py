@@ -2,10 +2,11 @@
 
     python -m benchmarks.cpu
     python -m benchmarks.cpu --nets he2016-resnet20 --only ours torch
+    python -m benchmarks.cpu --alternatives   # our default beside what we offer else
     python -m benchmarks.cpu --table
 
-In one process the contestants of ``benchmarks.peers`` take turns (see
-``measure.interleaved``), one training step or one inference of a batch a turn, float32.
+In one process, tuned as ``train.py`` tunes its own (``process.tune``), the contestants
+of ``benchmarks.peers`` take turns (see ``measure.interleaved``), one training step or one inference of a batch a turn, float32.
 Rows go to ``benchmarks/results/cpu.jsonl``; ``--table`` lays them out as Markdown. The
 default run takes under 15 minutes on two cores; pin it with ``taskset``.
 
@@ -48,6 +49,7 @@ from benchmarks.measure import (
     summary,
     usable_cores,
 )
+from flax_resnetv2 import process
 
 NETS = ("he2016-resnet20", "article", "he2016-resnet56", "he2016-resnet164")
 FEWEST, MOST = 3, 20
@@ -60,39 +62,45 @@ class Options:
 
     nets: tuple[str, ...] = NETS
     """Presets."""
-    only: tuple[str, ...] = tuple(peers.CONTESTANTS)
-    """Contestants."""
+    only: tuple[str, ...] = ()
+    """Contestants; none: all."""
+    alternatives: bool = False
+    """Our own ways of execution in place of the rivals."""
     batch: int = 128
     """Images in a step."""
     rounds: int | None = None
     """Turns of each contestant; None: as many as fit into seconds, 3 to 20."""
     seconds: float = 45.0
     """For the rounds of one net, training and inference each."""
-    out: Path = RESULTS / "cpu.jsonl"
-    """Receives the rows."""
+    out: Path | None = None
+    """Receives the rows; None: cpu.jsonl or alternatives.jsonl in results/."""
     table: bool = False
     """Measure nothing; print the table of the rows that are there."""
 
 
 def main(options: Options) -> None:
     """Measure, append rows, print the table."""
+    name = "alternatives" if options.alternatives else "cpu"
+    out = options.out or RESULTS / f"{name}.jsonl"
     if not options.table:
+        process.tune()
         # Seconds of compiling are those of a first start.
         jax.config.update("jax_enable_compilation_cache", False)
-        about = {"benchmark": "cpu", "run": time.strftime("%Y-%m-%dT%H:%M:%S")}
+        about = {"benchmark": name, "run": time.strftime("%Y-%m-%dT%H:%M:%S")}
         about |= provenance()
         for net in options.nets:
             for row in measure_net(net, options):
-                append(options.out, row | about)
+                append(out, row | about)
             peers.forget()
-    print(table(read_rows(options.out)))
+    print(table(read_rows(out)))
 
 
 def measure_net(net: str, options: Options) -> list[dict[str, Any]]:
     """Let the contestants take turns on one net; one row each for both modes."""
     task = peers.Task.of_preset(net, batch=options.batch)
     machine = {"peak_flops": product_peak(), "bandwidth": copy_bandwidth()}
-    contestants = {name: peers.CONTESTANTS[name](task) for name in options.only}
+    offered = peers.ALTERNATIVES if options.alternatives else peers.CONTESTANTS
+    contestants = {name: offered[name](task) for name in options.only or offered}
     rows = []
     for mode in ("train", "inference"):
         runs: dict[str, Callable[[], Any]] = {
@@ -156,10 +164,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Lay out the last run of every net as a Markdown table."""
     last = {(row["net"], row["batch"]): row["run"] for row in rows}
+    rivals = {"torch": "PyTorch", "linen": "plain linen"}
+    if any(row["benchmark"] == "alternatives" for row in rows):
+        rivals = {"ours": "the default"}
+    compared = " | ".join(f"of {name}" for name in rivals.values())
     lines = [
-        "| net | mode | | images/s | rounds | spread | of PyTorch | of plain linen "
+        f"| net | mode | | images/s | rounds | spread | {compared} "
         "| trace + compile, s | temporary MB | of peak FLOP/s | of bandwidth |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        f"|---|---|---|{'---:|' * (len(rivals) + 7)}",
     ]
     for (net, batch), run in last.items():
         for mode in ("train", "inference"):
@@ -172,7 +184,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             for name, row in chosen.items():
                 cells = [f"{net}, {batch}", mode, name, f"{row['images_per_second']:g}"]
                 cells += [str(row["rounds"]), f"{row['spread']:.1%}"]
-                for rival in ("torch", "linen"):
+                for rival in rivals:
                     other = chosen.get(rival, {}).get("seconds", math.nan)
                     cells.append(_shown(other / row["seconds"], ".2f"))
                 cells.append(_compile_cell(row))

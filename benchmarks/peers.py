@@ -123,13 +123,16 @@ class Contestant:
     """Logits [batch, classes] with the running statistics, on the device."""
     facts: dict[str, dict[str, float]] = field(default_factory=dict)
     """"train" and "inference" -> what is known of the compiled program."""
+    step_text: str = ""
+    """The compiled training step's HLO; nothing for rivals that do not show it."""
 
 
-def ours(task: Task, variables: Any = None) -> Contestant:
+def ours(
+    task: Task, variables: Any = None, execution: Execution = Execution()
+) -> Contestant:
     """This project: its model, its training state, its step. Images enter as uint8."""
-    model = create_model(
-        task.architecture, Execution(dtype=task.dtype), task.image_shape
-    )
+    execution = replace(execution, dtype=task.dtype)
+    model = create_model(task.architecture, execution, task.image_shape)
     state = training_state(model, task, variables)
     _check_parameters(task, sum(leaf.size for leaf in jax.tree.leaves(state.params)))
     step = make_train_step(model, TRAIN, PIXELS, seed=0, steps_per_epoch=1000)
@@ -455,6 +458,15 @@ CONTESTANTS: dict[str, Callable[[Task], Contestant]] = {
     "torch": pytorch,
 }
 """On a CPU, in float32."""
+ALTERNATIVES: dict[str, Callable[[Task], Contestant]] = {
+    "ours": ours,
+    "ours-remat-nothing": partial(ours, execution=Execution(remat="nothing")),
+    "ours-remat-units": partial(ours, execution=Execution(remat="units")),
+    "ours-automatic": partial(
+        ours, execution=Execution(remat="nothing", derivatives="automatic")
+    ),
+}
+"""Everything that ``Execution`` offers at equal numbers; the default comes first."""
 
 
 def draw_variables(task: Task, seed: int = 0, stir: bool = False) -> dict[str, Any]:
@@ -561,7 +573,8 @@ def _of_jax(
     def infer() -> jax.Array:
         return jax.block_until_ready(forward(held, images))
 
-    return Contestant(train, infer, {"train": train_facts, "inference": facts})
+    facts = {"train": train_facts, "inference": facts}
+    return Contestant(train, infer, facts, step.as_text())
 
 
 def _features(

@@ -51,7 +51,7 @@ def train(arguments: Sequence[str] | None = None) -> int:
     recipe = next(word for word in words if word in RECIPES)
 
     def work() -> None:
-        process.keep_memory()
+        process.tune()
         if command.compilation_cache:
             process.cache_compilations()
         from flax_resnetv2.loop import fit

@@ -22,8 +22,9 @@ from jax import lax
 SPACE = (0, 1, 2)
 """The axes of [N, H, W, C] that batch normalisation averages over."""
 Padding = Literal["same", "symmetric"]
-WIDEST_SHIFTED = 64
-"""Maps up to which a shifted product beats XLA's CPU convolution (measured)."""
+WIDEST_SHIFTED = 16
+"""Maps up to which a shifted product beats XLA's CPU convolution (measured, with the
+convolution that ``process.choose_convolutions`` chooses)."""
 BLOCK = 1024
 """Rows of a matrix product that are summed at a time (measured: 512 to 2048)."""
 
@@ -302,8 +303,7 @@ def _shifted_product(x, kernel, *, direction):
     """A convolution of stride 1 as one matrix product between two shifts.
 
     Columns of x are laid side by side, [P, kC]; the product with the kernel gives
-    [P, kF], one part for each row of the kernel, which are shifted and summed. At 32
-    and 64 maps this takes two thirds of the time of XLA's CPU convolution. A
+    [P, kF], one part for each row of the kernel, which are shifted and summed. A
     ``direction`` of -1 turns the kernel round, as the gradient of the input wants it,
     and shares the columns of g with the gradient of the kernel.
     """
@@ -340,8 +340,7 @@ def _sum_over_rows(x, g):
     """The gradient of a matrix: the sum of outer products, [P, C], [P, F] -> [C, F].
 
     XLA's CPU product that sums over rows is fastest with the narrower side on the left,
-    and faster still where that side is turned a block at a time (-10 % of a step). The
-    barriers keep XLA from undoing both.
+    and faster still where that side is turned a block at a time (-10 % of a step).
     """
     if g.shape[1] < x.shape[1]:
         return lax.platform_dependent(
@@ -356,6 +355,11 @@ def _sum_over_rows(x, g):
 def _in_blocks(x, g):
     if x.shape[0] % BLOCK or x.shape[1] == g.shape[1]:
         return x.T @ g
-    blocks = x.reshape(-1, BLOCK, x.shape[1]).swapaxes(1, 2)
-    products = lax.optimization_barrier(blocks) @ g.reshape(-1, BLOCK, g.shape[1])
-    return products.sum(0)
+    count = x.shape[0] // BLOCK
+    blocks = x.reshape(count, BLOCK, -1).swapaxes(1, 2)
+    # Without the barrier XLA undoes the turning.
+    products = lax.optimization_barrier(blocks) @ g.reshape(count, BLOCK, -1)
+    # Their sum is a product with ones: XLA would make one operation of a reduction and
+    # all before it, ReLU included, that writes zeros to compare with (-5 % of a step).
+    total = jnp.ones((1, count), x.dtype) @ products.reshape(count, -1)
+    return total.reshape(products.shape[1:])

@@ -1,0 +1,136 @@
+"""The costliest operations of a training step on the CPU, before and after.
+
+    python -m benchmarks.operations he2016-resnet164
+    python -m benchmarks.operations he2016-resnet164 --contestant linen
+
+Some steps run under ``jax.profiler``; the seconds of every operation of the compiled
+program are added up by what it does: its opcode, what is fused in it, its result's
+shape, and the part of the net that it belongs to (with stack and unit left out, so that
+equal units make one line). Operations run side by side, so that their seconds may add
+up to more than a step's; convolutions by Eigen run outside the profiler's sight and
+have a line only where XLA waits for them.
+"""
+
+import gzip
+import json
+import re
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks import peers
+from benchmarks.measure import RESULTS, append, provenance
+from flax_resnetv2 import process
+
+WARMUP = 4
+"""Steps until the process's memory is at rest."""
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(?[a-z]+[\d\[\],]*).*$")
+_OPCODE = re.compile(r"[\])}] ([a-z][a-z\-]*)\(")
+_FUSED = "dot convolution reduce pad select transpose".split()
+
+
+def main(
+    net: str, contestant: str = "ours", steps: int = 3, batch: int = 128, top: int = 10
+) -> None:
+    """Print the costliest operations of a step, and append them as a row.
+
+    Args:
+        net: A preset.
+        contestant: ours, or linen.
+        steps: To profile.
+        batch: Images in a step.
+        top: Lines to print.
+    """
+    process.tune()
+    jax.config.update("jax_enable_compilation_cache", False)
+    task = peers.Task.of_preset(net, batch=batch)
+    rival = peers.CONTESTANTS[contestant](task)
+    rival.train(WARMUP)
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            began = time.perf_counter()
+            rival.train(steps)
+            seconds = (time.perf_counter() - began) / steps
+        (path,) = Path(directory).rglob("*.trace.json.gz")
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    rows = costs(rival.step_text, events, steps)
+    row = {"benchmark": "operations", "net": net, "batch": batch}
+    row |= {"contestant": contestant, "steps": steps, "step_seconds": seconds}
+    append(RESULTS / "operations.jsonl", row | {"top": rows[:top]} | provenance())
+    print(table(seconds, rows[:top]))
+
+
+def costs(
+    text: str, events: list[dict[str, Any]], steps: int
+) -> list[dict[str, float | str]]:
+    """Add up a trace's events by kind of operation, the costliest first.
+
+    Args:
+        text: the compiled program.
+        events: of the trace; microseconds.
+        steps: how often the program ran.
+    """
+    kinds = describe(text)
+    seconds: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    for event in events:
+        if event.get("ph") == "X" and event["name"] in kinds:
+            kind = kinds[event["name"]]
+            seconds[kind] += event["dur"] / 1e6 / steps
+            calls[kind] += 1
+    return [
+        {"operation": kind, "seconds": s, "calls": calls[kind] / steps}
+        for kind, s in seconds.most_common()
+    ]
+
+
+def describe(text: str) -> dict[str, str]:
+    """Say of each instruction of a compiled program what kind it is."""
+    computations: dict[str, list[str]] = {}
+    lines: list[str] = []
+    instructions: dict[str, tuple[str, str]] = {}
+    for line in text.splitlines():
+        if found := re.match(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            lines = computations.setdefault(found[1], [])
+        elif found := _INSTRUCTION.match(line):
+            lines.append(line)
+            instructions[found[1]] = (found[2], line)
+    kinds = {}
+    for name, (shape, line) in instructions.items():
+        opcode = _OPCODE.search(line)
+        what = opcode[1] if opcode else "?"
+        if called := re.search(r"calls=%?([\w.\-]+)", line):
+            found = [_OPCODE.search(inner) for inner in computations[called[1]]]
+            inside = {match[1] for match in found if match}
+            fused = [op for op in _FUSED if op in inside] or ["elementwise"]
+            what = "+".join(fused)
+        path = re.search(r'op_name="([^"]*)"', line)
+        kinds[name] = f"{what} {shape.strip('(')}, {_place(path[1] if path else '')}"
+    return kinds
+
+
+def _place(path: str) -> str:
+    """Say to which pass and part an operation's name belongs."""
+    way = "backward" if "transpose(" in path else "forward"
+    part = re.search(r"layer\d|shortcut|stem|head", path.replace("_", "/"))
+    return f"{part[0]} {way}" if part else "elsewhere"
+
+
+def table(step: float, rows: list[dict[str, Any]]) -> str:
+    """Lay out the costliest operations as Markdown."""
+    lines = ["| operation | calls a step | ms a step |", "|---|---:|---:|"]
+    lines += [
+        f"| {r['operation']} | {r['calls']:g} | {1000 * r['seconds']:.0f} |"
+        for r in rows
+    ]
+    return "\n".join([*lines, f"| whole step | 1 | {1000 * step:.0f} |"])
+
+
+if __name__ == "__main__":
+    import tyro
+
+    tyro.cli(main, description=__doc__.split("\n\n")[0])
