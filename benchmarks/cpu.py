@@ -6,9 +6,10 @@
     python -m benchmarks.cpu --table
 
 In one process, tuned as ``train.py`` tunes its own (``process.tune``), the contestants
-of ``benchmarks.peers`` take turns (see ``measure.interleaved``), one training step or one inference of a batch a turn, float32.
-Rows go to ``benchmarks/results/cpu.jsonl``; ``--table`` lays them out as Markdown. The
-default run takes under 15 minutes on two cores; pin it with ``taskset``.
+of ``benchmarks.peers`` take turns (see ``measure.interleaved``), one training step or
+one inference of a batch a turn, float32. Rows go to ``benchmarks/results/cpu.jsonl``;
+``--table`` lays them out as Markdown. The default run takes under 15 minutes on two
+cores; pin it with ``taskset``.
 
 What a row says besides the median and the spread of its turns (the middle half; with
 three of them the whole range):
@@ -165,7 +166,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Lay out the last run of every net as a Markdown table."""
     last = {(row["net"], row["batch"]): row["run"] for row in rows}
     rivals = {"torch": "PyTorch", "linen": "plain linen"}
-    if any(row["benchmark"] == "alternatives" for row in rows):
+    if any(row.get("benchmark") == "alternatives" for row in rows):
         rivals = {"ours": "the default"}
     compared = " | ".join(f"of {name}" for name in rivals.values())
     lines = [

@@ -30,7 +30,7 @@ WARMUP = 4
 """Steps until the process's memory is at rest."""
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(?[a-z]+[\d\[\],]*).*$")
 _OPCODE = re.compile(r"[\])}] ([a-z][a-z\-]*)\(")
-_FUSED = "dot convolution reduce pad select transpose".split()
+_FUSED = ("dot", "convolution", "reduce", "pad", "select", "transpose")
 
 
 def main(

@@ -4,6 +4,7 @@ Every flag is a field of ``Config`` and every help text its docstring. Exit code
 done, 2 bad use, 1 failed run; the last two with one message and no traceback.
 """
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -25,6 +26,8 @@ class TrainCommand(Config):
     compilation_cache: bool = True
     """Keep compiled programs for the next run: in JAX_COMPILATION_CACHE_DIR, or in the
     user's cache directory, as ~/.cache/flax_resnetv2/xla, which may be deleted."""
+    profile: str | None = None
+    """FIRST:END, as 20:30: write a trace of these steps to WORKDIR/profile."""
 
 
 def train(arguments: Sequence[str] | None = None) -> int:
@@ -51,13 +54,14 @@ def train(arguments: Sequence[str] | None = None) -> int:
     recipe = next(word for word in words if word in RECIPES)
 
     def work() -> None:
+        profile = _steps(command.profile)
         process.tune()
         if command.compilation_cache:
             process.cache_compilations()
         from flax_resnetv2.loop import fit
 
         workdir = command.workdir or _new_workdir(recipe)
-        result = fit(config, workdir)
+        result = fit(config, workdir, profile=profile)
         print(
             f"test accuracy {result['accuracy']:.4f} of {result['count']:,} images; "
             f"{result['seconds']:.0f} s; in {workdir}"
@@ -107,6 +111,17 @@ def _guarded(work: Callable[[], None]) -> int:
         print(f"failed: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _steps(text: str | None) -> tuple[int, int] | None:
+    """Read "20:30" as (20, 30)."""
+    if text is None:
+        return None
+    if not (found := re.fullmatch(r"(\d+):(\d+)", text)):
+        raise UsageError(
+            f"profile={text!r} must be FIRST:END, two step numbers, as 20:30"
+        )
+    return int(found[1]), int(found[2])
 
 
 def _new_workdir(recipe: str) -> Path:

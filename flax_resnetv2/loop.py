@@ -35,6 +35,13 @@ from flax_resnetv2.data import (
 )
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.model import ResNetV2, create_model
+from flax_resnetv2.preflight import (
+    Needs,
+    amount,
+    memory_limit,
+    needs,
+    peak_flops,
+)
 from flax_resnetv2.report import Reporter
 from flax_resnetv2.training import (
     Metrics,
@@ -53,6 +60,7 @@ def fit(
     workdir: str | Path,
     *,
     devices: Sequence[jax.Device] | None = None,
+    profile: tuple[int, int] | None = None,
 ) -> dict[str, float]:
     """Train as ``config`` says, or go on where ``workdir`` stands.
 
@@ -61,13 +69,16 @@ def fit(
         workdir: receives ``config.json``, ``dataset.json``, ``environment.json``,
             ``metrics.jsonl`` and ``checkpoints/``.
         devices: which local devices share the work; None: all.
+        profile: (first, end): ``workdir/profile`` receives a trace of the steps from
+            first up to, but without, end.
 
     Returns:
         The last evaluation on "test": ``loss``, ``accuracy``, ``count``.
 
     Raises:
         UsageError: the configuration, the data set and the devices do not fit
-            together, or ``workdir`` holds a run of another configuration.
+            together, the devices' memory cannot hold the run, or ``workdir`` holds a
+            run of another configuration.
         RunError: the data set could not be had.
     """
     began, workdir = time.perf_counter(), Path(workdir)
@@ -81,11 +92,25 @@ def fit(
         if (step := checkpoints.latest()) is not None:
             state = checkpoints.restore(step, like=state)
         done = int(state.step)
-        with Reporter(workdir, began, total, done, config.train.batch_size) as report:
+        _check_profile(profile, done, total)
+        needed = run.needs(state)
+        needed.check(config.train.batch_size, len(devices), memory_limit(devices[0]))
+        peak = peak_flops(devices[0])
+        with Reporter(
+            workdir,
+            began,
+            total,
+            done,
+            config.train.batch_size,
+            flops=needed.flops,
+            peak=peak and peak * len(devices),
+        ) as report:
             report.say(f"{workdir}: {run.describe(state)}")
+            report.say(run.describe_needs(needed))
+            tracer = _Tracer(profile, workdir / "profile", report)
             while done < total:
                 epoch = done // run.steps_per_epoch
-                state, done = _train_epoch(run, state, done, report)
+                state, done = _train_epoch(run, state, done, report, tracer)
                 last = done == total
                 if last or (epoch + 1) % config.evaluate_every == 0:
                     _evaluate_all(run, state, done, report)
@@ -95,7 +120,7 @@ def fit(
 
 
 def _train_epoch(
-    run: "_Run", state: TrainState, done: int, report: Reporter
+    run: "_Run", state: TrainState, done: int, report: Reporter, tracer: "_Tracer"
 ) -> tuple[TrainState, int]:
     """Train to the end of the epoch that step ``done`` begins or stands in."""
     config, per_epoch = run.config, run.steps_per_epoch
@@ -108,10 +133,12 @@ def _train_epoch(
         border = min(
             (done // config.log_every + 1) * config.log_every, (epoch + 1) * per_epoch
         )
-        steps = 1 if run.one_by_one else border - done
+        tracer.at(done)
+        steps = 1 if run.one_by_one else tracer.border(done, border) - done
         state, metrics = run.train(state, run.split("train"), order, jnp.int32(steps))
         pending.append(metrics)
         done += steps
+        tracer.until(done, state)
         if done == border:
             sums = _add_up(pending)
             pending = []
@@ -126,6 +153,48 @@ def _train_epoch(
         else:
             report.progress(done)
     return state, done
+
+
+class _Tracer:
+    """Writes a trace of some steps with ``jax.profiler``."""
+
+    def __init__(
+        self, steps: tuple[int, int] | None, directory: Path, report: Reporter
+    ) -> None:
+        self._first, self._end = steps or (-1, -1)
+        self._directory, self._report, self._running = directory, report, False
+
+    def border(self, done: int, border: int) -> int:
+        """The end of the chunk that begins at ``done``, at ``border`` at the latest."""
+        ahead = [step for step in (self._first, self._end) if step > done]
+        return min([border, *ahead])
+
+    def at(self, done: int) -> None:
+        """Begin, if the step after ``done`` steps is the first to be seen."""
+        if done == self._first:
+            jax.profiler.start_trace(self._directory)
+            self._running = True
+
+    def until(self, done: int, state: TrainState) -> None:
+        """End, if ``done`` steps are the last to be seen."""
+        if done == self._end and self._running:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            self._running = False
+            self._report.say(
+                f"trace of the steps from {self._first} to {done - 1} in "
+                f"{self._directory}: open its .trace.json.gz with ui.perfetto.dev"
+            )
+
+
+def _check_profile(profile: tuple[int, int] | None, done: int, total: int) -> None:
+    if profile is not None and not done <= profile[0] < profile[1] <= total:
+        first, end = profile
+        raise UsageError(
+            f"profile={first}:{end} must be FIRST:END with {done} <= FIRST < END <= "
+            f"{total}, the steps that this run has before it; choose for example "
+            f"{min(done + 20, total - 1)}:{min(done + 30, total)}"
+        )
 
 
 def _evaluate_all(run: "_Run", state: TrainState, done: int, report: Reporter) -> None:
@@ -204,6 +273,28 @@ class _Run:
             f"parameters, {count} {self.devices[0].platform} "
             + ("device" if count == 1 else "devices")
             + (f"; going on after step {done:,}" if done else "")
+        )
+
+    def needs(self, state: TrainState) -> Needs:
+        """What a step takes of a device."""
+        splits = self.dataset.splits.values()
+        return needs(
+            self.config.architecture,
+            self.config.execution,
+            self.dataset.image_shape,
+            state_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+            data_bytes=sum(array.nbytes for split in splits for array in split),
+        )
+
+    def describe_needs(self, needed: Needs) -> str:
+        """Say in one line what a step takes."""
+        share = self.config.train.batch_size // len(self.devices)
+        limit = memory_limit(self.devices[0])
+        flops = needed.flops * self.config.train.batch_size
+        return (
+            f"a step: {amount(flops, 'FLOP')}, at least "
+            f"{amount(needed.bytes(share), 'B')} of memory on each device"
+            + (f", which has {amount(limit, 'B')}" if limit else "")
         )
 
     def evaluate(self, state: TrainState, name: str) -> Metrics:

@@ -20,12 +20,22 @@ class Reporter:
         total: steps of the whole run.
         done: steps done before.
         batch_size: images in a step.
+        flops: of training on one image.
+        peak: FLOP/s of all devices together; None: unknown.
     """
 
     def __init__(
-        self, workdir: Path, began: float, total: int, done: int, batch_size: int
+        self,
+        workdir: Path,
+        began: float,
+        total: int,
+        done: int,
+        batch_size: int,
+        flops: float = 0.0,
+        peak: float | None = None,
     ) -> None:
         """Open the file and the bar."""
+        self._flops, self._peak = flops, peak
         self.last: dict[str, dict[str, float]] = {}
         self._began, self._total, self._batch = began, total, batch_size
         self._step, self._time = done, time.perf_counter()
@@ -76,11 +86,15 @@ class Reporter:
         now = time.perf_counter()
         rate = (done - self._step) * self._batch / (now - self._time)
         self._step, self._time = done, now
+        if self._peak:
+            more["flops_utilisation"] = rate * self._flops / self._peak
         line = self._record("train", done, epoch, sums, images_per_second=rate, **more)
         text = (
             f"loss {line['loss']:.3f}  accuracy {line['accuracy']:.3f}  "
             f"{rate:,.0f} images/s"
         )
+        if self._peak:
+            text += f"  {line['flops_utilisation']:.1%} of peak FLOP/s"
         self.progress(done)
         if self._bar:
             self._bar.update(self._task, description=text)

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import os
 import re
 import typing
 from pathlib import Path
@@ -13,13 +14,20 @@ import pytest
 from flax_resnetv2 import RECIPES, Config, RunError, cli, loop
 
 
+@pytest.fixture(autouse=True)
+def _flags(monkeypatch):
+    """Keep what a command adds to XLA_FLAGS from other tests."""
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+
+
 @pytest.fixture
 def captured(monkeypatch, tmp_path):
     """The calls of ``fit`` that a command leads to; nothing is trained."""
     calls = []
 
-    def fit(config, workdir):
+    def fit(config, workdir, profile=None):
         calls.append((config, workdir))
+        calls.extend([profile] if profile else [])
         return {"accuracy": 0.5, "count": 2000, "seconds": 12.0}
 
     monkeypatch.setattr(loop, "fit", fit)
@@ -184,8 +192,20 @@ def test_a_directory_that_cannot_be_made_is_bad_use(tmp_path, monkeypatch, capsy
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 
+def test_steps_to_profile_reach_fit(captured):
+    assert run(["quickstart", "--profile", "20:30"]) == 0
+    assert captured[1] == (20, 30)
+
+
+@pytest.mark.parametrize("steps", ["20", "20:x", "20-30", ":30", "1:2:3"])
+def test_what_are_no_steps_to_profile_is_refused(captured, capsys, steps):
+    assert run(["quickstart", "--profile", steps]) == 2
+    assert f"profile='{steps}' must be FIRST:END" in capsys.readouterr().err
+    assert not captured
+
+
 def test_a_run_that_fails_ends_with_1(captured, monkeypatch, capsys):
-    def fit(*_):
+    def fit(*_, **__):
         raise RunError("no network")
 
     monkeypatch.setattr(loop, "fit", fit)

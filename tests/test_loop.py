@@ -1,5 +1,6 @@
 """The whole loop on tiny data: files, resuming, devices, and what is refused."""
 
+import gzip
 import io
 import json
 import shutil
@@ -67,7 +68,7 @@ def ready_state(model, train, key, image_shape, steps_per_epoch):
     )
 
 
-def run_fit(directory, config, devices=2, dataset=None, create=None):
+def run_fit(directory, config, devices=2, dataset=None, create=None, profile=None):
     """Run ``fit`` on a data set in memory; give result, lines and last state."""
     dataset, states, evaluate = dataset or data(), [], loop._evaluate_all
 
@@ -80,7 +81,9 @@ def run_fit(directory, config, devices=2, dataset=None, create=None):
         patch.setattr(loop, "_evaluate_all", keep)
         if create:
             patch.setattr(loop, "create_train_state", create)
-        result = loop.fit(config, directory, devices=jax.devices()[:devices])
+        result = loop.fit(
+            config, directory, devices=jax.devices()[:devices], profile=profile
+        )
     return result, lines_of(directory), states[-1] if states else None
 
 
@@ -363,6 +366,34 @@ def test_chunks_of_steps_give_what_single_steps_give(fit, monkeypatch, finished)
             assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-3)
 
 
+def test_a_trace_of_some_steps_changes_nothing_else(fit, tmp_path, finished, capsys):
+    result, lines, _ = fit(CONFIG, dataset=VALIDATED, profile=(3, 5))
+    assert result["loss"] == finished[1]["loss"]
+    assert [a["loss"] for a in lines] == [a["loss"] for a in finished[2]]
+    [trace] = (tmp_path / "run" / "profile").rglob("*.trace.json.gz")
+    text = gzip.decompress(trace.read_bytes()).decode()
+    assert "ExecuteReplicated" in text or "Execute" in text
+    assert "trace of the steps from 3 to 4" in capsys.readouterr().out
+
+
+def test_the_border_of_a_chunk_is_never_inside_a_trace():
+    tracer = loop._Tracer((3, 5), None, None)
+    assert [tracer.border(done, 8) for done in range(8)] == [3, 3, 3, 5, 5, 8, 8, 8]
+    assert loop._Tracer(None, None, None).border(2, 8) == 8
+
+
+@pytest.mark.parametrize("steps", [(5, 5), (6, 3), (0, 13)])
+def test_steps_that_the_run_has_not_are_refused(fit, steps):
+    with pytest.raises(UsageError, match="0 <= FIRST < END <= 12"):
+        fit(CONFIG, dataset=VALIDATED, profile=steps)
+
+
+def test_a_batch_that_cannot_fit_is_refused_with_one_that_can(fit, monkeypatch):
+    monkeypatch.setattr(loop, "memory_limit", lambda _: 1000)
+    with pytest.raises(UsageError, match=r"batch_size=8 needs at least .* smaller"):
+        fit(CONFIG, dataset=VALIDATED)
+
+
 def test_the_second_epoch_has_its_own_order_and_compiles_nothing(fit, monkeypatch):
     events, epochs = [], []
     train = loop._train_epoch
@@ -492,6 +523,17 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path):
     with Reporter(tmp_path, began=0.0, total=9, done=3, batch_size=5) as reporter:
         assert reporter.last == {"train": lines[0], "test": lines[1]}
     assert lines_of(tmp_path) == lines[:2]
+
+
+def test_the_share_of_the_peak_is_said_where_it_is_known(tmp_path, capsys):
+    sums = {"loss": 20.0, "correct": 5, "count": 10}
+    known = {"flops": 3.0, "peak": 100.0}
+    with Reporter(tmp_path, 0.0, total=9, done=0, batch_size=5, **known) as reporter:
+        reporter.training(2, 0.5, sums)
+    [line] = lines_of(tmp_path)
+    share = line["images_per_second"] * 3 / 100
+    assert line["flops_utilisation"] == pytest.approx(share)
+    assert "of peak FLOP/s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,214 @@
+"""How long until the first training step is done, from the start of the process.
+
+    python -m benchmarks.startup
+    python -m benchmarks.startup --recipes quickstart
+    python -m benchmarks.startup --table
+
+The real command ``python train.py RECIPE`` runs until ``metrics.jsonl`` has its first
+line (``--log-every 1``) and is ended. "cold": with empty caches of compiled programs
+and of decoded images; "warm": the same once more. Each time a second process does the
+same by the package's own functions and says how long every part takes:
+
+imports: of the package, jax, flax, optax, orbax.
+data: opening the data set.
+state: initial parameters and optimiser, on the device.
+lower, compile: tracing and lowering the step; XLA, or reading from its cache.
+step: running it for the first time, which touches its memory for the first time.
+
+Rows go to ``benchmarks/results/startup.jsonl``. CIFAR-10 is found where the command
+finds it; its files are linked into an empty directory, so that nothing decoded lies
+beside them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cpu import read_rows
+from benchmarks.gpu import MARK, ROOT
+from benchmarks.measure import RESULTS, append, provenance
+
+BEGAN = time.perf_counter()
+BATCH = {"cifar10-he2016-resnet164": 128}
+"""Where it is not the recipe's own."""
+LIMIT = 300
+"""Seconds after which a start has failed."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to start."""
+
+    recipes: tuple[str, ...] = ("quickstart", "cifar10-he2016-resnet164")
+    """Of train.py."""
+    warm: int = 3
+    """Starts with filled caches, of which the median is taken."""
+    out: Path = RESULTS / "startup.jsonl"
+    """Receives the rows."""
+    table: bool = False
+    """Measure nothing; print the table of the rows that are there."""
+    parts: str | None = None
+    """Start this recipe in this process and print how long each part takes."""
+
+
+def main(options: Options) -> None:
+    """Measure, append rows, print the table."""
+    if options.parts:
+        print(MARK + json.dumps(parts(options.parts)))
+        return
+    if not options.table:
+        for recipe in options.recipes:
+            for row in measure(recipe, options.warm):
+                append(options.out, row | provenance())
+    print(table(read_rows(options.out)))
+
+
+def measure(recipe: str, warm: int) -> list[dict[str, Any]]:
+    """Start a recipe cold once and warm some times; a row each."""
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        environment = os.environ | _linked_data(root)
+        commands = (_start(recipe, root, environment), _parts(recipe, environment))
+        for number in range(warm + 1):
+            # Each kind of process has a cache of its own, so that both start cold.
+            total, detail = (
+                run(root / f"cache-{kind}") for kind, run in enumerate(commands)
+            )
+            row = {"benchmark": "startup", "recipe": recipe}
+            row["kind"] = "warm" if number else "cold"
+            rows.append(row | {"seconds": round(total, 2)} | detail)
+    return rows
+
+
+def _linked_data(root: Path) -> dict[str, str]:
+    """A directory in which CIFAR-10's files are, and nothing decoded."""
+    given = os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets"
+    linked = root / "data"
+    linked.mkdir()
+    for path in Path(given).glob("cifar10/*/*"):
+        target = linked / path.relative_to(given)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(path)
+    return {"TFDS_DATA_DIR": str(linked)}
+
+
+def _start(recipe: str, root: Path, environment: dict[str, str]) -> Any:
+    def run(cache: Path) -> float:
+        workdir = Path(tempfile.mkdtemp(dir=root))
+        command = [sys.executable, "train.py", recipe, "--workdir", str(workdir)]
+        command += ["--log-every", "1"]
+        if recipe in BATCH:
+            command += ["--train.batch-size", str(BATCH[recipe])]
+        began = time.perf_counter()
+        with (workdir / "output").open("w") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment | {"XDG_CACHE_HOME": str(cache)},
+                stdout=output,
+                stderr=output,
+            )
+        try:
+            metrics = workdir / "metrics.jsonl"
+            while not metrics.exists() or not metrics.read_text():
+                waited = time.perf_counter() - began
+                if process.poll() is not None or waited > LIMIT:
+                    raise RuntimeError((workdir / "output").read_text()[-500:])
+                time.sleep(0.01)
+            return time.perf_counter() - began
+        finally:
+            process.kill()
+            process.wait()
+
+    return run
+
+
+def _parts(recipe: str, environment: dict[str, str]) -> Any:
+    def run(cache: Path) -> dict[str, float]:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.startup", "--parts", recipe],
+            cwd=ROOT,
+            env=environment | {"XDG_CACHE_HOME": str(cache)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        line = [row for row in done.stdout.splitlines() if row.startswith(MARK)][-1]
+        return json.loads(line.removeprefix(MARK))
+
+    return run
+
+
+def parts(recipe: str) -> dict[str, float]:
+    """Do what ``loop.fit`` does up to its first step; seconds of each part."""
+    from flax_resnetv2 import process
+
+    process.tune()
+    process.cache_compilations()
+    import jax
+
+    from flax_resnetv2 import loop
+    from flax_resnetv2.config import RECIPES
+
+    seconds: dict[str, float] = {}
+    last = BEGAN
+
+    def lap(name: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        seconds[name], last = round(now - last, 3), now
+
+    config = RECIPES[recipe].config
+    if recipe in BATCH:
+        config = replace(config, train=replace(config.train, batch_size=BATCH[recipe]))
+    import orbax.checkpoint  # noqa: F401
+
+    jax.devices()
+    lap("imports")
+    config, dataset = loop._agree(config, Path("nowhere"), jax.local_devices())
+    run = loop._Run(config, dataset, jax.local_devices())
+    lap("data")
+    state = jax.block_until_ready(run.initial_state())
+    lap("state")
+    order = run.place(
+        loop.epoch_order(run.images, config.train.batch_size, config.seed, 0)
+    )
+    given = state, run.split("train"), order, jax.numpy.int32(1)
+    lowered = jax.jit(run.train, donate_argnums=0).lower(*given)
+    lap("lower")
+    program = lowered.compile()
+    lap("compile")
+    jax.block_until_ready(program(*given))
+    lap("step")
+    return seconds
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Lay out the newest cold start and the median of the newest warm ones."""
+    names = ("imports", "data", "state", "lower", "compile", "step")
+    lines = [
+        f"| recipe | start | to the end of step 1, s | {' | '.join(names)} |",
+        f"|---|---|{'---:|' * (len(names) + 1)}",
+    ]
+    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+        mine = [row for row in rows if row["recipe"] == recipe]
+        last = max(k for k, row in enumerate(mine) if row["kind"] == "cold")
+        warm = sorted(mine[last + 1 :], key=lambda row: row["seconds"])
+        for row in [mine[last], *warm[len(warm) // 2 : len(warm) // 2 + 1]]:
+            cells = [recipe, row["kind"], f"{row['seconds']:.1f}"]
+            cells += [f"{row[name]:.1f}" for name in names]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Options, description=__doc__.split("\n\n")[0]))
