@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import tyro
 
 from benchmarks import peers
 from benchmarks.measure import RESULTS, append, provenance
@@ -34,7 +35,11 @@ _FUSED = ("dot", "convolution", "reduce", "pad", "select", "transpose")
 
 
 def main(
-    net: str, contestant: str = "ours", steps: int = 3, batch: int = 128, top: int = 10
+    net: tyro.conf.Positional[str],
+    contestant: str = "ours",
+    steps: int = 3,
+    batch: int = 128,
+    top: int = 10,
 ) -> None:
     """Print the costliest operations of a step, and append them as a row.
 
@@ -131,6 +136,4 @@ def table(step: float, rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    import tyro
-
     tyro.cli(main, description=__doc__.split("\n\n")[0])
