@@ -46,7 +46,7 @@ def main(
     Args:
         net: A preset.
         contestant: ours, or linen.
-        steps: To profile.
+        steps: To profile; XLA's convolutions make gigabytes of events, so linen gets 1.
         batch: Images in a step.
         top: Lines to print.
     """

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cpu, gpu, peers
+from benchmarks import cpu, gpu, operations, peers, startup
 from benchmarks.measure import append, interleaved, summary
 from flax_resnetv2 import ARTICLE, HE2016, PRESETS, Architecture
 from tests import tiny
@@ -217,6 +217,48 @@ def test_several_steps_are_one_program_with_the_pipeline_inside():
     run()
     run()  # on, with the state that the first one gave back
     assert facts["compile_seconds"] > 0
+
+
+def test_the_alternatives_table_compares_with_the_default():
+    rows = [row_of("ours", 2.0), row_of("ours-remat-units", 4.0)]
+    text = cpu.table([row | {"benchmark": "alternatives"} for row in rows])
+    assert "of the default" in text
+    assert "| ours-remat-units |" in text
+    assert "| 0.50 |" in text
+
+
+def test_operations_are_added_up_by_kind():
+    def product(x):
+        with jax.named_scope("stack1/unit2/layer3"):
+            return jnp.tanh(x @ x)
+
+    text = jax.jit(product).lower(jnp.ones([64, 64])).compile().as_text()
+    kinds = operations.describe(text)
+    name = next(n for n, kind in kinds.items() if kind.startswith("dot f32[64,64]"))
+    assert kinds[name] == "dot f32[64,64], layer3 forward"
+    events = [{"ph": "X", "name": name, "dur": 1500}] * 4
+    events += [{"ph": "X", "name": "unknown", "dur": 9}, {"ph": "M", "name": name}]
+    [row] = operations.costs(text, events, steps=2)
+    assert row["seconds"] == pytest.approx(0.003)
+    assert row["calls"] == 2
+    assert "| dot f32[64,64], layer3 forward | 2 | 3 |" in operations.table(0.01, [row])
+
+
+def test_the_table_of_starts_takes_the_last_cold_and_the_median_warm_one():
+    parts = ("imports", "data", "state", "lower", "compile", "step")
+
+    def row(kind, seconds):
+        return {"recipe": "r", "kind": kind, "seconds": seconds} | dict.fromkeys(
+            parts, 1.0
+        )
+
+    rows = [row("cold", 99.0), row("warm", 98.0), row("cold", 9.0)]
+    rows += [row("warm", s) for s in (5.0, 3.0, 4.0)]
+    lines = startup.table(rows).splitlines()[2:]
+    assert [line.split(" | ")[1:3] for line in lines] == [
+        ["cold", "9.0"],
+        ["warm", "4.0"],
+    ]
 
 
 def test_neither_torch_nor_keras_nor_the_command_line_is_loaded():
