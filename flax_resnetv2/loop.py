@@ -234,7 +234,9 @@ class _Run:
         dispatch runs all steps up to the next line of metrics."""
         # Evaluation fills its batches up, so any device count divides them.
         self.eval_batch = -(-train.eval_batch_size // len(devices)) * len(devices)
-        self.model = _model(config, dataset)
+        self.axis = AXIS if len(devices) > 1 else None
+        """What is summed over; one device has nobody to sum with."""
+        self.model = _model(config, dataset, self.axis)
         self._replicated = NamedSharding(
             Mesh(np.asarray(devices), (AXIS,)), PartitionSpec()
         )
@@ -335,13 +337,14 @@ class _Run:
             config.augment,
             seed=config.seed,
             steps_per_epoch=self.steps_per_epoch,
-            axis_name=AXIS,
+            axis_name=self.axis,
         )
 
         def chunk(state, split, order, steps):
             def one(state):
                 first = state.step % self.steps_per_epoch * config.train.batch_size
-                return step(state, fetch(split, order, first + positions(share, AXIS)))
+                places = first + positions(share, self.axis)
+                return step(state, fetch(split, order, places))
 
             def more(_, carry):
                 state, sums = carry
@@ -357,18 +360,18 @@ class _Run:
         return chunk
 
     def _eval_batch(self) -> Callable:
-        step = make_eval_step(self.model, self.config.augment, axis_name=AXIS)
+        step = make_eval_step(self.model, self.config.augment, axis_name=self.axis)
         share = self.eval_batch // len(self.devices)
 
         def one(variables, split, order, start):
-            places = start + positions(share, AXIS)
+            places = start + positions(share, self.axis)
             return step(variables, fetch(split, order, places))
 
         return one
 
 
-def _model(config: Config, dataset: Dataset) -> ResNetV2:
-    axis = AXIS if config.train.sync_batch_norm else None
+def _model(config: Config, dataset: Dataset, axis: str | None) -> ResNetV2:
+    axis = axis if config.train.sync_batch_norm else None
     execution = replace(config.execution, batch_norm_axis=axis)
     return create_model(config.architecture, execution, dataset.image_shape)
 

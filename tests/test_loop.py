@@ -468,7 +468,7 @@ def test_one_step_in_float32_does_not_depend_on_the_devices(fit):
 
 def test_statistics_of_each_device_alone_are_averaged_all_the_same(fit):
     config = configuration(epochs=1, sync_batch_norm=False)
-    assert loop._model(config, data()).execution.batch_norm_axis is None
+    assert loop._model(config, data(), loop.AXIS).execution.batch_norm_axis is None
     _, _, state = fit(config, dataset=data(train=8), **SHARED)
     assert differing(state) == []
 
