@@ -372,7 +372,7 @@ def test_a_trace_of_some_steps_changes_nothing_else(fit, tmp_path, finished, cap
     assert [a["loss"] for a in lines] == [a["loss"] for a in finished[2]]
     [trace] = (tmp_path / "run" / "profile").rglob("*.trace.json.gz")
     text = gzip.decompress(trace.read_bytes()).decode()
-    assert "ExecuteReplicated" in text or "Execute" in text
+    assert "ThunkExecutor::Execute" in text
     assert "trace of the steps from 3 to 4" in capsys.readouterr().out
 
 
