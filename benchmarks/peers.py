@@ -28,9 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flax_resnetv2.analysis import layer_table
 from flax_resnetv2.architecture import Architecture, Execution
 from flax_resnetv2.augment import AugmentConfig, Batch
+from flax_resnetv2.counting import layer_table
 from flax_resnetv2.model import ResNetV2, create_model
 from flax_resnetv2.planning import ConvPlan, NetPlan, NormPlan, plan
 from flax_resnetv2.presets import PRESETS

@@ -5,10 +5,10 @@
     python -m benchmarks.scaling --table
     python -m benchmarks.scaling --paper    # measures nothing: accelerators on paper
 
-A training step goes through the package's own seam (``loop._Run``: ``pmap`` over whole
-copies of state and data) on 1, 2, 4, 8 CPU devices, each count in a process of its own.
-The devices share the same cores, so nothing gets faster: a fall of images/s is what
-sharing costs (collectives, dispatch, smaller products). "strong" keeps the global
+A training step goes through the package's own seam (``parallel.Run``: ``pmap`` over
+whole copies of state and data) on 1, 2, 4, 8 CPU devices, each count in a process of
+its own. The devices share the same cores, so nothing gets faster: a fall of images/s is
+what sharing costs (collectives, dispatch, smaller products). "strong" keeps the global
 batch, "weak" the batch of each device; "-local" means without synchronised batch
 statistics. Rows go to ``benchmarks/results/scaling.jsonl``. What a row says besides
 the median and the spread of its steps:
@@ -49,11 +49,12 @@ from benchmarks import peers
 from benchmarks.cpu import read_rows
 from benchmarks.gpu import LIKE_RESNET50, MARK, ROOT, Job, run_job
 from benchmarks.measure import RESULTS, append, interleaved, provenance, summary
-from flax_resnetv2.analysis import layer_table
 from flax_resnetv2.architecture import Architecture
 from flax_resnetv2.config import RECIPES, Config
+from flax_resnetv2.counting import layer_table
 from flax_resnetv2.data import Dataset, Split, epoch_order
-from flax_resnetv2.loop import AXIS, _resolve, _Run
+from flax_resnetv2.loop import resolve
+from flax_resnetv2.parallel import AXIS, Run
 from flax_resnetv2.presets import PRESETS
 from flax_resnetv2.training import create_train_state
 
@@ -101,7 +102,7 @@ def measure(name: str, mode: str, count: int, seconds: float) -> dict[str, Any]:
         ),
     )
     dataset = _random_images(2048)
-    run = _Run(_resolve(config, dataset), dataset, jax.local_devices())
+    run = Run(resolve(config, dataset), dataset, jax.local_devices())
     state = _state(run, name)
     order = run.place(epoch_order(run.images, batch, 0, 0))
     rest = (run.split("train"), order, jnp.int32(1))
@@ -136,7 +137,7 @@ def _random_images(count: int) -> Dataset:
     return Dataset("random", names, {"train": split, "test": split})
 
 
-def _state(run: _Run, name: str) -> Any:
+def _state(run: Run, name: str) -> Any:
     """A state with drawn weights, on all devices; nothing is compiled for it."""
     config = run.config
     shapes = jax.eval_shape(
@@ -156,7 +157,7 @@ def _state(run: _Run, name: str) -> Any:
     )
 
 
-def _alone(run: _Run, state: Any, chain: int = 100) -> dict[str, Any]:
+def _alone(run: Run, state: Any, chain: int = 100) -> dict[str, Any]:
     """Time what sharing adds to a step, each part by itself."""
 
     def count_up(state: Any) -> Any:
@@ -169,12 +170,12 @@ def _alone(run: _Run, state: Any, chain: int = 100) -> dict[str, Any]:
 
     sharding = jax.tree.map(lambda leaf: leaf.sharding, state)
     ways = {
-        "dispatch_pmap": run._parallel(count_up, donate=True),
+        "dispatch_pmap": run.parallel(count_up, donate=True),
         "dispatch_jit": jax.jit(count_up, donate_argnums=0, out_shardings=sharding),
     }
     params = jax.tree.map(jnp.copy, state.params)
-    reduce = run._parallel(lambda tree: lax.psum(tree, AXIS))
-    small, numbers = run._parallel(small), run.place(jnp.ones(64))
+    reduce = run.parallel(lambda tree: lax.psum(tree, AXIS))
+    small, numbers = run.parallel(small), run.place(jnp.ones(64))
 
     def advance(way: Callable) -> None:
         nonlocal state

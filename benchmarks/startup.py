@@ -156,7 +156,7 @@ def parts(recipe: str) -> dict[str, float]:
     process.cache_compilations()
     import jax
 
-    from flax_resnetv2 import loop
+    from flax_resnetv2 import loop, parallel
     from flax_resnetv2.config import RECIPES
 
     seconds: dict[str, float] = {}
@@ -174,8 +174,8 @@ def parts(recipe: str) -> dict[str, float]:
 
     jax.devices()
     lap("imports")
-    config, dataset = loop._agree(config, Path("nowhere"), jax.local_devices())
-    run = loop._Run(config, dataset, jax.local_devices())
+    config, dataset = loop.agree(config, Path("nowhere"), jax.local_devices())
+    run = parallel.Run(config, dataset, jax.local_devices())
     lap("data")
     state = jax.block_until_ready(run.initial_state())
     lap("state")

@@ -11,16 +11,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flax_resnetv2.analysis import (
-        activations,
-        layer_table,
-        receptive_field,
-        residual_ratios,
-    )
+    from flax_resnetv2.analysis import activations, residual_ratios
     from flax_resnetv2.architecture import Architecture, Execution
     from flax_resnetv2.augment import AugmentConfig, Batch
     from flax_resnetv2.checkpoint import Checkpointer
     from flax_resnetv2.config import RECIPES, Config
+    from flax_resnetv2.counting import layer_table, receptive_field
     from flax_resnetv2.data import DataConfig, open_dataset
     from flax_resnetv2.errors import RunError, UsageError
     from flax_resnetv2.inference import Predictor
@@ -47,11 +43,12 @@ if TYPE_CHECKING:
 
 # The runtime twin of the imports above; a test holds the two together.
 _HOME = {
-    "analysis": ("activations", "layer_table", "receptive_field", "residual_ratios"),
+    "analysis": ("activations", "residual_ratios"),
     "architecture": ("Architecture", "Execution"),
     "augment": ("AugmentConfig", "Batch"),
     "checkpoint": ("Checkpointer",),
     "config": ("RECIPES", "Config"),
+    "counting": ("layer_table", "receptive_field"),
     "data": ("DataConfig", "open_dataset"),
     "errors": ("RunError", "UsageError"),
     "inference": ("Predictor",),

@@ -4,11 +4,10 @@ Every flag is a field of ``Config`` and every help text its docstring. Exit code
 done, 2 bad use, 1 failed run; the last two with one message and no traceback.
 """
 
-import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import numpy as np
 
@@ -54,14 +53,18 @@ def train(arguments: Sequence[str] | None = None) -> int:
     recipe = next(word for word in words if word in RECIPES)
 
     def work() -> None:
-        profile = _steps(command.profile)
         process.tune()
         if command.compilation_cache:
             process.cache_compilations()
         from flax_resnetv2.loop import fit
+        from flax_resnetv2.rundir import new_workdir
+        from flax_resnetv2.tracing import parse_steps
 
-        workdir = command.workdir or _new_workdir(recipe)
-        result = fit(config, workdir, profile=profile)
+        profile = parse_steps(command.profile)
+
+        chosen = command.workdir
+        with nullcontext(chosen) if chosen else new_workdir(recipe) as workdir:
+            result = fit(config, workdir, profile=profile)
         print(
             f"test accuracy {result['accuracy']:.4f} of {result['count']:,} images; "
             f"{result['seconds']:.0f} s; in {workdir}"
@@ -111,22 +114,3 @@ def _guarded(work: Callable[[], None]) -> int:
         print(f"failed: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _steps(text: str | None) -> tuple[int, int] | None:
-    """Read "20:30" as (20, 30)."""
-    if text is None:
-        return None
-    if not (found := re.fullmatch(r"(\d+):(\d+)", text)):
-        raise UsageError(
-            f"profile={text!r} must be FIRST:END, two step numbers, as 20:30"
-        )
-    return int(found[1]), int(found[2])
-
-
-def _new_workdir(recipe: str) -> Path:
-    """The first runs/RECIPE-N that does not exist."""
-    number = 1
-    while (path := Path("runs") / f"{recipe}-{number}").exists():
-        number += 1
-    return path

@@ -7,12 +7,11 @@ import dataclasses
 import json
 import typing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from flax_resnetv2.architecture import Architecture, Execution
 from flax_resnetv2.augment import AugmentConfig
-from flax_resnetv2.data import DataConfig
+from flax_resnetv2.data import IMAGE_SHAPES, DataConfig
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.presets import PRESETS
 from flax_resnetv2.training import TrainConfig, check_train
@@ -68,8 +67,28 @@ def check_config(config: Config) -> None:
             f"architecture.head={config.architecture.head!r} gives no logits to train "
             "on; choose 'classifier'"
         )
-    if (config.augment.mean is None) != (config.augment.std is None):
+    if config.execution.batch_norm_axis is not None:
+        raise UsageError(
+            f"execution.batch_norm_axis={config.execution.batch_norm_axis!r} is set by "
+            "fit; leave it out, and choose --train.sync-batch-norm or "
+            "--train.no-sync-batch-norm"
+        )
+    _check_normalisation(config)
+
+
+def _check_normalisation(config: Config) -> None:
+    mean, std = config.augment.mean, config.augment.std
+    if (mean is None) != (std is None):
         raise UsageError("augment.mean and augment.std are given both or not at all")
+    channels = IMAGE_SHAPES[config.data.name][2]
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != channels:
+            raise UsageError(
+                f"augment.{name}={values} must be {channels} numbers, one for each "
+                f"channel of {config.data.name}"
+            )
+    if std is not None and min(std) <= 0:
+        raise UsageError(f"augment.std={std} must be above 0")
 
 
 def to_json(config: Config) -> str:
@@ -91,21 +110,6 @@ def from_json(text: str) -> Config:
     if schema != SCHEMA:
         raise UsageError(f"schema={schema} of a configuration; known is {SCHEMA}")
     return _build(Config, values, "")
-
-
-def load_config(workdir: str | Path) -> Config:
-    """Read ``config.json`` of a run directory.
-
-    Raises:
-        UsageError: there is none, or as ``from_json``.
-    """
-    path = Path(workdir) / "config.json"
-    if not path.is_file():
-        raise UsageError(
-            f"{workdir} is not a run directory (no config.json); give one that "
-            "train.py made, as runs/quickstart-1"
-        )
-    return from_json(path.read_text())
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -176,7 +180,7 @@ def _recipes() -> dict[str, Recipe]:
         about = f"{preset.architecture.depth} layers, {preset.parameters:,} parameters"
         config = Config(architecture=preset.architecture, train=_ONE_CYCLE)
         recipes[f"cifar10-{name}"] = Recipe(config, f"{about}; CIFAR-10, one cycle")
-        if name in ("he2016-resnet110", "he2016-resnet164", "he2016-resnet1001"):
+        if name in ("he2016-resnet164", "he2016-resnet1001"):
             recipes[f"cifar10-{name}-paper"] = Recipe(
                 replace(config, train=_PAPER), f"{about}; CIFAR-10, as He et al. train"
             )

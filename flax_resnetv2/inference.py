@@ -4,7 +4,6 @@
 >>> predictor(images).argmax(-1)
 """
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,9 +14,9 @@ import numpy as np
 
 from flax_resnetv2.augment import AugmentConfig, normalise
 from flax_resnetv2.checkpoint import Checkpointer
-from flax_resnetv2.config import load_config
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.model import ResNetV2, create_model
+from flax_resnetv2.rundir import load_config, load_dataset_facts
 from flax_resnetv2.training import create_train_state
 
 
@@ -112,18 +111,6 @@ class Predictor:
         except OSError as error:
             raise UsageError(f"{path} cannot be read: {error}") from error
         return np.asarray(image, np.uint8).reshape(self.image_shape)
-
-
-def load_dataset_facts(workdir: str | Path) -> dict[str, Any]:
-    """Read ``dataset.json`` of a run: name, class_names, image_shape.
-
-    Raises:
-        UsageError: the run has none.
-    """
-    path = Path(workdir) / "dataset.json"
-    if not path.is_file():
-        raise UsageError(f"{workdir} has no dataset.json; train there once more")
-    return json.loads(path.read_text())
 
 
 def _probabilities(

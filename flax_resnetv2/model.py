@@ -13,6 +13,7 @@ the article's figure: ``stack2/unit1/layer3/conv/kernel``.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from jax import lax
 
 from flax_resnetv2 import ops
 from flax_resnetv2.architecture import Architecture, Execution, check_literals
+from flax_resnetv2.errors import UsageError
 from flax_resnetv2.planning import (
     ConvPlan,
     HeadPlan,
@@ -154,7 +156,7 @@ class ResidualUnit(nn.Module):
     [N, H, W, C] -> [N, H/stride, W/stride, width]. The shortcut is the identity, or a
     convolution where resolution or width changes. With the collection
     ``intermediates`` mutable it sows ``residual_ratio`` [N]: the norm of the residual
-    over the norm of what the shortcut carries (R10: "small at first").
+    over the norm of what the shortcut carries ("small at first").
 
     >>> unit = ResidualUnit(plan_unit(in_width=64, width=128, reduction=2, stride=2))
     """
@@ -197,12 +199,6 @@ class ResidualStack(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Run the units in order; add the bridge."""
-
-        def run(unit: ResidualUnit, x: jax.Array) -> jax.Array:
-            return unit(x, train=train)
-
-        if self.execution.remat == "units" and train:
-            run = nn.remat(run)
         # What is made, or looked into, is run by modules one by one.
         seen = self.is_initializing() or self.is_mutable_collection("intermediates")
         y = x
@@ -211,7 +207,7 @@ class ResidualStack(nn.Module):
             if train and not seen:
                 y = self._train_unit(unit, name, y)
             else:
-                y = run(ResidualUnit(unit, self.execution, name=name), y)
+                y = ResidualUnit(unit, self.execution, name=name)(y, train=train)
         if self.plan.bridge == "identity":
             return y + x
         if self.plan.bridge is not None:
@@ -335,8 +331,14 @@ class ResNetV2(nn.Module):
             ``params`` and ``batch_stats``.
         """
         dtype = self.execution.param_dtype
+        # Equal units have equal variables: one of each kind is traced.
+        kinds = [list(dict.fromkeys(stack.units)) for stack in self.plan.stacks]
+        stacks = [
+            replace(stack, units=tuple(units))
+            for stack, units in zip(self.plan.stacks, kinds, strict=True)
+        ]
+        small = ResNetV2(replace(self.plan, stacks=tuple(stacks)), self.execution)
         drawn: dict[tuple[str, ...], str] = {}
-        shapes: dict[str, dict[tuple[str, ...], tuple[int, ...]]] = {}
 
         def note(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
             module = context.module
@@ -346,17 +348,33 @@ class ResNetV2(nn.Module):
                 drawn["params", *module.path, "kernel"] = self.plan.head.init
             return call(*args, **kwargs)
 
+        def spread(leaves: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
+            """The same for every unit of its kind."""
+            whole = {}
+            for (kind, part, *rest), leaf in leaves.items():
+                if not rest or not rest[0].startswith("unit"):
+                    whole[kind, part, *rest] = leaf
+                    continue
+                stack = int(part.removeprefix("stack")) - 1
+                unit = kinds[stack][int(rest[0].removeprefix("unit")) - 1]
+                for number, other in enumerate(self.plan.stacks[stack].units, start=1):
+                    if other == unit:
+                        whole[kind, part, f"unit{number}", *rest[1:]] = leaf
+            return whole
+
+        shapes: dict[str, dict[tuple[str, ...], tuple[int, ...]]] = {}
+
         @jax.jit
-        def rest(key: jax.Array) -> dict[tuple[str, ...], jax.Array]:
+        def constants(key: jax.Array) -> dict[tuple[str, ...], jax.Array]:
             with nn.intercept_methods(note):
                 images = jnp.zeros((1, *image_shape), dtype)
-                leaves = flatten_dict(self.init(key, images, train=False))
-            for path, init in drawn.items():
+                leaves = spread(flatten_dict(small.init(key, images, train=False)))
+            for path, init in spread(drawn).items():
                 if init in _DRAWN:
                     shapes.setdefault(init, {})[path] = leaves.pop(path).shape
             return leaves
 
-        leaves = rest(key)
+        leaves = constants(key)
         # linen's own keys are this one folded with hashes of paths, never so small.
         for number, (init, kernels) in enumerate(shapes.items()):
             leaves |= _cut(jax.random.fold_in(key, number), init, kernels, dtype)
@@ -382,6 +400,12 @@ def create_model(
     if isinstance(architecture, str):
         architecture = get_preset(architecture).architecture
     check_literals(execution, "execution.")
+    wide = "float64" in (execution.dtype, execution.param_dtype)
+    if wide and not jax.config.jax_enable_x64:
+        raise UsageError(
+            "execution.dtype=float64 needs JAX's double precision, which is off; set "
+            "JAX_ENABLE_X64=1, or choose float32"
+        )
     return ResNetV2(plan(architecture, image_shape), execution)
 
 

@@ -380,7 +380,7 @@ def _inner_maps(
 
 
 def _check_resolutions(net: NetPlan, image_shape: tuple[int, int, int]) -> None:
-    """Refuse a stride above 1 on a map of 1x1: SAME padding hides it, R15."""
+    """Refuse a stride above 1 on a map of 1x1: SAME padding hides it."""
     for name, value in zip(("height", "width", "channels"), image_shape, strict=True):
         check_positive(f"{name} of image_shape", value)
     size = image_shape[:2]

@@ -6,12 +6,13 @@ kept. ``Needs.check`` refuses a run that cannot fit, and says what would.
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 
-from flax_resnetv2.analysis import LayerRow, layer_table
 from flax_resnetv2.architecture import LAYERS, Architecture, Execution
+from flax_resnetv2.counting import LayerRow, layer_table
 from flax_resnetv2.errors import UsageError
 
 PEAK_FLOPS = {
@@ -19,17 +20,19 @@ PEAK_FLOPS = {
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "V100": 125e12,
     "TPU v6": 918e12,
-    "TPU v5p": 459e12,
     "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
     "TPU v4": 275e12,
-    "TPU v3": 123e12,
+    "TPU v3": 61.5e12,
 }
-"""Dense half-precision FLOP/s by a part of a device's kind: the makers' data sheets of
-the SXM variants (bfloat16; V100: float16), and of chips (TPU v3: 123 a chip)."""
-
+"""Dense half-precision FLOP/s by a part of a device's kind, the first that fits: the
+makers' data sheets of the SXM variants (bfloat16; V100: float16), and of TPU chips (v3:
+of a core, half a chip, which is JAX's device)."""
 
 _BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -45,7 +48,14 @@ class Needs:
     image_bytes: int
     """Kept of one image until the backward pass has used it."""
     fixed_bytes: int
-    """On each device whatever the batch: state, gradients, data set."""
+    """On each device whatever the batch: gradients and, once known, state and data."""
+    execution: Execution
+    """The way of running that this is for."""
+
+    def beside(self, *trees: Any) -> "Needs":
+        """The same with arrays that lie on each device all the time."""
+        more = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+        return replace(self, fixed_bytes=self.fixed_bytes + more)
 
     def bytes(self, share: int) -> int:
         """Predict the memory of a device that takes ``share`` images of a batch.
@@ -68,39 +78,57 @@ class Needs:
         needed = self.bytes(batch // devices)
         if limit is None or needed <= limit:
             return
-        fits = max(limit - self.fixed_bytes, 0) // self.image_bytes * devices
-        repair = "a smaller net" if fits == 0 else f"--train.batch-size {fits} or less"
         raise UsageError(
             f"train.batch_size={batch} needs at least {amount(needed, 'B')} on each of "
-            f"{devices} devices, which have {amount(limit, 'B')}; choose {repair}, "
-            "more devices, --execution.dtype bfloat16, or --execution.remat units"
+            f"{devices} devices, which have {amount(limit, 'B')}; choose "
+            f"{self._repair(devices, limit)}"
+        )
+
+    def _repair(self, devices: int, limit: int) -> str:
+        """What would make it fit."""
+        if limit <= self.fixed_bytes:
+            return "a smaller net, or a device with more memory"
+        ways = []
+        if fits := (limit - self.fixed_bytes) // self.image_bytes * devices:
+            ways.append(f"--train.batch-size {fits} or less")
+        ways.append("more devices")
+        if self.execution.dtype != "bfloat16":
+            ways.append("--execution.dtype bfloat16")
+        if self.execution.remat != "units":
+            ways.append("--execution.remat units")
+        return ", or ".join(ways)
+
+    def describe(self, batch: int, devices: int, limit: int | None) -> str:
+        """Say in one line what a step takes; arguments as of ``check``."""
+        needed = self.bytes(batch // devices)
+        return (
+            f"a step: {amount(self.flops * batch, 'FLOP')}, at least "
+            f"{amount(needed, 'B')} of memory on each device"
+            + (f", which has {amount(limit, 'B')}" if limit else "")
         )
 
 
 def needs(
     architecture: Architecture,
-    e: Execution,
+    execution: Execution,
     image_shape: tuple[int, int, int],
-    state_bytes: int,
-    data_bytes: int,
 ) -> Needs:
-    """Count what training takes.
+    """Count what training takes, whatever state and data lie beside it.
 
     Args:
-        architecture, e: the net and how it is run.
+        architecture, execution: the net and how it is run.
         image_shape: (height, width, channels).
-        state_bytes: of parameters, statistics, optimiser and averages.
-        data_bytes: of all that lies on a device besides.
     """
     rows = layer_table(architecture, image_shape)
     parameters = sum(row.parameters for row in rows)
-    kept = sum(math.prod(row.shape) for row in rows if _kept(row, architecture, e))
+    kept = [row for row in rows if _kept(row, architecture, execution)]
     return Needs(
         parameters=parameters,
         flops=6.0 * sum(row.multiply_adds for row in rows),
-        image_bytes=kept * _BYTES[e.dtype],
+        image_bytes=sum(math.prod(row.shape) for row in kept) * _BYTES[execution.dtype],
         # The gradients are as large as the parameters.
-        fixed_bytes=state_bytes + parameters * _BYTES[e.param_dtype] + data_bytes,
+        fixed_bytes=parameters * _BYTES[execution.param_dtype],
+        execution=execution,
     )
 
 
@@ -125,12 +153,13 @@ def _kept(row: LayerRow, architecture: Architecture, execution: Execution) -> bo
 def memory_limit(device: jax.Device) -> int | None:
     """Give the bytes that a device may use; None where neither it nor the system says.
 
-    On a CPU: the machine's memory.
+    On a CPU: its share of the machine's memory.
     """
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return whole // len(jax.local_devices(backend="cpu"))
     except (ValueError, OSError):
         return None
 

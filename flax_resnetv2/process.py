@@ -6,9 +6,13 @@ Called by the commands. Whoever imports the package decides about his own proces
 import ctypes
 import os
 import sys
+import threading
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
+
+_kept = False
+"""Whether ``keep_memory`` took effect in this process."""
 
 
 def user_cache() -> Path:
@@ -45,7 +49,42 @@ def keep_memory() -> bool:
     # <malloc.h>: one arena, whose top is never given back, and no blocks outside it.
     arena_max, mmap_max, trim_threshold = -8, -4, -1
     settings = ((arena_max, 1), (mmap_max, 0), (trim_threshold, -1))
-    return all([mallopt(name, value) == 1 for name, value in settings])
+    global _kept
+    _kept = all([mallopt(name, value) == 1 for name, value in settings])
+    return _kept
+
+
+def touch_memory(size: int) -> threading.Thread | None:
+    """Have the system hand out ``size`` bytes of memory now, beside what goes on.
+
+    The first step would wait for them, page by page, while one core computes; before
+    it, reading or compiling the program leaves a core free. The first step of
+    he2016-resnet164 takes 3 seconds instead of 5.
+
+    Returns:
+        The thread that does it; None: memory is not kept in this process, see
+        ``keep_memory``.
+    """
+    if not _kept:
+        return None
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+    # The compiler's own memory is cut out of it meanwhile.
+    size = size * 5 // 4
+
+    def touch() -> None:
+        if (start := libc.malloc(size)) is None:
+            return
+        piece = 1 << 20
+        for at in range(0, size - piece, piece):
+            libc.memset(start + at, 0, piece)
+        libc.free(start)
+
+    thread = threading.Thread(target=touch, daemon=True)
+    thread.start()
+    return thread
 
 
 def choose_convolutions() -> bool:

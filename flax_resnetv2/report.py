@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeRemainingColumn as Remaining
 
+from flax_resnetv2.rundir import write_whole
+
 
 class Reporter:
     """Writes ``metrics.jsonl`` and shows progress: a live bar, or plain lines.
@@ -38,12 +40,17 @@ class Reporter:
         self._flops, self._peak = flops, peak
         self.last: dict[str, dict[str, float]] = {}
         self._began, self._total, self._batch = began, total, batch_size
-        self._step, self._time = done, time.perf_counter()
+        self._step, self._time, self._compiled = done, time.perf_counter(), False
         path = workdir / "metrics.jsonl"
-        kept = [line for line in _read(path) if line["step"] <= done]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        text = path.read_text() if path.exists() else ""
+        kept = [line for line in _read(text) if line["step"] <= done]
+        wanted = "".join(json.dumps(line) + "\n" for line in kept)
+        if wanted != text:
+            write_whole(path, wanted)
         for line in kept:
             self.last[line["split"]] = line
+            # Seconds of training count on.
+            self._began = began - line["seconds"]
         self._file = path.open("a", buffering=1)
         self._console = Console(highlight=False)
         self._bar = None
@@ -73,6 +80,11 @@ class Reporter:
     def say(self, text: str) -> None:
         """Print one line above the bar."""
         self._console.print(text, soft_wrap=True, markup=False)
+
+    def dispatched(self) -> None:
+        """Rates count from the first time on: then the step is compiled."""
+        if not self._compiled:
+            self._time, self._compiled = time.perf_counter(), True
 
     def progress(self, done: int) -> None:
         """Move the bar."""
@@ -132,12 +144,12 @@ class Reporter:
         return line
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(text: str) -> list[dict[str, Any]]:
     """Lines of an earlier run; the last may have been cut off with it."""
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for line in text.splitlines():
         try:
-            lines.append(json.loads(text))
+            lines.append(json.loads(line))
         except json.JSONDecodeError:
             break
     return lines

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from flax_resnetv2 import RECIPES, Config, RunError, cli, loop
+from flax_resnetv2.rundir import new_workdir
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +123,15 @@ def test_a_new_run_takes_a_new_directory(captured, tmp_path):
     (tmp_path / "runs" / "quickstart-2").mkdir()
     assert run(["quickstart"]) == 0
     assert captured[0][1] == Path("runs") / "quickstart-3"
+
+
+def test_two_runs_that_start_together_take_two_directories(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with new_workdir("a") as first, new_workdir("a") as second:
+        assert (first.is_dir(), second.is_dir()) == (True, True)
+        assert (first.name, second.name) == ("a-1", "a-2")
+        (second / "config.json").touch()
+    assert [path.name for path in Path("runs").iterdir()] == ["a-2"]
 
 
 @pytest.mark.parametrize(

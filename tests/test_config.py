@@ -5,7 +5,15 @@ from dataclasses import replace
 
 import pytest
 
-from flax_resnetv2 import PRESETS, RECIPES, Architecture, Config, UsageError, plan
+from flax_resnetv2 import (
+    PRESETS,
+    RECIPES,
+    Architecture,
+    Config,
+    Execution,
+    UsageError,
+    plan,
+)
 from flax_resnetv2.augment import AugmentConfig
 from flax_resnetv2.config import check_config, differences, from_json, to_json
 
@@ -65,6 +73,18 @@ def test_differences_are_named():
         ({"keep_checkpoints": 0}, r"keep_checkpoints=0 must be 1 or above"),
         ({"augment": AugmentConfig(crop_padding=-1)}, r"crop_padding=-1 must be 0"),
         ({"augment": AugmentConfig(mean=(0.5,))}, r"mean and augment.std"),
+        (
+            {"augment": AugmentConfig(mean=(0.5, 0.5), std=(0.2, 0.2))},
+            r"augment.mean=\(0.5, 0.5\) must be 3 numbers, one for each channel",
+        ),
+        (
+            {"augment": AugmentConfig(mean=(0.5,) * 3, std=(0.2, 0.0, 0.2))},
+            r"augment.std=\(0.2, 0.0, 0.2\) must be above 0",
+        ),
+        (
+            {"execution": Execution(batch_norm_axis="i")},
+            r"execution.batch_norm_axis='i' is set by fit; .*no-sync-batch-norm",
+        ),
         (
             {"architecture": Architecture(head="latent")},
             r"head='latent' gives no logits",

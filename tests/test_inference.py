@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from flax_resnetv2 import Checkpointer, Predictor, UsageError, cli, create_model, loop
-from flax_resnetv2.config import load_config
+from flax_resnetv2.rundir import load_config
 from tests import tiny
 
 

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import shutil
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -18,13 +19,15 @@ from flax_resnetv2 import (
     UsageError,
     create_model,
     loop,
+    parallel,
     report,
     training,
 )
 from flax_resnetv2.augment import AugmentConfig, normalise
-from flax_resnetv2.config import load_config
 from flax_resnetv2.data import Split
 from flax_resnetv2.report import Reporter
+from flax_resnetv2.rundir import load_config
+from flax_resnetv2.tracing import Tracer
 from tests import tiny
 
 TIMES = {"seconds", "images_per_second"}
@@ -80,7 +83,7 @@ def run_fit(directory, config, devices=2, dataset=None, create=None, profile=Non
         patch.setattr(loop, "open_dataset", lambda _: dataset)
         patch.setattr(loop, "_evaluate_all", keep)
         if create:
-            patch.setattr(loop, "create_train_state", create)
+            patch.setattr(parallel, "create_train_state", create)
         result = loop.fit(
             config, directory, devices=jax.devices()[:devices], profile=profile
         )
@@ -214,7 +217,7 @@ def test_evaluation_counts_every_image_once(devices, batch):
     mean, std = data().channel_statistics()
     pixels = AugmentConfig(mean=mean, std=std)
     config = replace(config, augment=pixels)
-    run = loop._Run(config, data(), jax.devices()[:devices])
+    run = parallel.Run(config, data(), jax.devices()[:devices])
     model = create_model(tiny.SMALL)
     variables = tiny.variables_of(model)
     # The averages are what is evaluated.
@@ -264,6 +267,12 @@ def test_a_finished_run_gives_its_result_again(fit, copied, finished, monkeypatc
     again, same, _ = fit(CONFIG, dataset=VALIDATED)
     assert again == finished[1]
     assert same == finished[2]
+
+
+def test_a_finished_run_without_its_lines_is_evaluated_again(fit, copied, finished):
+    (copied / "metrics.jsonl").unlink()
+    result, *_ = fit(CONFIG, dataset=VALIDATED)
+    assert untimed([result]) == untimed([finished[1]])
 
 
 def test_an_interrupted_run_waits_for_its_checkpoint(fit, monkeypatch):
@@ -322,6 +331,13 @@ def test_what_does_not_fit_together_is_refused(fit, config, dataset, message, tm
     assert not (tmp_path / "run").exists()
 
 
+def test_what_is_refused_leaves_a_directory_to_be_used(fit, monkeypatch, tmp_path):
+    """The repair that a refusal names works in the same directory."""
+    with pytest.raises(UsageError, match="profile=7:99"):
+        fit(CONFIG, dataset=VALIDATED, profile=(7, 99))
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 def test_a_mistake_is_found_before_data_are_read(monkeypatch, tmp_path):
     monkeypatch.setattr(loop, "open_dataset", lambda _: pytest.fail("was read"))
     wrong = replace(configuration(), architecture=replace(tiny.SMALL, kernel=2))
@@ -334,13 +350,13 @@ def test_a_mistake_is_found_before_data_are_read(monkeypatch, tmp_path):
 def test_chunks_of_steps_give_what_single_steps_give(fit, monkeypatch, finished):
     single = finished[1:]
 
-    class Chunked(loop._Run):
+    class Chunked(parallel.Run):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             assert self.one_by_one
             self.one_by_one = False
 
-    monkeypatch.setattr(loop, "_Run", Chunked)
+    monkeypatch.setattr(loop, "Run", Chunked)
     calls = []
     epoch = loop._train_epoch
 
@@ -377,9 +393,9 @@ def test_a_trace_of_some_steps_changes_nothing_else(fit, tmp_path, finished, cap
 
 
 def test_the_border_of_a_chunk_is_never_inside_a_trace():
-    tracer = loop._Tracer((3, 5), None, None)
+    tracer = Tracer((3, 5), None)
     assert [tracer.border(done, 8) for done in range(8)] == [3, 3, 3, 5, 5, 8, 8, 8]
-    assert loop._Tracer(None, None, None).border(2, 8) == 8
+    assert Tracer(None, None).border(2, 8) == 8
 
 
 @pytest.mark.parametrize("steps", [(5, 5), (6, 3), (0, 13)])
@@ -468,7 +484,8 @@ def test_one_step_in_float32_does_not_depend_on_the_devices(fit):
 
 def test_statistics_of_each_device_alone_are_averaged_all_the_same(fit):
     config = configuration(epochs=1, sync_batch_norm=False)
-    assert loop._model(config, data(), loop.AXIS).execution.batch_norm_axis is None
+    run = parallel.Run(config, data(), jax.devices()[:2])
+    assert (run.axis, run.model.execution.batch_norm_axis) == (parallel.AXIS, None)
     _, _, state = fit(config, dataset=data(train=8), **SHARED)
     assert differing(state) == []
 
@@ -517,7 +534,11 @@ def test_on_a_terminal_there_is_a_bar(tmp_path, monkeypatch):
 
 
 def test_lines_after_the_checkpoint_are_dropped(tmp_path):
-    lines = [{"step": k, "split": s} for k in (2, 4) for s in ("train", "test")]
+    lines = [
+        {"step": k, "split": s, "seconds": 5.0}
+        for k in (2, 4)
+        for s in ("train", "test")
+    ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text)
     with Reporter(tmp_path, began=0.0, total=9, done=3, batch_size=5) as reporter:
@@ -525,10 +546,21 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path):
     assert lines_of(tmp_path) == lines[:2]
 
 
+def test_the_clock_of_a_run_goes_on(tmp_path):
+    path, line = tmp_path / "metrics.jsonl", {"step": 2, "split": "train"}
+    path.write_text(json.dumps({**line, "seconds": 1000.0}) + "\n")
+    written, now = path.stat().st_ino, time.perf_counter()
+    with Reporter(tmp_path, now, total=9, done=2, batch_size=5) as reporter:
+        reporter.evaluation("test", 4, 1.0, {"loss": 1.0, "correct": 1, "count": 2})
+    assert 1000 <= lines_of(tmp_path)[-1]["seconds"] < 1060
+    assert path.stat().st_ino == written, "rewritten, though no line was dropped"
+
+
 def test_the_share_of_the_peak_is_said_where_it_is_known(tmp_path, capsys):
     sums = {"loss": 20.0, "correct": 5, "count": 10}
     known = {"flops": 3.0, "peak": 100.0}
     with Reporter(tmp_path, 0.0, total=9, done=0, batch_size=5, **known) as reporter:
+        reporter.dispatched()
         reporter.training(2, 0.5, sums)
     [line] = lines_of(tmp_path)
     share = line["images_per_second"] * 3 / 100

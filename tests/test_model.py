@@ -509,7 +509,7 @@ def test_article_and_he2016_are_different_nets():
 def test_remat_and_derivatives_change_nothing(float64):
     images, trees = images_of(4, dtype="float64"), []
 
-    def run(remat, derivatives="by_hand"):
+    def run(remat, derivatives="by_hand", seen=False):
         how = replace(DOUBLE, remat=remat, derivatives=derivatives)
         model = create_model(SMALL, how)
         trees.append(shapes_of(model, images.shape))
@@ -520,9 +520,10 @@ def test_remat_and_derivatives_change_nothing(float64):
                 {**variables, "params": params},
                 images,
                 train=True,
-                mutable=["batch_stats", "intermediates"],
+                # With intermediates, modules run one by one; without, as in training.
+                mutable=["batch_stats", *(["intermediates"] if seen else [])],
             )
-            return jnp.square(out).sum(), state
+            return jnp.square(out).sum(), state["batch_stats"]
 
         text = str(jax.make_jaxpr(jax.grad(loss, has_aux=True))(variables["params"]))
         value = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
@@ -530,9 +531,10 @@ def test_remat_and_derivatives_change_nothing(float64):
 
     (plain, without), (again, within) = run("nothing"), run("units")
     (default, _), (automatic, _) = run("norms"), run("nothing", "automatic")
+    one_by_one, _ = run("norms", seen=True)
     assert (without, within) == (False, True)
     assert trees[0] == trees[1] == trees[2]
-    for other in (again, default, automatic):
+    for other in (again, default, automatic, one_by_one):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10),
             plain,
@@ -725,6 +727,11 @@ def test_every_parameter_of_every_preset_gets_a_gradient(name):
     cut = replace(preset, units=tuple(min(n, 2) for n in preset.units))
     for path, largest in largest_gradients(cut).items():
         assert largest > 1e-6, path
+
+
+def test_double_precision_is_refused_where_jax_has_none():
+    with pytest.raises(UsageError, match="JAX_ENABLE_X64=1, or choose float32"):
+        create_model(NET, Execution(dtype="float64"))
 
 
 def test_an_unknown_dtype_is_refused():

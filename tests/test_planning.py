@@ -15,7 +15,7 @@ from flax_resnetv2 import (
     plan_stack,
     plan_unit,
 )
-from flax_resnetv2.analysis import layer_table, receptive_field
+from flax_resnetv2.counting import layer_table, receptive_field
 
 
 def units_of(net):

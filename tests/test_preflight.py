@@ -4,6 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from flax_resnetv2 import (
@@ -23,8 +24,8 @@ NET = Architecture(units=(3, 3), widths=(16, 32), strides=(1, 2), stem_width=16)
 SHAPE = (16, 16, 3)
 
 
-def counted(architecture=NET, shape=SHAPE, state=0, data=0, **execution):
-    return needs(architecture, Execution(**execution), shape, state, data)
+def counted(architecture=NET, shape=SHAPE, **execution):
+    return needs(architecture, Execution(**execution), shape)
 
 
 @pytest.mark.parametrize("remat", ["nothing", "norms"])
@@ -68,22 +69,40 @@ def test_flops_are_six_for_each_multiply_add():
 
 
 def test_what_lies_on_a_device_is_added():
-    empty, full = counted(), counted(state=1000, data=500)
+    empty = counted()
+    full = empty.beside({"a": np.zeros(250, np.float32)}, np.zeros(500, np.uint8))
     assert full.fixed_bytes - empty.fixed_bytes == 1500
     assert full.bytes(3) == full.fixed_bytes + 3 * full.image_bytes
 
 
-NEEDS = Needs(parameters=1, flops=1.0, image_bytes=10**9, fixed_bytes=10**9)
+NEEDS = Needs(
+    parameters=1,
+    flops=1.0,
+    image_bytes=10**9,
+    fixed_bytes=10**9,
+    execution=Execution(),
+)
+SMALLEST = Execution(dtype="bfloat16", remat="units")
 
 
 @pytest.mark.parametrize(
-    ("limit", "repair"),
-    [(4 * 10**9, "--train.batch-size 6 or less"), (10**9, "a smaller net")],
+    ("limit", "execution", "repair"),
+    [
+        (
+            4 * 10**9,
+            Execution(),
+            "--train.batch-size 6 or less, or more devices, or --execution.dtype "
+            "bfloat16, or --execution.remat units",
+        ),
+        (4 * 10**9, SMALLEST, "--train.batch-size 6 or less, or more devices"),
+        (15 * 10**8, SMALLEST, "more devices"),
+        (10**9, Execution(), "a smaller net, or a device with more memory"),
+    ],
 )
-def test_what_cannot_fit_is_refused_with_a_repair(limit, repair):
+def test_what_cannot_fit_is_refused_with_what_would_help(limit, execution, repair):
     with pytest.raises(UsageError, match="at least 5 GB on each of 2 devices") as e:
-        NEEDS.check(batch=8, devices=2, limit=limit)
-    assert repair in str(e.value)
+        replace(NEEDS, execution=execution).check(batch=8, devices=2, limit=limit)
+    assert str(e.value).endswith(f"; choose {repair}")
 
 
 @pytest.mark.parametrize("limit", [5 * 10**9, None])
@@ -101,6 +120,10 @@ def test_a_device_says_its_memory_and_its_kind_its_peak():
     assert memory_limit(gpu) == 7
     assert peak_flops(gpu) == 989e12
     assert peak_flops(jax.devices()[0]) is None
+    for kind, peak in (("L4", 121e12), ("L40", 181e12), ("L40S", 362e12)):
+        assert peak_flops(SimpleNamespace(device_kind=f"NVIDIA {kind}")) == peak
+    for kind, peak in (("v5", 459e12), ("v5p", 459e12), ("v5 lite", 197e12)):
+        assert peak_flops(SimpleNamespace(device_kind=f"TPU {kind}")) == peak
     silent = SimpleNamespace(platform="tpu", memory_stats=lambda: None)
     assert memory_limit(silent) is None
 

@@ -59,6 +59,31 @@ def test_memory_is_left_alone_beside_an_accelerator(monkeypatch):
     assert process.keep_memory() is False
 
 
+TOUCHING = """
+import ctypes, resource, sys
+from flax_resnetv2 import process
+assert process.touch_memory(1 << 20) is None, "memory is not kept yet"
+size = 200 << 20
+if sys.argv[1] == "touched":
+    assert process.keep_memory()
+    process.touch_memory(size).join()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+libc.memset(libc.malloc(size), 1, size)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of the GNU C library")
+def test_touched_memory_is_there_for_whoever_comes_next():
+    plain, touched = (
+        int(run(TOUCHING, way, JAX_PLATFORMS="cpu")[0]) for way in ("plain", "touched")
+    )
+    assert touched < plain / 10
+
+
 CONVOLVING = """
 import sys
 from flax_resnetv2 import process

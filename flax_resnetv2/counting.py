@@ -1,0 +1,142 @@
+"""Counted from the plan: a net's table of layers, and its receptive field.
+
+>>> print(format_table(layer_table(Architecture(), (32, 32, 3))))
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from flax_resnetv2.architecture import Architecture
+from flax_resnetv2.planning import ConvPlan, NetPlan, plan
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer with parameters: what it makes of its input, and what that costs."""
+
+    name: str
+    """Its path in the parameter tree, as "stack2/unit1/layer3/conv"."""
+    shape: tuple[int, ...]
+    """Of one image's output."""
+    kernel: int
+    stride: int
+    parameters: int
+    multiply_adds: int
+    """For one image; normalisation counts none."""
+
+
+def layer_table(
+    architecture: Architecture, image_shape: tuple[int, int, int]
+) -> list[LayerRow]:
+    """List every convolution, norm and fully connected layer, in order.
+
+    Args:
+        architecture: the net.
+        image_shape: (height, width, channels) of the images.
+
+    Raises:
+        UsageError: the architecture breaks a rule, or is too deep for the images.
+    """
+    net = plan(architecture, image_shape)
+    rows, size = [], image_shape[:2]
+
+    def conv(name: str, p: ConvPlan, size: tuple[int, int]) -> tuple[int, int]:
+        out = tuple(-(-side // p.stride) for side in size)
+        weights = p.kernel**2 * p.in_width * p.width
+        count = weights + p.width * p.bias
+        macs = weights * out[0] * out[1]
+        rows.append(LayerRow(name, (*out, p.width), p.kernel, p.stride, count, macs))
+        return out
+
+    def norm(name: str, width: int, size: tuple[int, int]) -> None:
+        rows.append(LayerRow(name, (*size, width), 1, 1, 2 * width, 0))
+
+    width = image_shape[2]
+    if net.stem:
+        for number, (p, after) in enumerate(
+            zip(net.stem.convs, net.stem.norms, strict=True), start=1
+        ):
+            suffix = str(number) if number > 1 else ""
+            size, width = conv(f"stem/conv{suffix}", p, size), p.width
+            if after:
+                norm(f"stem/norm{suffix}", width, size)
+        if net.stem.pool:
+            size = tuple(-(-side // 2) for side in size)
+    for s, stack in enumerate(net.stacks, start=1):
+        entering = size
+        for u, unit in enumerate(stack.units, start=1):
+            before = size
+            for number, layer in enumerate(unit.layers, start=1):
+                path = f"stack{s}/unit{u}/layer{number}"
+                if layer.norm:
+                    norm(f"{path}/norm", layer.conv.in_width, size)
+                size = conv(f"{path}/conv", layer.conv, size)
+            if unit.shortcut:
+                conv(f"stack{s}/unit{u}/shortcut", unit.shortcut, before)
+            width = unit.layers[-1].conv.width
+        if isinstance(stack.bridge, ConvPlan):
+            conv(f"stack{s}/bridge", stack.bridge, entering)
+    rows += _head_rows(net, width, size)
+    return rows
+
+
+def _head_rows(net: NetPlan, width: int, size: tuple[int, int]) -> Iterator[LayerRow]:
+    head = net.head
+    if head.norm:
+        yield LayerRow("head/norm", (*size, width), 1, 1, 2 * width, 0)
+    if head.kind == "none":
+        return
+    fan_in = width if head.pooled else width * size[0] * size[1]
+    layers = [(f"hidden{k}", w) for k, w in enumerate(head.hidden, start=1)]
+    layers.append((head.kind, head.features))
+    for name, features in layers:
+        weights = fan_in * features
+        yield LayerRow(f"head/{name}", (features,), 1, 1, weights + features, weights)
+        if name == "latent" and head.variance:
+            yield LayerRow(
+                "head/log_variance", (features,), 1, 1, weights + features, weights
+            )
+        fan_in = features
+
+
+def format_table(rows: list[LayerRow]) -> str:
+    """Lay out ``rows`` and their sums as text, a line each."""
+    lines = [f"{'layer':<28}{'maps out':>16}{'kernel':>8}{'stride':>8}"]
+    lines[0] += f"{'parameters':>13}{'multiply-adds':>16}"
+    for row in rows:
+        shape = " x ".join(map(str, row.shape))
+        lines.append(
+            f"{row.name:<28}{shape:>16}{row.kernel:>8}{row.stride:>8}"
+            f"{row.parameters:>13,}{row.multiply_adds:>16,}"
+        )
+    parameters = sum(row.parameters for row in rows)
+    macs = sum(row.multiply_adds for row in rows)
+    lines.append(f"{'total':<60}{parameters:>13,}{macs:>16,}")
+    return "\n".join(lines)
+
+
+def receptive_field(architecture: Architecture) -> dict[str, int]:
+    """Side, in input pixels, of what one value sees behind the stem and each stack.
+
+    Along the main path; a shortcut sees less.
+    """
+    net = plan(architecture, None if architecture.stem else (512, 512, 3))
+    side, jump, seen = 1, 1, {}
+
+    def look(kernel: int, stride: int) -> None:
+        nonlocal side, jump
+        side += (kernel - 1) * jump
+        jump *= stride
+
+    if net.stem:
+        for p in net.stem.convs:
+            look(p.kernel, p.stride)
+        if net.stem.pool:
+            look(3, 2)
+        seen["stem"] = side
+    for s, stack in enumerate(net.stacks, start=1):
+        for unit in stack.units:
+            for layer in unit.layers:
+                look(layer.conv.kernel, layer.conv.stride)
+        seen[f"stack{s}"] = side
+    return seen

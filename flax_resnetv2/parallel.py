@@ -1,0 +1,174 @@
+"""A run on its devices: the one place with ``pmap``.
+
+State and data set are whole on every device; each device takes its share of every batch
+(see ``augment.positions``).
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flax_resnetv2.augment import positions
+from flax_resnetv2.config import Config
+from flax_resnetv2.data import Dataset, Split, evaluation_order, fetch
+from flax_resnetv2.model import ResNetV2, create_model
+from flax_resnetv2.training import (
+    Metrics,
+    TrainState,
+    create_train_state,
+    make_eval_step,
+    make_schedule,
+    make_train_step,
+)
+
+AXIS = "devices"
+"""The mapped axis."""
+
+
+class Run:
+    """What a run holds besides its state: model, compiled steps, placed data."""
+
+    def __init__(
+        self, config: Config, dataset: Dataset, devices: list[jax.Device]
+    ) -> None:
+        train = config.train
+        self.config, self.dataset, self.devices = config, dataset, devices
+        self.images = len(dataset.splits["train"].label)
+        self.steps_per_epoch = self.images // train.batch_size
+        self.schedule = jax.jit(make_schedule(train, self.steps_per_epoch))
+        self.one_by_one = devices[0].platform == "cpu"
+        """XLA's CPU convolutions take a slow path inside a loop; elsewhere one
+        dispatch runs all steps up to the next line of metrics."""
+        # Evaluation fills its batches up, so any device count divides them.
+        self.eval_batch = -(-train.eval_batch_size // len(devices)) * len(devices)
+        self.axis = AXIS if len(devices) > 1 else None
+        """What is summed over; one device has nobody to sum with."""
+        self.model = _model(config, dataset, self.axis)
+        self._replicated = NamedSharding(
+            Mesh(np.asarray(devices), (AXIS,)), PartitionSpec()
+        )
+        self._splits: dict[str, Split] = {}
+        self.train = self.parallel(self._train_chunk(), donate=True)
+        self._eval = self.parallel(self._eval_batch())
+
+    def place(self, tree: Any) -> Any:
+        """Put arrays whole on every device, as ``pmap`` gives them back."""
+        return jax.device_put(tree, self._replicated)
+
+    def split(self, name: str) -> Split:
+        """The arrays of a split on the devices, placed once."""
+        if name not in self._splits:
+            self._splits[name] = self.place(self.dataset.splits[name])
+        return self._splits[name]
+
+    def initial_state(self) -> TrainState:
+        """Initial state from the seed."""
+        return self.place(
+            create_train_state(
+                self.model,
+                self.config.train,
+                jax.random.key(self.config.seed),
+                self.dataset.image_shape,
+                self.steps_per_epoch,
+            )
+        )
+
+    def describe(self, state: TrainState) -> str:
+        """Say in one line what is about to run."""
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        done, count = int(state.step), len(self.devices)
+        return (
+            f"{self.dataset.name}: {self.images:,} training images, {parameters:,} "
+            f"parameters, {count} {self.devices[0].platform} "
+            + ("device" if count == 1 else "devices")
+            + (f"; going on after step {done:,}" if done else "")
+        )
+
+    def evaluate(self, state: TrainState, name: str) -> Metrics:
+        """Sums over a whole split."""
+        split = self.split(name)
+        order = evaluation_order(len(split.label), self.eval_batch)
+        placed, variables = self.place(order), state.variables()
+        return add_up(
+            [
+                self._eval(variables, split, placed, jnp.int32(start))
+                for start in range(0, len(order), self.eval_batch)
+            ]
+        )
+
+    def parallel(self, function: Callable, donate: bool = False) -> Callable:
+        """The seam: run ``function(first, *rest)`` on all devices at once.
+
+        Arguments and results are whole on every device; ``first`` may be given away.
+        """
+        mapped = jax.pmap(
+            # pmap wants one argument with a mapped axis: each device gets its number.
+            lambda number, first, rest: function(first, *rest),
+            axis_name=AXIS,
+            in_axes=(0, None, None),
+            out_axes=None,
+            devices=self.devices,
+            donate_argnums=(1,) if donate else (),
+        )
+        numbers = np.arange(len(self.devices))
+        return lambda first, *rest: mapped(numbers, first, rest)
+
+    def _train_chunk(self) -> Callable:
+        config = self.config
+        share = config.train.batch_size // len(self.devices)
+        step = make_train_step(
+            self.model,
+            config.train,
+            config.augment,
+            seed=config.seed,
+            steps_per_epoch=self.steps_per_epoch,
+            axis_name=self.axis,
+        )
+
+        def chunk(state, split, order, steps):
+            def one(state):
+                first = state.step % self.steps_per_epoch * config.train.batch_size
+                places = first + positions(share, self.axis)
+                return step(state, fetch(split, order, places))
+
+            def more(_, carry):
+                state, sums = carry
+                state, metrics = one(state)
+                return state, jax.tree.map(jnp.add, sums, metrics)
+
+            if self.one_by_one:
+                return one(state)
+            shapes = jax.eval_shape(one, state)[1]
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            return lax.fori_loop(0, steps, more, (state, zeros))
+
+        return chunk
+
+    def _eval_batch(self) -> Callable:
+        step = make_eval_step(self.model, self.config.augment, axis_name=self.axis)
+        share = self.eval_batch // len(self.devices)
+
+        def one(variables, split, order, start):
+            places = start + positions(share, self.axis)
+            return step(variables, fetch(split, order, places))
+
+        return one
+
+
+def add_up(metrics: list[Metrics]) -> Metrics:
+    """Sum trees of device numbers on the host, in float64: the one place that waits."""
+    return jax.tree.map(
+        lambda *leaves: np.asarray(leaves, np.float64).sum(), *jax.device_get(metrics)
+    )
+
+
+def _model(config: Config, dataset: Dataset, axis: str | None) -> ResNetV2:
+    axis = axis if config.train.sync_batch_norm else None
+    execution = replace(config.execution, batch_norm_axis=axis)
+    return create_model(config.architecture, execution, dataset.image_shape)
