@@ -30,7 +30,7 @@ class Architecture:
     widths: tuple[int, ...] = (64, 128, 256)
     """Maps that each unit of a stack gives out (the article's nF)."""
     strides: tuple[int, ...] = (1, 2, 2)
-    """Stride of unit 1 of each stack."""
+    """Stride of each stack: of its unit 1, or of the unit that semantics names."""
     reduction: Reduction | tuple[Reduction, ...] = 2
     """Layer 1 of a bottleneck unit has width / reduction maps (the article's p);
     "previous": as many as the stack before gives out. A basic unit takes 1."""
@@ -52,6 +52,9 @@ class Architecture:
     """Its stride."""
     stem_second_stride: int | None = None
     """Stride of a second, 3x3 convolution that reduces resolution; None: not there."""
+    stem_deep: bool = False
+    """Three 3x3 convolutions in place of the one, the first two of half the width, the
+    first with the stride (ResNet-D)."""
     stem_pool: bool = False
     """A 3x3 max-pool of stride 2 at the stem's end."""
     head: Literal["classifier", "latent", "none"] = "classifier"
@@ -72,7 +75,9 @@ class Architecture:
     @property
     def depth(self) -> int:
         """Main-path convolutions and one fully connected layer, as He counts."""
-        convolutions = int(self.stem) + int(self.stem_second_stride is not None)
+        deep = 3 if self.stem_deep else 1
+        second = self.stem_second_stride is not None
+        convolutions = (deep + second) if self.stem else 0
         return convolutions + sum(self.units) * LAYERS[self.unit] + 1
 
     def per_stack(self, field: str) -> tuple:
@@ -137,6 +142,12 @@ def check_fields(a: Architecture) -> None:
     for k, value in enumerate(a.hidden, start=1):
         check_positive(f"hidden layer {k}", value)
     check_odd("stem_kernel", a.stem_kernel)
+    if a.stem_deep and (a.stem_kernel != 3 or a.stem_width % 2):
+        raise UsageError(
+            f"stem_deep=True makes 3x3 convolutions of half of stem_width="
+            f"{a.stem_width} with stem_kernel={a.stem_kernel}; choose stem_kernel=3 "
+            "and an even stem_width"
+        )
     check_literals(a, "")
     for value in a.per_stack("bridge"):
         check_choice("bridge", value, (True, False))
@@ -154,6 +165,20 @@ def check_semantics(s: Semantics) -> None:
     check_tuple("semantics.biases", s.biases, "('stem',)")
     for value in s.biases:
         check_choice("semantics.biases", value, get_args(Position))
+    check_positive("semantics.norm_groups", s.norm_groups)
+    if s.standardise_epsilon is not None and not 0 < s.standardise_epsilon < 1:
+        raise UsageError(
+            f"semantics.standardise_epsilon={s.standardise_epsilon} must be above 0, "
+            "as 1e-10, or None"
+        )
+    if s.order == "post":
+        for field, needed in (("shortcut_input", "raw"), ("final_norm", False)):
+            if getattr(s, field) != needed:
+                raise UsageError(
+                    f"semantics.{field}={getattr(s, field)!r} needs order='pre': "
+                    "post-activation units begin with no BN-ReLU and end in a ReLU; "
+                    f"choose {field}={needed!r}"
+                )
     for field in ("norm_epsilon", "norm_momentum"):
         value = getattr(s, field)
         if type(value) not in (int, float):

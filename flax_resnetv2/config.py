@@ -177,6 +177,8 @@ def _recipes() -> dict[str, Recipe]:
         )
     }
     for name, preset in PRESETS.items():
+        if preset.architecture.num_classes != 10:
+            continue  # a net for ImageNet
         about = f"{preset.architecture.depth} layers, {preset.parameters:,} parameters"
         config = Config(architecture=preset.architecture, train=_ONE_CYCLE)
         recipes[f"cifar10-{name}"] = Recipe(config, f"{about}; CIFAR-10, one cycle")

@@ -68,11 +68,17 @@ def layer_table(
             before = size
             for number, layer in enumerate(unit.layers, start=1):
                 path = f"stack{s}/unit{u}/layer{number}"
-                if layer.norm:
+                if layer.norm and not layer.norm_last:
                     norm(f"{path}/norm", layer.conv.in_width, size)
                 size = conv(f"{path}/conv", layer.conv, size)
+                if layer.norm_last:
+                    norm(f"{path}/norm", layer.conv.width, size)
             if unit.shortcut:
-                conv(f"stack{s}/unit{u}/shortcut", unit.shortcut, before)
+                path = f"stack{s}/unit{u}/shortcut"
+                pooled = tuple(-(-side // unit.average) for side in before)
+                conv(path, unit.shortcut, pooled)
+                if unit.shortcut_norm:
+                    norm(f"{path}_norm", unit.shortcut.width, size)
             width = unit.layers[-1].conv.width
         if isinstance(stack.bridge, ConvPlan):
             conv(f"stack{s}/bridge", stack.bridge, entering)

@@ -44,11 +44,15 @@ _DRAWN = {
     "he_normal": (2.0, "fan_in", "truncated_normal"),
     "he_normal_fan_out": (2.0, "fan_out", "normal"),
     "uniform_fan_in": (1 / 3, "fan_in", "uniform"),
+    "glorot_uniform": (1.0, "fan_avg", "uniform"),
 }
 """Initial kernels that are drawn: variance times fan, which fan, distribution."""
 _INITIALISERS = {
     name: nn.initializers.variance_scaling(*drawn) for name, drawn in _DRAWN.items()
-} | {"zeros": nn.initializers.zeros_init()}
+} | {
+    "normal_0.01": nn.initializers.normal(0.01),
+    "zeros": nn.initializers.zeros_init(),
+}
 
 
 class Latent(NamedTuple):
@@ -71,6 +75,8 @@ class Convolution(nn.Module):
         maps = x.x if isinstance(x, ops.PreActivation) else x
         shape = (p.kernel, p.kernel, maps.shape[-1], p.width)
         kernel = self.param("kernel", _INITIALISERS[p.init], shape, e.param_dtype)
+        if p.standardise is not None:
+            kernel = _standardised(kernel, p.standardise)
         kernel = kernel.astype(maps.dtype)
         if e.derivatives == "automatic":
             x = x.value if isinstance(x, ops.PreActivation) else x
@@ -85,10 +91,11 @@ class Convolution(nn.Module):
 
 
 class NormReLU(nn.Module):
-    """Batch normalisation, then ReLU, [N, H, W, C] -> the same.
+    """Normalisation, then ReLU, [N, H, W, C] -> the same.
 
-    Parameters ``scale`` and ``bias`` [C]; running ``mean`` and ``var`` [C] in the
-    collection ``batch_stats``, of the biased variance, as in ``nn.BatchNorm``.
+    Parameters ``scale`` and ``bias`` [C]; in batch normalisation the running ``mean``
+    and ``var`` [C] in the collection ``batch_stats``, of the biased variance, as in
+    ``nn.BatchNorm``.
     """
 
     plan: NormPlan
@@ -96,14 +103,23 @@ class NormReLU(nn.Module):
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Use the batch's statistics and keep them (train), or the running ones."""
-        return self.promise(x, train=train).value
+        y = self.promise(x, train=train)
+        if not isinstance(y, ops.PreActivation):
+            return y
+        return y.value if self.plan.relu else y.normalised
 
     @nn.compact
-    def promise(self, x: jax.Array, *, train: bool) -> ops.PreActivation:
-        """Do the same, but leave the computation to the convolution that reads it."""
+    def promise(self, x: jax.Array, *, train: bool) -> jax.Array | ops.PreActivation:
+        """Do the same, but leave the computation to the convolution that reads it.
+
+        Group normalisation is computed at once: each image has statistics of its own.
+        """
         shape, e = x.shape[-1:], self.execution
         scale = self.param("scale", nn.initializers.ones_init(), shape, e.param_dtype)
         bias = self.param("bias", nn.initializers.zeros_init(), shape, e.param_dtype)
+        if self.plan.groups is not None:
+            y = _group_normalised(x, self.plan) * scale + bias
+            return (nn.relu(y) if self.plan.relu else y).astype(x.dtype)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, e.param_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, shape, e.param_dtype)
         epsilon, keep = self.plan.epsilon, self.plan.momentum
@@ -146,7 +162,9 @@ class ResidualLayer(nn.Module):
         return self.conv(x)
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Pre-activate, then convolve."""
+        """Pre-activate, then convolve; in version 1 the other way round."""
+        if self.plan.norm_last:
+            return self.norm(self.conv(x), train=train)
         return self.convolve(self.preactivate(x, train=train))
 
 
@@ -156,7 +174,8 @@ class ResidualUnit(nn.Module):
     [N, H, W, C] -> [N, H/stride, W/stride, width]. The shortcut is the identity, or a
     convolution where resolution or width changes. With the collection
     ``intermediates`` mutable it sows ``residual_ratio`` [N]: the norm of the residual
-    over the norm of what the shortcut carries ("small at first").
+    over the norm of what the shortcut carries ("small at first"). (In version 1, with
+    ``order="post"``, a ReLU follows the sum.)
 
     >>> unit = ResidualUnit(plan_unit(in_width=64, width=128, reduction=2, stride=2))
     """
@@ -171,19 +190,29 @@ class ResidualUnit(nn.Module):
             ResidualLayer(layer, self.execution, name=f"layer{number}")
             for number, layer in enumerate(self.plan.layers, start=1)
         ]
-        active = first.preactivate(x, train=train)
-        carried = x
-        if self.plan.shortcut is not None:
-            shortcut = Convolution(self.plan.shortcut, self.execution, name="shortcut")
-            carried = shortcut(active if self.plan.shared_preactivation else x)
-        residual = first.convolve(active)
+        p = self.plan
+        if first.plan.norm_last:
+            active, residual = x, first(x, train=train)
+        else:
+            active = first.preactivate(x, train=train)
+            residual = first.convolve(active)
+        carried = x[:, :: p.select, :: p.select]
+        if p.shortcut is not None:
+            carried = active if p.shared_preactivation else x
+            if p.average > 1:
+                carried = _averaged(carried, p.average)
+            carried = Convolution(p.shortcut, self.execution, name="shortcut")(carried)
+        if p.shortcut_norm is not None:
+            norm = NormReLU(p.shortcut_norm, self.execution, name="shortcut_norm")
+            carried = norm(carried, train=train)
         for layer in rest:
             residual = layer(residual, train=train)
         if self.is_mutable_collection("intermediates"):
             dtype = self.execution.param_dtype
             ratio = _norms(residual, dtype) / jnp.maximum(_norms(carried, dtype), 1e-12)
             self.sow("intermediates", "residual_ratio", ratio)
-        return carried + residual
+        y = carried + residual
+        return nn.relu(y) if p.relu else y
 
 
 class ResidualStack(nn.Module):
@@ -425,7 +454,11 @@ def _cut(
     kernels = {}
     pieces = xp.split(xp.asarray(numbers), ends[:-1])
     for (path, shape), piece in zip(shapes.items(), pieces, strict=True):
-        maps = shape[-2] if fan == "fan_in" else shape[-1]
+        maps = {
+            "fan_in": shape[-2],
+            "fan_out": shape[-1],
+            "fan_avg": (shape[-2] + shape[-1]) / 2,
+        }[fan]
         spread = math.sqrt(variance / (math.prod(shape[:-2]) * maps))
         kernels[path] = piece.reshape(shape) * xp.asarray(spread, dtype)
     return jax.device_put(kernels)
@@ -454,6 +487,27 @@ def _train_unit(
 def _norms(x: jax.Array, dtype: str) -> jax.Array:
     """Euclidean norm of each image's maps, [N, H, W, C] -> [N], taken in ``dtype``."""
     return jnp.sqrt(jnp.square(x.astype(dtype)).sum((1, 2, 3)))
+
+
+def _standardised(kernel: jax.Array, epsilon: float) -> jax.Array:
+    """Kernel [k, k, C, F] with mean 0 and variance 1 for each of its F maps."""
+    mean = kernel.mean((0, 1, 2))
+    return (kernel - mean) * lax.rsqrt(kernel.var((0, 1, 2)) + epsilon)
+
+
+def _group_normalised(x: jax.Array, plan: NormPlan) -> jax.Array:
+    """[N, H, W, C] with mean 0 and variance 1 in each group of maps of each image."""
+    wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+    grouped = wide.reshape(*x.shape[:3], plan.groups, -1)
+    mean = grouped.mean((1, 2, 4), keepdims=True)
+    variance = grouped.var((1, 2, 4), keepdims=True)
+    return ((grouped - mean) * lax.rsqrt(variance + plan.epsilon)).reshape(x.shape)
+
+
+def _averaged(x: jax.Array | ops.PreActivation, side: int) -> jax.Array:
+    """Averages of ``side`` x ``side`` pixels, of fewer where the maps end."""
+    x = x.value if isinstance(x, ops.PreActivation) else x
+    return nn.avg_pool(x, (side,) * 2, (side,) * 2, "SAME", count_include_pad=False)
 
 
 def _max_pool(x: jax.Array, padding: str) -> jax.Array:

@@ -12,6 +12,7 @@ What is faster on one platform only is chosen inside the traced function by
 cores, batch 128, see docs/performance.md. Arrays are [N, H, W, C].
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -44,8 +45,16 @@ class PreActivation(NamedTuple):
     @property
     def value(self) -> jax.Array:
         """Compute it, [N, H, W, C] like ``x``."""
+        return self._compute(lambda y: jnp.maximum(y, 0))
+
+    @property
+    def normalised(self) -> jax.Array:
+        """Compute BN alone."""
+        return self._compute(lambda y: y)
+
+    def _compute(self, activation: Callable[[jax.Array], jax.Array]) -> jax.Array:
         wide = self.x.astype(self.factor.dtype)
-        y = jnp.maximum((wide - self.mean) * self.factor + self.bias, 0)
+        y = activation((wide - self.mean) * self.factor + self.bias)
         return y.astype(self.x.dtype)
 
 

@@ -8,6 +8,7 @@ architecture ends here; the modules of ``model`` only execute a plan.
 2
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -29,10 +30,14 @@ from flax_resnetv2.semantics import ARTICLE, Initialiser, Semantics
 
 @dataclass(frozen=True)
 class NormPlan:
-    """Batch normalisation followed by ReLU."""
+    """Normalisation followed by ReLU."""
 
     epsilon: float
     momentum: float
+    groups: int | None = None
+    """Of group normalisation; None: batch normalisation."""
+    relu: bool = True
+    """False: the ReLU comes later, after a sum (version 1)."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,9 @@ class ConvPlan:
     stride: int
     padding: Literal["same", "symmetric"]
     bias: bool
-    init: Initialiser | Literal["zeros"]
+    init: Initialiser
+    standardise: float | None = None
+    """Added to the variance of a kernel that is standardised; None: it is not."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,8 @@ class LayerPlan:
 
     norm: NormPlan | None
     conv: ConvPlan
+    norm_last: bool = False
+    """Convolution -> BN -> ReLU (version 1)."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,14 @@ class UnitPlan:
     shortcut: ConvPlan | None
     shared_preactivation: bool
     """The shortcut's convolution reads the output of layer 1's BN-ReLU."""
+    shortcut_norm: NormPlan | None = None
+    """Behind the shortcut's convolution (version 1)."""
+    average: int = 1
+    """Side and stride of the average before that convolution; 1: none."""
+    select: int = 1
+    """A shortcut without convolution carries one pixel of so many, each way."""
+    relu: bool = False
+    """A ReLU follows the sum (version 1)."""
 
 
 @dataclass(frozen=True)
@@ -215,18 +232,27 @@ def plan_stack(
         unit, in_width, width, reduction, central_reduction, kernel, stride, where
     )
     bare = behind_norm and s.first_layer_exception
-    project = stride > 1 or in_width != width
-    first = _unit(
-        in_width, width, stride, inner, kernel, bare, s,
-        project or s.projection == "every_stack",
-    )  # fmt: skip
-    other = _unit(width, width, 1, inner, kernel, False, s, False)
+    strides = [1] * units
+    strides[0 if s.strided_unit == "first" else -1] = stride
+    planned = [
+        _unit(
+            in_width if k == 0 else width,
+            width,
+            strides[k],
+            inner,
+            kernel,
+            bare and k == 0,
+            s,
+            project=k == 0 and s.projection == "every_stack",
+        )
+        for k in range(units)
+    ]
     around: ConvPlan | Literal["identity"] | None = None
     if bridge:
         around = "identity"
-        if project:
+        if stride > 1 or in_width != width:
             around = _conv(in_width, width, 1, stride, "bridge", s)
-    return StackPlan((first,) + (other,) * (units - 1), around)
+    return StackPlan(tuple(planned), around)
 
 
 def plan_unit(
@@ -265,8 +291,7 @@ def plan_unit(
         unit, in_width, width, reduction, central_reduction, kernel, stride, where
     )
     bare = behind_norm and semantics.first_layer_exception
-    project = stride > 1 or in_width != width
-    return _unit(in_width, width, stride, inner, kernel, bare, semantics, project)
+    return _unit(in_width, width, stride, inner, kernel, bare, semantics)
 
 
 def _unit(
@@ -277,46 +302,76 @@ def _unit(
     kernel: int,
     bare: bool,
     semantics: Semantics,
-    project: bool,
+    project: bool = False,
 ) -> UnitPlan:
-    """``inner``: maps of the layers before the last, (p, q) or (width,)."""
+    """``inner``: maps of the layers before the last, (p, q) or (width,).
+
+    ``project``: the shortcut has a convolution even where shapes agree.
+    """
+    s, post = semantics, semantics.order == "post"
     bottleneck = len(inner) == 2
     kernels = (1, kernel, 1) if bottleneck else (kernel, kernel)
-    stride_layer = semantics.stride_layer if bottleneck else 1
+    stride_layer = s.stride_layer if bottleneck else 1
     layers, maps = [], in_width
     for number, (features, size) in enumerate(
         zip((*inner, width), kernels, strict=True), start=1
     ):
         step = stride if number == stride_layer else 1
-        conv = _conv(maps, features, size, step, f"layer{number}", semantics)
-        layers.append(LayerPlan(_norm(semantics), conv))
+        conv = _conv(maps, features, size, step, f"layer{number}", s)
+        norm = _norm(s, features if post else maps, f"layer {number}")
+        layers.append(LayerPlan(norm, conv, norm_last=post))
         maps = features
-    if bare:
+    if bare and not post:
         layers[0] = replace(layers[0], norm=None)
-    if semantics.zero_init_last:
-        layers[-1] = replace(layers[-1], conv=replace(conv, init="zeros"))
-    shortcut = None
-    if project:
-        size = semantics.shortcut_kernel
-        shortcut = _conv(in_width, width, size, stride, "shortcut", semantics)
-    shared = project and semantics.shortcut_input == "preactivated"
-    return UnitPlan(tuple(layers), shortcut, shared)
+    if post:
+        layers[-1] = replace(layers[-1], norm=replace(layers[-1].norm, relu=False))
+    if s.zero_init_last:
+        layers[-1] = replace(layers[-1], conv=replace(layers[-1].conv, init="zeros"))
+    if not project and in_width == width:
+        if stride == 1:
+            return UnitPlan(tuple(layers), None, False, relu=post)
+        if s.strided_shortcut == "selection":
+            return UnitPlan(tuple(layers), None, False, select=stride, relu=post)
+    average = stride if s.shortcut_pool == "average" else 1
+    norm = replace(_norm(s, width, "shortcut"), relu=False)
+    size, step = s.shortcut_kernel, stride // average
+    return UnitPlan(
+        tuple(layers),
+        _conv(in_width, width, size, step, "shortcut", s),
+        shared_preactivation=s.shortcut_input == "preactivated",
+        shortcut_norm=replace(_norm(s, width, "shortcut"), relu=False)
+        if post
+        else None,
+        average=average,
+        relu=post,
+    )
 
 
 def _plan_stem(a: Architecture, channels: int | None) -> StemPlan:
     s, width = a.semantics, a.stem_width
-    convs = [_conv(channels, width, a.stem_kernel, a.stem_stride, "stem", s)]
+    widths = [width // 2, width // 2, width] if a.stem_deep else [width]
+    strides = [a.stem_stride] + [1] * (len(widths) - 1)
     if a.stem_second_stride is not None:
-        convs.append(_conv(width, width, 3, a.stem_second_stride, "stem", s))
+        widths.append(width)
+        strides.append(a.stem_second_stride)
+    convs, maps = [], channels
+    for number, (features, stride) in enumerate(zip(widths, strides, strict=True)):
+        kernel = 3 if number else a.stem_kernel
+        convs.append(_conv(maps, features, kernel, stride, "stem", s))
+        maps = features
     # Between two convolutions there is always a BN-ReLU; stem_norm is about the end.
-    norms = [_norm(s)] * (len(convs) - 1) + [_norm(s) if s.stem_norm else None]
+    norms = [_norm(s, features, "stem") for features in widths]
+    if not s.stem_norm:
+        norms[-1] = None
     return StemPlan(tuple(convs), tuple(norms), s.pool_padding if a.stem_pool else None)
 
 
 def _plan_head(a: Architecture) -> HeadPlan:
     return HeadPlan(
         kind=a.head,
-        norm=_norm(a.semantics) if a.semantics.final_norm else None,
+        norm=_norm(a.semantics, a.widths[-1], "head")
+        if a.semantics.final_norm
+        else None,
         pooled=a.head_input == "pooled",
         hidden=a.hidden,
         features=a.latent if a.head == "latent" else a.num_classes,
@@ -325,15 +380,29 @@ def _plan_head(a: Architecture) -> HeadPlan:
     )
 
 
-def _norm(s: Semantics) -> NormPlan:
-    return NormPlan(s.norm_epsilon, s.norm_momentum)
+def _norm(s: Semantics, maps: int, where: str) -> NormPlan:
+    if s.norm == "batch":
+        return NormPlan(s.norm_epsilon, s.norm_momentum)
+    if maps % s.norm_groups:
+        raise UsageError(
+            f"semantics.norm_groups={s.norm_groups} does not divide the {maps} maps of "
+            f"{where}; choose a divisor of all widths, as {math.gcd(maps, 32)}"
+        )
+    return NormPlan(s.norm_epsilon, s.norm_momentum, s.norm_groups)
 
 
 def _conv(
     in_width: int | None, width: int, kernel: int, stride: int, at: str, s: Semantics
 ) -> ConvPlan:
     return ConvPlan(
-        in_width, width, kernel, stride, s.padding, at in s.biases, s.kernel_init
+        in_width,
+        width,
+        kernel,
+        stride,
+        s.padding,
+        at in s.biases,
+        s.kernel_init,
+        s.standardise_epsilon,
     )
 
 
