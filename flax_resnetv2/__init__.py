@@ -32,13 +32,29 @@ if TYPE_CHECKING:
     )
     from flax_resnetv2.planning import plan, plan_stack, plan_unit
     from flax_resnetv2.presets import PRESETS
-    from flax_resnetv2.semantics import ARTICLE, HE2016, Semantics
+    from flax_resnetv2.semantics import (
+        ARTICLE,
+        ATIENZA,
+        BIT,
+        HE2016,
+        KERAS,
+        TIMM,
+        Semantics,
+    )
     from flax_resnetv2.training import (
         TrainConfig,
         TrainState,
         create_train_state,
         make_eval_step,
         make_train_step,
+    )
+    from flax_resnetv2.weights import (
+        from_bit,
+        from_keras,
+        from_timm,
+        to_bit,
+        to_keras,
+        to_timm,
     )
 
 # The runtime twin of the imports above; a test holds the two together.
@@ -64,7 +80,7 @@ _HOME = {
     ),
     "planning": ("plan", "plan_stack", "plan_unit"),
     "presets": ("PRESETS",),
-    "semantics": ("ARTICLE", "HE2016", "Semantics"),
+    "semantics": ("ARTICLE", "ATIENZA", "BIT", "HE2016", "KERAS", "TIMM", "Semantics"),
     "training": (
         "TrainConfig",
         "TrainState",
@@ -72,6 +88,7 @@ _HOME = {
         "make_eval_step",
         "make_train_step",
     ),
+    "weights": ("from_bit", "from_keras", "from_timm", "to_bit", "to_keras", "to_timm"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

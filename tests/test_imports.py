@@ -40,6 +40,7 @@ OURS = {
     "loop": "checkpoint config data model parallel preflight process report rundir "
     "tracing training errors",
     "analysis": "model",
+    "weights": "model errors",
     "inference": "augment checkpoint model rundir training errors",
     "cli": "config inference loop process rundir tracing errors",
 }
@@ -64,12 +65,16 @@ THEIRS = {
     "parallel": "jax numpy",
     "loop": "jax",
     "analysis": "jax flax",
+    "weights": "jax flax numpy h5py safetensors",
     "inference": "jax numpy PIL",
     "cli": "numpy tyro",
 }
 """The same for other people's packages; a module that is not here needs none."""
 
-LAZY = {"orbax", "tensorflow_datasets", "matplotlib", "tyro", "PIL", "array_record"}
+LAZY = {
+    *("orbax", "tensorflow_datasets", "matplotlib", "tyro", "PIL", "array_record"),
+    *("h5py", "safetensors"),
+}
 """Never at the top of a module."""
 
 

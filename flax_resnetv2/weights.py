@@ -1,0 +1,463 @@
+"""Weights that others published, for the nets of ``presets``; and back to their names.
+
+>>> model = create_model("keras-resnet50v2")
+>>> variables = from_keras("resnet50v2_weights_tf_dim_ordering_tf_kernels.h5", model)
+
+A name map is a function of a parameter's path, so that it holds for every net that the
+plan can make. All or nothing: every tensor of the net has one of the file, and the
+other way round, or an error lists both sides' rest. Nothing that a file contains is
+executed.
+"""
+
+import logging
+import re
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from flax_resnetv2.errors import UsageError
+from flax_resnetv2.model import ResNetV2
+
+Tensors = dict[str, np.ndarray]
+Leaf = tuple[str, ...]
+"""Path of one of our arrays, as ("params", "stem", "conv", "kernel")."""
+HEAD = "head/classifier"
+SHOWN = 4
+"""Names of each kind that an error lists."""
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Dialect:
+    """How somebody else calls our arrays, and lays them out."""
+
+    name: str
+    module: Callable[[str], str]
+    """Our module's path, as "stack2/unit1/layer3/norm" -> theirs."""
+    separator: str
+    norm: dict[str, str]
+    """scale, bias, mean, var of a norm."""
+    kernel: str
+    """Of convolutions and of the classifier."""
+    convolution: tuple[int, ...]
+    """Order of our axes [k, k, C, F] in theirs."""
+    classifier: Literal["dense", "last", "first"]
+    """[C, F]; or a 1x1 convolution: [1, 1, C, F], [F, C, 1, 1]."""
+
+    def tensor(self, leaf: Leaf) -> str:
+        """Their name of one of our arrays."""
+        *path, last = leaf[1:]
+        kind = path[-1]
+        if kind.startswith("norm"):
+            last = self.norm[last]
+        elif last == "kernel":
+            last = self.kernel
+        return self.module("/".join(path)) + self.separator + last
+
+    def theirs(self, leaf: Leaf, array: np.ndarray) -> np.ndarray:
+        """Our array as they lay it out."""
+        if array.ndim == 4:
+            return array.transpose(self.convolution)
+        if leaf[1:] == ("head", "classifier", "kernel"):
+            if self.classifier == "last":
+                return array[None, None]
+            if self.classifier == "first":
+                return array.T[:, :, None, None]
+        return array
+
+    def ours(self, leaf: Leaf, array: np.ndarray) -> np.ndarray:
+        """Their array as we lay it out; of a shape that ``theirs`` gives."""
+        if leaf[1:] == ("head", "classifier", "kernel"):
+            if self.classifier == "last":
+                return array[0, 0]
+            if self.classifier == "first":
+                return array[:, :, 0, 0].T
+        if array.ndim == 4:
+            return array.transpose(np.argsort(self.convolution))
+        return array
+
+
+def _module(
+    path: str,
+    unit: Callable[[int, int], str],
+    inside: dict[str, str],
+    outside: dict[str, str],
+) -> str:
+    """Their module for ours: ``inside`` of a unit, or ``outside`` of all."""
+    if found := re.fullmatch(r"stack(\d+)/unit(\d+)/(.+)", path):
+        if (name := inside.get(found[3])) is not None:
+            return unit(int(found[1]), int(found[2])) + name
+    elif path in outside:
+        return outside[path]
+    raise UsageError(
+        f"{path} has no counterpart there; give a model of the presets that the "
+        "function reads"
+    )
+
+
+def _keras(path: str) -> str:
+    return _module(
+        path,
+        lambda stack, unit: f"conv{stack + 1}_block{unit}_",
+        {
+            "layer1/norm": "preact_bn",
+            "layer1/conv": "1_conv",
+            "layer2/norm": "1_bn",
+            "layer2/conv": "2_conv",
+            "layer3/norm": "2_bn",
+            "layer3/conv": "3_conv",
+            "shortcut": "0_conv",
+        },
+        {"stem/conv": "conv1_conv", "head/norm": "post_bn", HEAD: "predictions"},
+    )
+
+
+def _timm(path: str, deep: bool) -> str:
+    layers = {
+        f"layer{k}/{ours}": f"{theirs}{k}"
+        for k in (1, 2, 3)
+        for ours, theirs in (("norm", "norm"), ("conv", "conv"))
+    }
+    stem = {"stem/conv": "stem.conv"}
+    if deep:
+        stem = {
+            f"stem/{kind}{k if k > 1 else ''}": f"stem.{kind}{k}"
+            for k in (1, 2, 3)
+            for kind in ("conv", "norm")
+        }
+    return _module(
+        path,
+        lambda stack, unit: f"stages.{stack - 1}.blocks.{unit - 1}.",
+        layers | {"shortcut": "downsample.conv"},
+        stem | {"head/norm": "norm", HEAD: "head.fc"},
+    )
+
+
+def _bit(path: str) -> str:
+    inside = {"shortcut": "a/proj/standardized_conv2d"}
+    for k, letter in enumerate("abc", start=1):
+        inside[f"layer{k}/norm"] = f"{letter}/group_norm"
+        inside[f"layer{k}/conv"] = f"{letter}/standardized_conv2d"
+    return _module(
+        path,
+        lambda stack, unit: f"resnet/block{stack}/unit{unit:02}/",
+        inside,
+        {
+            "stem/conv": "resnet/root_block/standardized_conv2d",
+            "head/norm": "resnet/group_norm",
+            HEAD: "resnet/head/conv2d",
+        },
+    )
+
+
+def _keras_dialect(_: ResNetV2) -> _Dialect:
+    norm = ("gamma", "beta", "moving_mean", "moving_variance")
+    return _Dialect(
+        name="Keras",
+        module=_keras,
+        separator="/",
+        norm=dict(zip(("scale", "bias", "mean", "var"), norm, strict=True)),
+        kernel="kernel",
+        convolution=(0, 1, 2, 3),
+        classifier="dense",
+    )
+
+
+def _timm_dialect(model: ResNetV2) -> _Dialect:
+    deep = model.plan.stem is not None and len(model.plan.stem.convs) == 3
+    norm = ("weight", "bias", "running_mean", "running_var")
+    return _Dialect(
+        name="timm",
+        module=lambda path: _timm(path, deep),
+        separator=".",
+        norm=dict(zip(("scale", "bias", "mean", "var"), norm, strict=True)),
+        kernel="weight",
+        convolution=(3, 2, 0, 1),
+        classifier="first",
+    )
+
+
+def _bit_dialect(_: ResNetV2) -> _Dialect:
+    return _Dialect(
+        name="Big Transfer",
+        module=_bit,
+        separator="/",
+        norm={"scale": "gamma", "bias": "beta"},
+        kernel="kernel",
+        convolution=(0, 1, 2, 3),
+        classifier="last",
+    )
+
+
+def from_keras(
+    path: str | Path, model: ResNetV2, *, classifier: Literal["read", "leave"] = "read"
+) -> dict[str, Any]:
+    """Read weights of ``keras.applications.ResNet50V2``, ``101V2`` or ``152V2``.
+
+    Args:
+        path: ``.keras``, ``.weights.h5``, or the ``.h5`` of keras.applications.
+        model: of a preset keras-*, or with another head.
+        classifier: "leave" the file's out: the model keeps its own head, drawn anew.
+
+    Returns:
+        ``params`` and ``batch_stats``, in the model's dtype of parameters.
+
+    Raises:
+        UsageError: not such a file, a damaged one, or one of another net.
+    """
+    return _import(_read_keras(Path(path)), path, model, _keras_dialect, classifier)
+
+
+def from_timm(
+    path: str | Path, model: ResNetV2, *, classifier: Literal["read", "leave"] = "read"
+) -> dict[str, Any]:
+    """Read weights of timm's ``resnetv2_*``, Big Transfer's among them.
+
+    Args:
+        path: ``.safetensors``.
+        model: of a preset timm-* or bit-*, or with another head.
+        classifier, and the rest: as ``from_keras``.
+    """
+    return _import(_read_timm(Path(path)), path, model, _timm_dialect, classifier)
+
+
+def from_bit(
+    path: str | Path, model: ResNetV2, *, classifier: Literal["read", "leave"] = "read"
+) -> dict[str, Any]:
+    """Read weights that Big Transfer published.
+
+    Args:
+        path: ``.npz``, as BiT-M-R50x1.npz.
+        model: of a preset bit-*, or with another head.
+        classifier, and the rest: as ``from_keras``.
+    """
+    return _import(_read_npz(Path(path)), path, model, _bit_dialect, classifier)
+
+
+def to_keras(variables: dict[str, Any], model: ResNetV2) -> Tensors:
+    """Name the variables as Keras does: "conv1_conv/kernel" and so on."""
+    return _export(variables, _keras_dialect(model))
+
+
+def to_timm(variables: dict[str, Any], model: ResNetV2) -> Tensors:
+    """Name the variables as timm's state_dict does, without num_batches_tracked."""
+    return _export(variables, _timm_dialect(model))
+
+
+def to_bit(variables: dict[str, Any], model: ResNetV2) -> Tensors:
+    """Name the variables as Big Transfer's files do."""
+    return _export(variables, _bit_dialect(model))
+
+
+def _export(variables: dict[str, Any], dialect: _Dialect) -> Tensors:
+    # A copy: files want arrays that lie as they say.
+    return {
+        dialect.tensor(leaf): np.ascontiguousarray(
+            dialect.theirs(leaf, np.asarray(array))
+        )
+        for leaf, array in flatten_dict(variables).items()
+    }
+
+
+def _import(
+    found: Tensors,
+    path: str | Path,
+    model: ResNetV2,
+    dialect_of: Callable[[ResNetV2], _Dialect],
+    classifier: Literal["read", "leave"],
+) -> dict[str, Any]:
+    """Our variables from their tensors, all of them or an error."""
+    dialect, dtype = dialect_of(model), np.dtype(model.execution.param_dtype)
+    shapes = flatten_dict(_shapes(model))
+    if classifier == "leave":
+        left = {leaf for leaf in shapes if _is_head(leaf)}
+        theirs = dialect.module(HEAD)
+        found = {n: t for n, t in found.items() if not n.startswith(theirs)}
+        _logger.warning(
+            "%s: the classifier of the file is left out; the model's head is new", path
+        )
+    else:
+        left = set()
+    wanted = {
+        dialect.tensor(leaf): (leaf, dialect.theirs(leaf, np.empty(s.shape)).shape)
+        for leaf, s in shapes.items()
+        if leaf not in left
+    }
+    _compare(
+        path,
+        dialect.name,
+        {name: shape for name, (_, shape) in wanted.items()},
+        {name: tensor.shape for name, tensor in found.items()},
+    )
+    leaves = {
+        leaf: jnp.asarray(dialect.ours(leaf, found[name]), dtype)
+        for name, (leaf, _) in wanted.items()
+    }
+    if left:
+        drawn = flatten_dict(model.init_in_one_draw(jax.random.key(0), _IMAGE))
+        leaves |= {leaf: drawn[leaf] for leaf in left}
+    return unflatten_dict(leaves)
+
+
+_IMAGE = (32, 32, 3)
+"""Parameters of a net with a pooled head do not depend on the images' size."""
+
+
+def _shapes(model: ResNetV2) -> dict[str, Any]:
+    images = jax.ShapeDtypeStruct((1, *_IMAGE), model.execution.param_dtype)
+    return jax.eval_shape(
+        lambda x: model.init(jax.random.key(0), x, train=False), images
+    )
+
+
+def _is_head(leaf: Leaf) -> bool:
+    """Of the fully connected layers, which belong to a task."""
+    return leaf[1] == "head" and leaf[2] != "norm"
+
+
+def _compare(
+    path: str | Path,
+    dialect: str,
+    wanted: dict[str, tuple[int, ...]],
+    found: dict[str, tuple[int, ...]],
+) -> None:
+    """Refuse a file that is not the net's, with the rest of both sides."""
+    rest = {
+        "the model has, the file has not": wanted.keys() - found.keys(),
+        "the file has, the model has not": found.keys() - wanted.keys(),
+    }
+    said = [f"{what}: {_some(names)}" for what, names in rest.items() if names]
+    differing = [
+        f"{name} {list(found[name])} instead of {list(shape)}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    if differing:
+        said.append(f"of another shape: {_some(differing)}")
+    if said:
+        raise UsageError(
+            f"{path} holds another net than the model, in {dialect}'s names; "
+            + "; ".join(said)
+            + "; nothing was loaded; choose the preset of this file, or "
+            "classifier='leave' if only the classifier differs"
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"
+
+
+def _read_keras(path: Path) -> Tensors:
+    """{"layer/variable": array} of any file that Keras writes."""
+    import h5py
+
+    _check_file(path, (".keras", ".h5"), "save it in Keras as .keras or .weights.h5")
+    try:
+        if path.suffix == ".keras":
+            with (
+                zipfile.ZipFile(path) as archive,
+                archive.open("model.weights.h5") as file,
+                h5py.File(file) as h5,
+            ):
+                return _keras_3(h5, path)
+        with h5py.File(path) as h5:
+            return _keras_3(h5, path) if "layers" in h5 else _keras_classic(h5)
+    except (OSError, KeyError, zipfile.BadZipFile, RuntimeError) as error:
+        raise _damaged(path, error) from error
+
+
+_VARIABLES = {
+    2: ("kernel", "bias"),
+    4: ("gamma", "beta", "moving_mean", "moving_variance"),
+    1: ("kernel",),
+}
+"""Of a Keras layer, by their count: convolution or dense, batch normalisation."""
+
+
+def _keras_3(h5: Any, path: Path) -> Tensors:
+    """Keras 3 numbers a layer's variables, and says its name beside them."""
+    tensors = {}
+    for layer in h5["layers"].values():
+        variables = layer.get("vars", {})
+        if not len(variables):
+            continue
+        if "name" not in variables.attrs:
+            raise UsageError(
+                f"{path} does not name its layers (an older Keras 3 wrote it); load it "
+                "in Keras of now and save it again"
+            )
+        names = _VARIABLES.get(len(variables), ())
+        for number, name in enumerate(names):
+            tensors[f"{variables.attrs['name']}/{name}"] = np.asarray(
+                variables[str(number)]
+            )
+    return tensors
+
+
+def _keras_classic(h5: Any) -> Tensors:
+    """keras.applications' files: layer/layer/kernel:0, perhaps below model_weights."""
+    import h5py
+
+    tensors = {}
+
+    def note(name: str, node: Any) -> None:
+        if isinstance(node, h5py.Dataset):
+            layer, *_, variable = name.split("/")
+            tensors[f"{layer}/{variable.removesuffix(':0')}"] = np.asarray(node)
+
+    h5.get("model_weights", h5).visititems(note)
+    return tensors
+
+
+def _read_timm(path: Path) -> Tensors:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    convert = (
+        "a .pth is a pickle, which may run code; convert it where torch is: python -c "
+        "\"import torch, safetensors.torch as s; s.save_file(torch.load('x.pth', "
+        "weights_only=True), 'x.safetensors')\""
+    )
+    _check_file(path, (".safetensors",), convert)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+    return {n: t for n, t in tensors.items() if not n.endswith("num_batches_tracked")}
+
+
+def _read_npz(path: Path) -> Tensors:
+    _check_file(path, (".npz",), "take the .npz that Big Transfer published")
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise _damaged(path, error) from error
+
+
+def _check_file(path: Path, suffixes: tuple[str, ...], repair: str) -> None:
+    if path.suffix not in suffixes:
+        raise UsageError(
+            f"{path} is not of the kind {' or '.join(suffixes)} that is read here; "
+            f"{repair}"
+        )
+    if not path.is_file():
+        raise UsageError(f"{path} is not there, or no file; give the path of one")
+
+
+def _damaged(path: Path, error: Exception) -> UsageError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UsageError(
+        f"{path} is damaged, or of another kind than its name says ({reason}); fetch "
+        "it again"
+    )

@@ -1,0 +1,283 @@
+"""Weights of others: names, layouts, round trips, and what is refused."""
+
+import io
+import logging
+import pickle
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
+
+from flax_resnetv2 import (
+    BIT,
+    KERAS,
+    PRESETS,
+    TIMM,
+    Architecture,
+    UsageError,
+    create_model,
+    from_bit,
+    from_keras,
+    from_timm,
+    to_bit,
+    to_keras,
+    to_timm,
+)
+from tests import golden, peers
+from tests.tiny import variables_of
+
+NET = Architecture(
+    units=(2, 1),
+    widths=(8, 16),
+    strides=(1, 2),
+    stem_width=4,
+    stem_kernel=7,
+    stem_stride=2,
+    stem_pool=True,
+    num_classes=5,
+)
+KERAS_NET = replace(NET, semantics=KERAS)
+TIMM_NET = replace(NET, semantics=TIMM)
+DEEP_NET = replace(NET, semantics=TIMM, stem_kernel=3, stem_deep=True)
+BIT_NET = replace(NET, semantics=replace(BIT, norm_groups=2))
+
+
+def keras_3(file, tensors):
+    """As Keras 3 writes: numbered classes of layers, each with its name beside it."""
+    layers = {}
+    for name, tensor in tensors.items():
+        layers.setdefault(name.split("/")[0], []).append((name, tensor))
+    order = ["kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance"]
+    with h5py.File(file, "w") as h5:
+        for number, (layer, variables) in enumerate(layers.items()):
+            group = h5.create_group(f"layers/layer_{number}/vars")
+            group.attrs["name"] = layer
+            variables.sort(key=lambda pair: order.index(pair[0].split("/")[1]))
+            for k, (_, tensor) in enumerate(variables):
+                group[str(k)] = tensor
+        h5.create_group("layers/activation/vars").attrs["name"] = "relu"
+
+
+def write_keras_weights(path, tensors):
+    keras_3(path, tensors)
+
+
+def write_keras_archive(path, tensors):
+    buffer = io.BytesIO()
+    keras_3(buffer, tensors)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("config.json", "{}")
+        archive.writestr("model.weights.h5", buffer.getvalue())
+
+
+def write_keras_classic(path, tensors):
+    with h5py.File(path, "w") as h5:
+        for name, tensor in tensors.items():
+            layer, variable = name.split("/")
+            h5[f"{layer}/{layer}/{variable}:0"] = tensor
+
+
+def write_timm(path, tensors):
+    more = {"norm.num_batches_tracked": np.asarray(7)}
+    save_file(tensors | more, path)
+
+
+def write_npz(path, tensors):
+    np.savez(path, **tensors)
+
+
+FORMATS = {
+    "keras": ("x.keras", KERAS_NET, to_keras, write_keras_archive, from_keras),
+    "weights": ("x.weights.h5", KERAS_NET, to_keras, write_keras_weights, from_keras),
+    "classic": ("x.h5", KERAS_NET, to_keras, write_keras_classic, from_keras),
+    "timm": ("x.safetensors", TIMM_NET, to_timm, write_timm, from_timm),
+    "timm-d": ("x.safetensors", DEEP_NET, to_timm, write_timm, from_timm),
+    "timm-bit": ("x.safetensors", BIT_NET, to_timm, write_timm, from_timm),
+    "bit": ("x.npz", BIT_NET, to_bit, write_npz, from_bit),
+}
+
+
+@pytest.fixture(params=FORMATS)
+def stored(request, tmp_path):
+    """A file, the function that reads it, its net and its variables."""
+    name, net, export, write, read = FORMATS[request.param]
+    model = create_model(net)
+    variables = variables_of(model, (1, 32, 32, 3))
+    write(tmp_path / name, export(variables, model))
+    return tmp_path / name, read, net, variables
+
+
+def assert_equal(found, expected):
+    found, expected = flatten_dict(found), flatten_dict(expected)
+    assert found.keys() == expected.keys()
+    for path, array in expected.items():
+        np.testing.assert_array_equal(found[path], array, err_msg=path)
+        assert found[path].dtype == array.dtype
+
+
+def test_what_was_exported_comes_back_bit_by_bit(stored):
+    path, read, net, variables = stored
+    assert_equal(read(path, create_model(net)), variables)
+
+
+def test_another_classifier_keeps_its_own_head_and_that_is_said(stored, caplog):
+    path, read, net, variables = stored
+    model = create_model(replace(net, num_classes=3, hidden=(6,)))
+    with caplog.at_level(logging.WARNING):
+        found = read(path, model, classifier="leave")
+    assert "the classifier of the file is left out" in caplog.text
+    head = found["params"].pop("head")
+    expected = variables["params"].pop("head")
+    assert head["classifier"]["kernel"].shape == (6, 3)
+    assert set(head) == {"norm", "hidden1", "classifier"}
+    assert_equal(head["norm"], expected["norm"])
+    assert_equal(found, variables)
+
+
+def test_a_backbone_without_a_head_is_read(stored):
+    path, read, net, variables = stored
+    model = create_model(replace(net, head="none"))
+    found = read(path, model, classifier="leave")
+    del variables["params"]["head"]["classifier"]
+    assert_equal(found, variables)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_classes": 3}, r"of another shape: .* instead of .*classifier='leave'"),
+        ({"units": (1, 1)}, r"the file has, the model has not: .* and \d+ more"),
+        ({"units": (2, 2)}, r"the model has, the file has not: .* and \d+ more"),
+        ({"widths": (8, 32)}, r"of another shape: .* and \d+ more"),
+    ],
+)
+def test_the_file_of_another_net_is_refused_with_both_sides(stored, change, message):
+    path, read, net, _ = stored
+    with pytest.raises(UsageError, match=message) as refusal:
+        read(path, create_model(replace(net, **change)))
+    assert "nothing was loaded" in str(refusal.value)
+
+
+def test_a_model_of_another_kind_is_refused(stored):
+    path, read, net, _ = stored
+    with pytest.raises(UsageError, match=r"has no counterpart there|holds another net"):
+        read(path, create_model(replace(net, stem_second_stride=1)))
+
+
+def test_a_truncated_file_is_refused(stored):
+    path, read, net, _ = stored
+    whole = path.read_bytes()
+    for size in (0, 100, len(whole) // 2, len(whole) - 30):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UsageError, match=f"{path.name} is damaged"):
+            read(path, create_model(net))
+
+
+def test_a_file_that_is_not_there_is_named(stored):
+    path, read, net, _ = stored
+    path.unlink()
+    with pytest.raises(UsageError, match=f"{path.name} is not there"):
+        read(path, create_model(net))
+
+
+def test_a_pickle_is_refused_with_its_conversion(tmp_path):
+    with pytest.raises(UsageError, match=r"x.pth .* pickle, .* s.save_file"):
+        from_timm(tmp_path / "x.pth", create_model(TIMM_NET))
+
+
+class Payload:
+    """Would write a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_code_in_a_file_is_not_executed(tmp_path):
+    harm = tmp_path / "harm"
+    np.savez(tmp_path / "x.npz", np.asarray([Payload(harm)], object))
+    assert pickle.loads(pickle.dumps(Payload(harm))) is None, "the payload works"
+    harm.unlink()
+    with pytest.raises(UsageError, match="is damaged, or of another kind"):
+        from_bit(tmp_path / "x.npz", create_model(BIT_NET))
+    assert not harm.exists()
+
+
+def test_layers_without_names_are_refused(tmp_path):
+    model = create_model(KERAS_NET)
+    path = tmp_path / "x.weights.h5"
+    keras_3(path, to_keras(variables_of(model, (1, 32, 32, 3)), model))
+    with h5py.File(path, "a") as h5:
+        for layer in h5["layers"].values():
+            del layer["vars"].attrs["name"]
+    with pytest.raises(UsageError, match="does not name its layers"):
+        from_keras(path, model)
+
+
+def names_of(preset, export):
+    model = create_model(preset)
+    shapes = golden.variable_shapes(PRESETS[preset].architecture)
+    # No memory behind them, whatever their size.
+    empty = jax.tree.map(
+        lambda s: np.lib.stride_tricks.as_strided(
+            np.zeros(1, np.float32), s.shape, (0,) * len(s.shape)
+        ),
+        shapes,
+    )
+    from flax_resnetv2 import weights
+
+    dialect = {
+        to_keras: weights._keras_dialect,
+        to_timm: weights._timm_dialect,
+        to_bit: weights._bit_dialect,
+    }[export](model)
+    return {
+        dialect.tensor(leaf): list(dialect.theirs(leaf, array).shape)
+        for leaf, array in flatten_dict(empty).items()
+    }
+
+
+@pytest.mark.parametrize("depth", [50, 101, 152])
+def test_names_and_shapes_are_those_of_keras(depth):
+    """``tests.peers.make_keras`` wrote them, from Keras itself."""
+    preset = f"keras-resnet{depth}v2"
+    found = {name: tuple(shape) for name, shape in names_of(preset, to_keras).items()}
+    assert found == peers.shapes(preset)
+
+
+TIMM_NAMES = {
+    "stem.conv.weight": [64, 3, 7, 7],
+    "stages.0.blocks.0.norm1.weight": [64],
+    "stages.0.blocks.0.norm1.running_var": [64],
+    "stages.0.blocks.0.downsample.conv.weight": [256, 64, 1, 1],
+    "stages.3.blocks.2.conv2.weight": [512, 512, 3, 3],
+    "norm.bias": [2048],
+    "head.fc.weight": [1000, 2048, 1, 1],
+}
+BIT_NAMES = {
+    "resnet/root_block/standardized_conv2d/kernel": [7, 7, 3, 192],
+    "resnet/block1/unit01/a/group_norm/gamma": [192],
+    "resnet/block1/unit01/a/proj/standardized_conv2d/kernel": [1, 1, 192, 768],
+    "resnet/block4/unit03/b/standardized_conv2d/kernel": [3, 3, 1536, 1536],
+    "resnet/group_norm/beta": [6144],
+    "resnet/head/conv2d/kernel": [1, 1, 6144, 1000],
+}
+
+
+@pytest.mark.parametrize(
+    ("preset", "export", "expected"),
+    [("timm-resnetv2-50", to_timm, TIMM_NAMES), ("bit-r50x3", to_bit, BIT_NAMES)],
+)
+def test_names_and_shapes_are_those_of_the_source(preset, export, expected):
+    names = names_of(preset, export)
+    assert {name: names[name] for name in expected} == expected
+    leaves = jax.tree.leaves(golden.variable_shapes(PRESETS[preset].architecture))
+    assert len(names) == len(leaves), "two arrays have one name"
