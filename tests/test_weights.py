@@ -245,23 +245,22 @@ def names_of(preset, export):
     }
 
 
-@pytest.mark.parametrize("depth", [50, 101, 152])
-def test_names_and_shapes_are_those_of_keras(depth):
-    """``tests.peers.make_keras`` wrote them, from Keras itself."""
-    preset = f"keras-resnet{depth}v2"
-    found = {name: tuple(shape) for name, shape in names_of(preset, to_keras).items()}
+PEERS = sorted(path.stem for path in peers.HERE.glob("*.json"))
+
+
+@pytest.mark.parametrize("preset", PEERS)
+def test_names_and_shapes_are_those_of_the_peer(preset):
+    """The scripts in ``tests.peers`` wrote them, from the peers themselves."""
+    export = to_keras if preset.startswith("keras") else to_timm
+    found = {name: tuple(shape) for name, shape in names_of(preset, export).items()}
     assert found == peers.shapes(preset)
 
 
-TIMM_NAMES = {
-    "stem.conv.weight": [64, 3, 7, 7],
-    "stages.0.blocks.0.norm1.weight": [64],
-    "stages.0.blocks.0.norm1.running_var": [64],
-    "stages.0.blocks.0.downsample.conv.weight": [256, 64, 1, 1],
-    "stages.3.blocks.2.conv2.weight": [512, 512, 3, 3],
-    "norm.bias": [2048],
-    "head.fc.weight": [1000, 2048, 1, 1],
-}
+def test_every_net_of_a_peer_is_held_against_it():
+    families = ("keras-", "timm-", "bit-")
+    assert [name for name in sorted(PRESETS) if name.startswith(families)] == PEERS
+
+
 BIT_NAMES = {
     "resnet/root_block/standardized_conv2d/kernel": [7, 7, 3, 192],
     "resnet/block1/unit01/a/group_norm/gamma": [192],
@@ -272,12 +271,8 @@ BIT_NAMES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("preset", "export", "expected"),
-    [("timm-resnetv2-50", to_timm, TIMM_NAMES), ("bit-r50x3", to_bit, BIT_NAMES)],
-)
-def test_names_and_shapes_are_those_of_the_source(preset, export, expected):
-    names = names_of(preset, export)
-    assert {name: names[name] for name in expected} == expected
-    leaves = jax.tree.leaves(golden.variable_shapes(PRESETS[preset].architecture))
+def test_names_and_shapes_are_those_of_big_transfer():
+    names = names_of("bit-r50x3", to_bit)
+    assert {name: names[name] for name in BIT_NAMES} == BIT_NAMES
+    leaves = jax.tree.leaves(golden.variable_shapes(PRESETS["bit-r50x3"].architecture))
     assert len(names) == len(leaves), "two arrays have one name"

@@ -23,11 +23,12 @@ def fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
     that an error anywhere moves the logits; scales and variances are unlike 1.
     """
     rng = np.random.default_rng(zlib.crc32(name.encode()))
+    torch = "." in name  # whose kernels are [F, C, k, k]
     last = name.replace(".", "/").split("/")[-1]
     if len(shape) > 1:
-        fan_in = np.prod(shape[:-1])
+        fan_in = np.prod(shape[1:] if torch else shape[:-1])
         return rng.normal(size=shape) * 0.7 * np.sqrt(2 / fan_in)
-    if last in ("gamma", "moving_variance"):
+    if last in ("gamma", "moving_variance", "weight", "running_var"):
         return rng.uniform(0.5, 1.5, shape)
     return rng.normal(size=shape) * 0.1
 
