@@ -1,4 +1,5 @@
-"""The commands ``train.py RECIPE [--field value ...]``, ``predict.py RUN IMAGE ...``.
+"""The commands ``train.py RECIPE [--field value ...]``, ``predict.py RUN IMAGE ...``,
+``python -m flax_resnetv2 PRESET``.
 
 Every flag is a field of ``Config`` and every help text its docstring. Exit codes: 0
 done, 2 bad use, 1 failed run; the last two with one message and no traceback.
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 
@@ -101,6 +103,56 @@ def predict(arguments: Sequence[str] | None = None) -> int:
             print(f"{path}: {says}")
 
     return _guarded(lambda: tyro.cli(main, prog="predict.py", args=arguments))
+
+
+def describe(arguments: Sequence[str] | None = None) -> int:
+    """Run ``python -m flax_resnetv2``: print a preset's units, and draw it."""
+    import tyro
+
+    def main(
+        preset: tyro.conf.Positional[str],
+        image_shape: tuple[int, int, int] | None = None,
+        layers: bool = False,
+        svg: str | None = None,
+    ) -> None:
+        """Say what a net consists of.
+
+        Args:
+            preset: Its name, as article-figure.
+            image_shape: Height, width and channels; without: 224 224 3 for nets of
+                1000 classes, 32 32 3 for others.
+            layers: A row for each layer in place of each unit.
+            svg: Draw it into this file.
+        """
+        from flax_resnetv2 import counting
+        from flax_resnetv2.drawing import draw
+        from flax_resnetv2.presets import get_preset
+
+        found = get_preset(preset)
+        architecture = found.architecture
+        side = 224 if architecture.num_classes == 1000 else 32
+        shape = image_shape or (side, side, 3)
+        rows = counting.layer_table(architecture, shape)
+        if not layers:
+            rows = counting.fold(counting.unit_table(architecture, shape))
+        print(f"{preset}: {architecture.depth} layers; {found.source}")
+        print(counting.format_table(rows))
+        for name, field in counting.receptive_field(architecture).items():
+            print(
+                f"{name}: sees {field.side} x {field.side} pixels, one value every "
+                f"{field.stride}"
+            )
+        if svg is not None:
+            try:
+                Path(svg).write_text(draw(architecture, shape))
+            except OSError as error:
+                raise UsageError(
+                    f"svg={svg} cannot be written ({error.strerror}); choose another"
+                ) from error
+            print(f"drawn in {svg}")
+
+    program = "python -m flax_resnetv2"
+    return _guarded(lambda: tyro.cli(main, prog=program, args=arguments))
 
 
 def _guarded(work: Callable[[], None]) -> int:

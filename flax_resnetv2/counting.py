@@ -3,8 +3,10 @@
 >>> print(format_table(layer_table(Architecture(), (32, 32, 3))))
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from flax_resnetv2.architecture import Architecture
 from flax_resnetv2.planning import ConvPlan, NetPlan, plan
@@ -121,8 +123,17 @@ def format_table(rows: list[LayerRow]) -> str:
     return "\n".join(lines)
 
 
-def receptive_field(architecture: Architecture) -> dict[str, int]:
-    """Side, in input pixels, of what one value sees behind the stem and each stack.
+class Field(NamedTuple):
+    """What one value of a map sees of the image."""
+
+    side: int
+    """Of its receptive field, in pixels."""
+    stride: int
+    """Pixels from one value's field to the next one's."""
+
+
+def receptive_field(architecture: Architecture) -> dict[str, Field]:
+    """Receptive field and effective stride behind the stem and each stack.
 
     Along the main path; a shortcut sees less.
     """
@@ -139,10 +150,65 @@ def receptive_field(architecture: Architecture) -> dict[str, int]:
             look(p.kernel, p.stride)
         if net.stem.pool:
             look(3, 2)
-        seen["stem"] = side
+        seen["stem"] = Field(side, jump)
     for s, stack in enumerate(net.stacks, start=1):
         for unit in stack.units:
             for layer in unit.layers:
                 look(layer.conv.kernel, layer.conv.stride)
-        seen[f"stack{s}"] = side
+        seen[f"stack{s}"] = Field(side, jump)
     return seen
+
+
+def unit_table(
+    architecture: Architecture, image_shape: tuple[int, int, int]
+) -> list[LayerRow]:
+    """Sum ``layer_table`` up: a row for stem, each unit, bridge and head.
+
+    A row's name is a path in the parameter tree, as "stack2/unit1"; its shape what
+    leaves that part, its kernel the largest, its stride the product along the layers.
+    """
+    parts: dict[str, list[LayerRow]] = {}
+    for row in layer_table(architecture, image_shape):
+        words = row.name.split("/")
+        part = words[0] if words[0] in ("stem", "head") else "/".join(words[:2])
+        parts.setdefault(part, []).append(row)
+    return [
+        LayerRow(
+            part,
+            _last(rows).shape,
+            max(row.kernel for row in rows),
+            math.prod(row.stride for row in rows if "shortcut" not in row.name),
+            sum(row.parameters for row in rows),
+            sum(row.multiply_adds for row in rows),
+        )
+        for part, rows in parts.items()
+    ]
+
+
+def _last(rows: list[LayerRow]) -> LayerRow:
+    """The last one of the main path."""
+    return [row for row in rows if "shortcut" not in row.name][-1]
+
+
+def fold(rows: list[LayerRow]) -> list[LayerRow]:
+    """Join units that follow one another and are alike: "stack1/unit2..18".
+
+    Their parameters and multiply-adds are added up.
+    """
+    folded: list[LayerRow] = []
+    kind = None
+    for row in rows:
+        place, _, number = row.name.partition("/unit")
+        if number and kind == (place, replace(row, name="")):
+            first, last = folded[-1], int(number)
+            begun = first.name.partition("/unit")[2].split("..")[0]
+            folded[-1] = replace(
+                first,
+                name=f"{place}/unit{begun}..{last}",
+                parameters=first.parameters + row.parameters,
+                multiply_adds=first.multiply_adds + row.multiply_adds,
+            )
+            continue
+        folded.append(row)
+        kind = (place, replace(row, name=""))
+    return folded

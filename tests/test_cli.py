@@ -261,3 +261,41 @@ def test_the_help_of_a_recipe_lists_every_field_with_its_docstring(
             assert ".".join([*before, f"no-{last}"]) in text
         assert about in text, flag
     assert "--workdir " in text
+
+
+def described(arguments):
+    try:
+        return cli.describe(arguments)
+    except SystemExit as error:
+        return error.code
+
+
+def test_a_preset_is_described_and_drawn(tmp_path, capsys):
+    drawing = tmp_path / "net.svg"
+    assert described(["he2016-resnet164", "--svg", str(drawing)]) == 0
+    said = flat(capsys.readouterr().out)
+    assert "164 layers; He et al. 2016" in said
+    assert "stack1/unit2..18 32 x 32 x 64 3 1 77,248" in said
+    assert "total 1,703,258 244,500,992" in said
+    assert "stack3: sees 255 x 255 pixels, one value every 4" in said
+    assert drawing.read_text().startswith("<svg")
+
+
+def test_layers_of_a_preset_are_listed(capsys):
+    assert described(["keras-resnet50v2", "--layers"]) == 0
+    said = flat(capsys.readouterr().out)
+    assert "stack1/unit1/shortcut 56 x 56 x 256" in said
+    assert "stack4/unit3/layer3/conv 7 x 7 x 2048" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["resnet56"], "means different nets"),
+        (["article", "--image-shape", "0", "32", "3"], "height of image_shape"),
+        (["article", "--svg", "nowhere/net.svg"], "svg=nowhere/net.svg cannot be"),
+    ],
+)
+def test_what_cannot_be_described_is_bad_use(arguments, words, capsys):
+    assert described(arguments) == 2
+    assert words in capsys.readouterr().err

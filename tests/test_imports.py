@@ -42,7 +42,10 @@ OURS = {
     "analysis": "model",
     "weights": "model errors",
     "inference": "augment checkpoint model rundir training errors",
-    "cli": "config inference loop process rundir tracing errors",
+    "drawing": "architecture counting planning",
+    "cli": "config counting drawing inference loop presets process rundir tracing "
+    "errors",
+    "__main__": "cli",
 }
 """What each module may import of ours, anywhere in it."""
 

@@ -8,6 +8,7 @@ import pytest
 from flax_resnetv2 import (
     ARTICLE,
     HE2016,
+    PRESETS,
     Architecture,
     Semantics,
     UsageError,
@@ -15,7 +16,7 @@ from flax_resnetv2 import (
     plan_stack,
     plan_unit,
 )
-from flax_resnetv2.counting import layer_table, receptive_field
+from flax_resnetv2.counting import fold, layer_table, receptive_field, unit_table
 
 
 def units_of(net):
@@ -272,9 +273,42 @@ def test_a_shared_preactivation_is_for_shortcut_convolutions_only():
 def test_receptive_field_of_the_article():
     # By hand: 3x3 layers only; 1 + 2 (stem) + 3 units x 2 x jump 1, then 2, then 4.
     seen = receptive_field(Architecture())
-    assert seen == {"stem": 3, "stack1": 9, "stack2": 21, "stack3": 45}
+    sides = {part: field.side for part, field in seen.items()}
+    assert sides == {"stem": 3, "stack1": 9, "stack2": 21, "stack3": 45}
+    assert [field.stride for field in seen.values()] == [1, 1, 2, 4]
     deep = Architecture(stem_kernel=7, stem_stride=2, stem_pool=True, units=(1, 1, 1))
-    assert receptive_field(deep)["stem"] == 7 + 2 * 2
+    assert receptive_field(deep)["stem"] == (7 + 2 * 2, 4)
+
+
+@pytest.mark.parametrize(
+    "name", ["article-figure", "he2016-resnet164", "timm-resnetv2-18"]
+)
+def test_units_add_up_to_the_layers(name):
+    architecture = PRESETS[name].architecture
+    layers = layer_table(architecture, (64, 64, 3))
+    units = unit_table(architecture, (64, 64, 3))
+    folded = fold(units)
+    assert len(units) == sum(architecture.units) + 2
+    for rows in (units, folded):
+        assert sum(row.parameters for row in rows) == PRESETS[name].parameters
+        sums = [sum(row.multiply_adds for row in some) for some in (rows, layers)]
+        assert sums[0] == sums[1]
+    assert len({row.name for row in folded}) == len(folded) < len(units)
+
+
+def test_units_are_folded_under_their_numbers():
+    table = unit_table(PRESETS["he2016-resnet164"].architecture, (32, 32, 3))
+    names = [row.name for row in fold(table)]
+    assert names[1:3] == ["stack1/unit1", "stack1/unit2..18"]
+    [first] = [row for row in table if row.name == "stack2/unit1"]
+    assert (first.shape, first.kernel, first.stride) == ((16, 16, 128), 3, 2)
+
+
+def test_multiply_adds_are_the_published_ones():
+    table = layer_table(PRESETS["he2016-resnet164"].architecture, (32, 32, 3))
+    assert round(sum(row.multiply_adds for row in table) / 1e6, 1) == 244.5
+    table = layer_table(PRESETS["timm-resnetv2-50"].architecture, (224, 224, 3))
+    assert round(sum(row.multiply_adds for row in table) / 1e9, 1) == 4.1
 
 
 def test_without_a_stem_the_channels_must_be_known():
