@@ -254,7 +254,7 @@ def make_train_step(
             return loss / count.astype(loss.dtype), (
                 loss,
                 correct,
-                updated["batch_stats"],
+                updated.get("batch_stats", {}),
             )
 
         gradient, (loss, correct, stats) = jax.grad(loss_of, has_aux=True)(state.params)

@@ -9,6 +9,9 @@ import optax
 import pytest
 
 from flax_resnetv2 import (
+    ARTICLE,
+    BIT,
+    KERAS,
     Execution,
     TrainConfig,
     UsageError,
@@ -384,3 +387,26 @@ def test_an_unknown_word_is_refused_with_the_choices(field, choices):
 def test_a_number_of_another_kind_is_refused(changes):
     with pytest.raises(UsageError, match=f"train.{next(iter(changes))}="):
         training.check_train(TrainConfig(**changes))
+
+
+VERSIONS = {
+    "group normalisation": replace(BIT, norm_groups=2),
+    "version 1": replace(ARTICLE, order="post", final_norm=False),
+    "Keras": KERAS,
+}
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+def test_other_versions_train_and_are_evaluated(name):
+    net = replace(tiny.SMALL, semantics=VERSIONS[name])
+    model, config = create_model(net), TrainConfig(epochs=2, learning_rate=0.05)
+    state = create_train_state(model, config, jax.random.key(0), tiny.SHAPE, 10)
+    step = jax.jit(make_train_step(model, config, PLAIN, seed=0, steps_per_epoch=10))
+    batch, losses = batch_of(16), []
+    for _ in range(12):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.5
+    evaluated = make_eval_step(model, PLAIN)(state.variables(), batch)
+    assert np.isfinite(float(evaluated["loss"]))
+    assert evaluated["count"] == 16
