@@ -144,7 +144,7 @@ def describe(arguments: Sequence[str] | None = None) -> int:
             )
         if svg is not None:
             try:
-                Path(svg).write_text(draw(architecture, shape))
+                Path(svg).write_text(draw(architecture, shape), encoding="utf-8")
             except OSError as error:
                 raise UsageError(
                     f"svg={svg} cannot be written ({error.strerror}); choose another"

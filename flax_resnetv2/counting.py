@@ -167,27 +167,29 @@ def unit_table(
     A row's name is a path in the parameter tree, as "stack2/unit1"; its shape what
     leaves that part, its kernel the largest, its stride the product along the layers.
     """
-    parts: dict[str, list[LayerRow]] = {}
+    stem, parts = plan(architecture, image_shape).stem, {}
     for row in layer_table(architecture, image_shape):
         words = row.name.split("/")
         part = words[0] if words[0] in ("stem", "head") else "/".join(words[:2])
         parts.setdefault(part, []).append(row)
-    return [
-        LayerRow(
-            part,
-            _last(rows).shape,
-            max(row.kernel for row in rows),
-            math.prod(row.stride for row in rows if "shortcut" not in row.name),
-            sum(row.parameters for row in rows),
-            sum(row.multiply_adds for row in rows),
-        )
-        for part, rows in parts.items()
-    ]
+    table = [_sum(part, rows) for part, rows in parts.items()]
+    if stem is not None and stem.pool is not None:
+        height, width, maps = table[0].shape
+        shape = (-(-height // 2), -(-width // 2), maps)
+        table[0] = replace(table[0], shape=shape, stride=2 * table[0].stride)
+    return table
 
 
-def _last(rows: list[LayerRow]) -> LayerRow:
-    """The last one of the main path."""
-    return [row for row in rows if "shortcut" not in row.name][-1]
+def _sum(part: str, rows: list[LayerRow]) -> LayerRow:
+    main = [row for row in rows if "shortcut" not in row.name]
+    return LayerRow(
+        part,
+        main[-1].shape,
+        max(row.kernel for row in rows),
+        math.prod(row.stride for row in main),
+        sum(row.parameters for row in rows),
+        sum(row.multiply_adds for row in rows),
+    )
 
 
 def fold(rows: list[LayerRow]) -> list[LayerRow]:

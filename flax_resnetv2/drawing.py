@@ -1,6 +1,7 @@
 """A net as a picture, in the manner of the article's drawings: SVG, from the plan.
 
->>> Path("net.svg").write_text(draw(Architecture(), (32, 32, 3)))
+>>> picture = draw(Architecture(), (32, 32, 3))
+>>> Path("net.svg").write_text(picture, encoding="utf-8")
 """
 
 from collections.abc import Iterator

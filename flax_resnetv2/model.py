@@ -218,7 +218,7 @@ class ResidualUnit(nn.Module):
 class ResidualStack(nn.Module):
     """Residual units of one width and one resolution, and perhaps a bridge.
 
-    [N, H, W, C] -> [N, H/stride, W/stride, width]; unit 1 has the stride. The bridge
+    [N, H, W, C] -> [N, H/stride, W/stride, width]; one unit has the stride. The bridge
     answers the article's open question: a shortcut around the whole stack.
     """
 

@@ -218,7 +218,7 @@ def plan_stack(
     """Plan a residual stack by hand; ``plan()`` uses the same.
 
     Args: those of ``plan_unit``, and
-        units: how many residual units; the first one has the stride.
+        units: how many residual units; the one that semantics names has the stride.
         bridge: add a shortcut around the whole stack.
 
     Raises:
@@ -333,7 +333,6 @@ def _unit(
         if s.strided_shortcut == "selection":
             return UnitPlan(tuple(layers), None, False, select=stride, relu=post)
     average = stride if s.shortcut_pool == "average" else 1
-    norm = replace(_norm(s, width, "shortcut"), relu=False)
     size, step = s.shortcut_kernel, stride // average
     return UnitPlan(
         tuple(layers),

@@ -154,7 +154,6 @@ PRESETS: dict[str, Preset] = {
                 stem_norm=True,
                 first_layer_exception=True,
                 stride_layer=2,
-                padding="symmetric",
             ),
         ),
         64_666_152,

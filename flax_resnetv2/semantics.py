@@ -85,6 +85,7 @@ statistics, no convolution biases, the final BN-ReLU and He-normal initialisatio
 
 HE2016 = Semantics(
     shortcut_input="preactivated",
+    padding="symmetric",
     stem_norm=False,
     first_layer_exception=False,
     kernel_init="he_normal_fan_out",

@@ -12,6 +12,7 @@ executed.
 import logging
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from flax_resnetv2.architecture import check_choice
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.model import ResNetV2
 
@@ -57,6 +59,8 @@ class _Dialect:
         *path, last = leaf[1:]
         kind = path[-1]
         if kind.startswith("norm"):
+            if last not in self.norm:
+                raise _no_counterpart("/".join(leaf[1:]))
             last = self.norm[last]
         elif last == "kernel":
             last = self.kernel
@@ -97,9 +101,13 @@ def _module(
             return unit(int(found[1]), int(found[2])) + name
     elif path in outside:
         return outside[path]
-    raise UsageError(
+    raise _no_counterpart(path)
+
+
+def _no_counterpart(path: str) -> UsageError:
+    return UsageError(
         f"{path} has no counterpart there; give a model of the presets that the "
-        "function reads"
+        "function reads, or classifier='leave' for a model with another head"
     )
 
 
@@ -275,9 +283,15 @@ def _import(
     classifier: Literal["read", "leave"],
 ) -> dict[str, Any]:
     """Our variables from their tensors, all of them or an error."""
+    check_choice("classifier", classifier, ("read", "leave"))
     dialect, dtype = dialect_of(model), np.dtype(model.execution.param_dtype)
     shapes = flatten_dict(_shapes(model))
     if classifier == "leave":
+        if not model.plan.head.pooled:
+            raise UsageError(
+                "head_input='flattened' makes a head whose size depends on the images, "
+                "which are not known here; choose head_input='pooled'"
+            )
         left = {leaf for leaf in shapes if _is_head(leaf)}
         theirs = dialect.module(HEAD)
         found = {n: t for n, t in found.items() if not n.startswith(theirs)}
@@ -372,10 +386,12 @@ def _read_keras(path: Path) -> Tensors:
                 return _keras_3(h5, path)
         with h5py.File(path) as h5:
             return _keras_3(h5, path) if "layers" in h5 else _keras_classic(h5)
-    except (OSError, KeyError, zipfile.BadZipFile, RuntimeError) as error:
+    except (OSError, KeyError, RuntimeError, *_BROKEN) as error:
         raise _damaged(path, error) from error
 
 
+_BROKEN = (ValueError, zipfile.BadZipFile, zlib.error)
+"""What zip files and numbers in them raise."""
 _VARIABLES = {
     2: ("kernel", "bias"),
     4: ("gamma", "beta", "moving_mean", "moving_variance"),
@@ -396,7 +412,8 @@ def _keras_3(h5: Any, path: Path) -> Tensors:
                 f"{path} does not name its layers (an older Keras 3 wrote it); load it "
                 "in Keras of now and save it again"
             )
-        names = _VARIABLES.get(len(variables), ())
+        # Others keep their numbers, and are no net of ours.
+        names = _VARIABLES.get(len(variables), tuple(variables))
         for number, name in enumerate(names):
             tensors[f"{variables.attrs['name']}/{name}"] = np.asarray(
                 variables[str(number)]
@@ -441,7 +458,7 @@ def _read_npz(path: Path) -> Tensors:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, TypeError, *_BROKEN) as error:
         raise _damaged(path, error) from error
 
 

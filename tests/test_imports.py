@@ -40,7 +40,7 @@ OURS = {
     "loop": "checkpoint config data model parallel preflight process report rundir "
     "tracing training errors",
     "analysis": "model",
-    "weights": "model errors",
+    "weights": "architecture model errors",
     "inference": "augment checkpoint model rundir training errors",
     "drawing": "architecture counting planning",
     "cli": "config counting drawing inference loop presets process rundir tracing "

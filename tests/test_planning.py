@@ -304,6 +304,11 @@ def test_units_are_folded_under_their_numbers():
     assert (first.shape, first.kernel, first.stride) == ((16, 16, 128), 3, 2)
 
 
+def test_the_row_of_a_stem_is_what_leaves_its_pool():
+    table = unit_table(PRESETS["keras-resnet50v2"].architecture, (224, 224, 3))
+    assert (table[0].shape, table[0].stride) == ((56, 56, 64), 4)
+
+
 def test_multiply_adds_are_the_published_ones():
     table = layer_table(PRESETS["he2016-resnet164"].architecture, (32, 32, 3))
     assert round(sum(row.multiply_adds for row in table) / 1e6, 1) == 244.5

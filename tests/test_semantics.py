@@ -201,6 +201,26 @@ def post(variables, x):
     return net.pooled(x)
 
 
+def basic(variables, x):
+    """He's pre-activation basic units: 3x3 padded by 1 as in Torch, shared BN-ReLU."""
+    net = Net(variables, by_batch(1e-5))
+
+    def convolve(x, path, stride=1):
+        x = pad(x, net.at(path)["kernel"].shape[0] // 2)
+        return conv(x, net.at(path), stride, "VALID")
+
+    x = convolve(x, "stem/conv")
+    for s in (1, 2):
+        for u in (1, 2):
+            at = f"stack{s}/unit{u}"
+            special = (s, u) == (2, 1)
+            pre = net.act(x, f"{at}/layer1/norm")
+            carried = convolve(pre, f"{at}/shortcut", 2) if special else x
+            y = convolve(pre, f"{at}/layer1/conv", 2 if special else 1)
+            x = carried + convolve(net.act(y, f"{at}/layer2/norm"), f"{at}/layer2/conv")
+    return net.pooled(net.act(x, "head/norm"))
+
+
 SMALL = {"units": UNITS, "widths": WIDTHS, "strides": (1, 2), "reduction": 2}
 LARGE = {**SMALL, "stem_kernel": 7, "stem_stride": 2, "stem_pool": True}
 DEEP = {**LARGE, "stem_kernel": 3, "stem_deep": True}
@@ -218,6 +238,18 @@ CASES = {
     "bit": (
         bit,
         Architecture(**LARGE, stem_width=8, semantics=replace(BIT, norm_groups=4)),
+    ),
+    "basic": (
+        basic,
+        Architecture(
+            units=UNITS,
+            widths=WIDTHS,
+            strides=(1, 2),
+            reduction=1,
+            unit="basic",
+            stem_width=16,
+            semantics=HE2016,
+        ),
     ),
     "post": (post, Architecture(**SMALL, stem_width=16, semantics=POST)),
 }

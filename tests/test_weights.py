@@ -170,6 +170,57 @@ def test_a_model_of_another_kind_is_refused(stored):
         read(path, create_model(replace(net, stem_second_stride=1)))
 
 
+def test_batch_statistics_have_no_counterpart_in_big_transfer(tmp_path):
+    path = tmp_path / "x.npz"
+    model = create_model(BIT_NET)
+    write_npz(path, to_bit(variables_of(model, (1, 32, 32, 3)), model))
+    with pytest.raises(UsageError, match=r"norm/(mean|var) has no counterpart there"):
+        from_bit(path, create_model(TIMM_NET))
+
+
+def test_an_unknown_word_for_the_classifier_is_refused(stored):
+    path, read, net, _ = stored
+    with pytest.raises(UsageError, match=r"classifier='skip' is unknown; .* 'leave'"):
+        read(path, create_model(net), classifier="skip")
+
+
+def test_a_head_that_depends_on_the_images_is_refused(stored):
+    path, read, net, _ = stored
+    model = create_model(replace(net, head_input="flattened", num_classes=3))
+    with pytest.raises(UsageError, match="head_input='flattened' makes a head"):
+        read(path, model, classifier="leave")
+
+
+def test_layers_that_are_no_resnet_are_seen(tmp_path):
+    model = create_model(KERAS_NET)
+    path = tmp_path / "x.weights.h5"
+    keras_3(path, to_keras(variables_of(model, (1, 32, 32, 3)), model))
+    with h5py.File(path, "a") as h5:
+        group = h5.create_group("layers/normalization/vars")
+        group.attrs["name"] = "normalization"
+        for k in range(3):
+            group[str(k)] = np.zeros(3)
+    with pytest.raises(UsageError, match="the file has, the model has not: normali"):
+        from_keras(path, model)
+
+
+def test_files_of_another_kind_under_the_name_are_refused(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    (tmp_path / "x.npy").rename(tmp_path / "x.npz")
+    with pytest.raises(UsageError, match=r"x.npz is damaged, or of another kind"):
+        from_bit(tmp_path / "x.npz", create_model(BIT_NET))
+    with h5py.File(tmp_path / "x.h5", "w") as h5:
+        h5["data"] = np.zeros(3)
+    with pytest.raises(UsageError, match=r"x.h5 is damaged, or of another kind"):
+        from_keras(tmp_path / "x.h5", create_model(KERAS_NET))
+    np.savez_compressed(tmp_path / "y.npz", a=np.arange(10000))
+    flipped = bytearray((tmp_path / "y.npz").read_bytes())
+    flipped[len(flipped) // 2] ^= 0xFF
+    (tmp_path / "y.npz").write_bytes(flipped)
+    with pytest.raises(UsageError, match=r"y.npz is damaged, or of another kind"):
+        from_bit(tmp_path / "y.npz", create_model(BIT_NET))
+
+
 def test_a_truncated_file_is_refused(stored):
     path, read, net, _ = stored
     whole = path.read_bytes()
