@@ -13,6 +13,19 @@ from flax_resnetv2 import PRESETS, Execution, activations, create_model, weights
 from tests import peers
 
 SHALLOWEST, DEEPEST = "keras-resnet50v2", "keras-resnet152v2"
+CASES = [
+    (SHALLOWEST, 64),
+    (SHALLOWEST, 75),
+    (DEEPEST, 64),
+    ("timm-resnetv2-18", 64),
+    ("timm-resnetv2-18", 75),
+    ("timm-resnetv2-50d", 75),
+    ("timm-resnetv2-152", 64),
+    ("bit-r50x1", 64),
+    ("bit-r50x1", 75),
+    ("bit-r101x1", 64),
+]
+"""Presets and sides of images: the shallowest and a deep one of each family."""
 TOLERANCE = 1e-9
 """Of the largest difference over the standard deviation."""
 
@@ -66,21 +79,7 @@ def differences(preset, side, model=None, variables=None):
     return {name: float(value) for name, value in parts.items()}
 
 
-@pytest.mark.parametrize(
-    ("preset", "side"),
-    [
-        (SHALLOWEST, 64),
-        (SHALLOWEST, 75),
-        (DEEPEST, 64),
-        ("timm-resnetv2-18", 64),
-        ("timm-resnetv2-18", 75),
-        ("timm-resnetv2-50d", 75),
-        ("timm-resnetv2-152", 64),
-        ("bit-r50x1", 64),
-        ("bit-r50x1", 75),
-        ("bit-r101x1", 64),
-    ],
-)
+@pytest.mark.parametrize(("preset", "side"), CASES)
 def test_features_and_logits_are_the_peers(preset, side, float64):
     apart = differences(preset, side)
     print(preset, side, apart)
