@@ -1,19 +1,25 @@
 """What a net is and how it is run: the two frozen dataclasses that a person fills in.
 
 ``Architecture`` is hashable and JSON-able, and ``plan`` turns it into layers.
-``Execution`` never changes the parameter tree. The rules that need nothing but the
-fields are checked by ``check_fields``; ``plan`` calls it first.
+``Execution`` never changes the parameter tree. What a field may be is said by its type
+hint; that, and the rules between fields, ``check_architecture`` holds an architecture
+to. ``plan`` calls it first.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal
 
 from flax_resnetv2.errors import UsageError
-from flax_resnetv2.semantics import ARTICLE, SEMANTICS, Position, Semantics
+from flax_resnetv2.fields import Range, check_dataclass, shown
+from flax_resnetv2.fields import check_choice as check_choice
+from flax_resnetv2.semantics import ARTICLE, SEMANTICS, Count, Kernel, Semantics
 
 MAX_STACKS = 5
 UnitKind = Literal["bottleneck", "basic"]
-Reduction = int | Literal["previous"]
+Units = Annotated[int, Range(1, 10_000)]
+"""Of a stack: fifty times the deepest published one, and still quick to plan."""
+Stride = Annotated[int, Range(1, 64)]
+Reduction = Count | Literal["previous"]
 LAYERS = {"bottleneck": 3, "basic": 2}
 """Residual layers of each kind of unit."""
 
@@ -25,18 +31,18 @@ class Architecture:
     A field for each stack takes one value for all of them, or one value a stack.
     """
 
-    units: tuple[int, ...] = (3, 3, 3)
+    units: tuple[Units, ...] = (3, 3, 3)
     """Residual units in each stack; its length is the number of stacks, 1 to 5."""
-    widths: tuple[int, ...] = (64, 128, 256)
+    widths: tuple[Count, ...] = (64, 128, 256)
     """Maps that each unit of a stack gives out (the article's nF)."""
-    strides: tuple[int, ...] = (1, 2, 2)
+    strides: tuple[Stride, ...] = (1, 2, 2)
     """Stride of each stack: of its unit 1, or of the unit that semantics names."""
     reduction: Reduction | tuple[Reduction, ...] = 2
     """Layer 1 of a bottleneck unit has width / reduction maps (the article's p);
     "previous": as many as the stack before gives out. A basic unit takes 1."""
     central_reduction: Reduction | tuple[Reduction, ...] | None = None
     """The same for layer 2 (the article's q); None: as reduction."""
-    kernel: int | tuple[int, ...] = 3
+    kernel: Kernel | tuple[Kernel, ...] = 3
     """Central kernel of the units (odd)."""
     unit: UnitKind = "bottleneck"
     """bottleneck: three layers, 1x1, kernel, 1x1. basic: two layers of the kernel."""
@@ -44,13 +50,13 @@ class Architecture:
     """A shortcut around a whole stack, added to the stack's output."""
     stem: bool = True
     """False: the image itself enters stack 1."""
-    stem_width: int = 64
+    stem_width: Count = 64
     """Maps that the stem gives out."""
-    stem_kernel: int = 3
+    stem_kernel: Kernel = 3
     """Kernel of the stem's convolution (odd): 3 and 7 are the usual ones."""
-    stem_stride: int = 1
+    stem_stride: Stride = 1
     """Its stride."""
-    stem_second_stride: int | None = None
+    stem_second_stride: Stride | None = None
     """Stride of a second, 3x3 convolution that reduces resolution; None: not there."""
     stem_deep: bool = False
     """Three 3x3 convolutions in place of the one, the first two of half the width, the
@@ -61,11 +67,11 @@ class Architecture:
     """classifier: logits. latent: a vector, for encoders. none: the last maps."""
     head_input: Literal["pooled", "flattened"] = "pooled"
     """What classifier and latent read: the maps' averages, or all their values."""
-    num_classes: int = 10
+    num_classes: Count = 10
     """Logits of the classifier."""
-    hidden: tuple[int, ...] = ()
+    hidden: tuple[Count, ...] = ()
     """Widths of fully connected hidden layers (with ReLU) before logits or latent."""
-    latent: int = 64
+    latent: Count = 64
     """Size of the latent vector."""
     latent_variance: bool = False
     """The latent head gives a mean and a log-variance."""
@@ -91,8 +97,9 @@ class Architecture:
             return (value,) * len(self.units)
         if len(value) != len(self.units):
             raise UsageError(
-                f"{field}={value} has {len(value)} values, but units={self.units} "
-                f"makes {len(self.units)} stacks; give one value, or one for each stack"
+                f"{field}={shown(value)} has {len(value)} values, but units="
+                f"{self.units} makes {len(self.units)} stacks; give one value, or one "
+                "for each stack"
             )
         return value
 
@@ -119,58 +126,36 @@ class Execution:
         return "float64" if self.dtype == "float64" else "float32"
 
 
-def check_fields(a: Architecture) -> None:
-    """The rules that do not need a stack's input width."""
-    check_semantics(a.semantics)
-    if not isinstance(a.units, tuple) or not 1 <= len(a.units) <= MAX_STACKS:
+def check_architecture(a: Architecture) -> None:
+    """The rules that do not need a stack's input width.
+
+    Raises:
+        UsageError: naming the field, its value, what is legal.
+    """
+    if isinstance(a, Architecture):
+        check_semantics(a.semantics)
+    check_dataclass(a, Architecture)
+    if not 1 <= len(a.units) <= MAX_STACKS:
         raise UsageError(
-            f"units={a.units!r} must give 1 to {MAX_STACKS} stacks their number of "
-            "residual units, as units=(3, 3, 3)"
+            f"units={shown(a.units)} must give 1 to {MAX_STACKS} stacks their number "
+            "of residual units, as units=(3, 3, 3)"
         )
-    for field in ("widths", "strides"):
-        if not isinstance(getattr(a, field), tuple):
-            raise UsageError(
-                f"{field}={getattr(a, field)!r} must be a tuple, one value a stack"
-            )
-        for k, value in enumerate(a.per_stack(field), start=1):
-            check_positive(f"{field} in stack {k}", value)
-    for field in ("stem_width", "stem_stride", "num_classes", "latent"):
-        check_positive(field, getattr(a, field))
-    if a.stem_second_stride is not None:
-        check_positive("stem_second_stride", a.stem_second_stride)
-    check_tuple("hidden", a.hidden, "(256,)")
-    for k, value in enumerate(a.hidden, start=1):
-        check_positive(f"hidden layer {k}", value)
-    check_odd("stem_kernel", a.stem_kernel)
     if a.stem_deep and (a.stem_kernel != 3 or a.stem_width % 2):
         raise UsageError(
             f"stem_deep=True makes 3x3 convolutions of half of stem_width="
             f"{a.stem_width} with stem_kernel={a.stem_kernel}; choose stem_kernel=3 "
             "and an even stem_width"
         )
-    check_literals(a, "")
-    for value in a.per_stack("bridge"):
-        check_choice("bridge", value, (True, False))
 
 
 def check_semantics(s: Semantics) -> None:
     """The rules of a version alone; units planned by hand are held to them too."""
     if not isinstance(s, Semantics):
         raise UsageError(
-            f"semantics={s!r} must be a Semantics; choose one of "
+            f"semantics={shown(s)} must be a Semantics; choose one of "
             f"{', '.join(SEMANTICS)}, or replace a field of it"
         )
-    check_literals(s, "semantics.")
-    check_odd("semantics.shortcut_kernel", s.shortcut_kernel)
-    check_tuple("semantics.biases", s.biases, "('stem',)")
-    for value in s.biases:
-        check_choice("semantics.biases", value, get_args(Position))
-    check_positive("semantics.norm_groups", s.norm_groups)
-    if s.standardise_epsilon is not None and not 0 < s.standardise_epsilon < 1:
-        raise UsageError(
-            f"semantics.standardise_epsilon={s.standardise_epsilon} must be above 0, "
-            "as 1e-10, or None"
-        )
+    check_dataclass(s, Semantics, "semantics.")
     if s.order == "post":
         for field, needed in (("shortcut_input", "raw"), ("final_norm", False)):
             if getattr(s, field) != needed:
@@ -179,55 +164,3 @@ def check_semantics(s: Semantics) -> None:
                     "post-activation units begin with no BN-ReLU and end in a ReLU; "
                     f"choose {field}={needed!r}"
                 )
-    for field in ("norm_epsilon", "norm_momentum"):
-        value = getattr(s, field)
-        if type(value) not in (int, float):
-            raise UsageError(f"semantics.{field}={value!r} must be a number")
-    if not 0 < s.norm_epsilon < float("inf"):
-        raise UsageError(
-            f"semantics.norm_epsilon={s.norm_epsilon} must be above 0, as 1e-5"
-        )
-    if not 0 <= s.norm_momentum < 1:
-        raise UsageError(
-            f"semantics.norm_momentum={s.norm_momentum} is the share that the running "
-            "statistics keep; choose one in [0, 1), as 0.9"
-        )
-
-
-def check_literals(owner: object, at: str) -> None:
-    """Refuse a value that its field's type does not list."""
-    for field, hint in get_type_hints(type(owner)).items():
-        if get_origin(hint) is Literal:
-            check_choice(at + field, getattr(owner, field), get_args(hint))
-        elif hint is bool:
-            check_choice(at + field, getattr(owner, field), (True, False))
-
-
-def check_tuple(name: str, value: object, example: str) -> None:
-    """Refuse what is not a tuple."""
-    if not isinstance(value, tuple):
-        raise UsageError(f"{name}={value!r} must be a tuple, as {example}")
-
-
-def check_choice(name: str, value: object, choices: tuple) -> None:
-    """Refuse a value that is none of ``choices``, or of another type."""
-    if type(value) is not type(choices[0]) or value not in choices:
-        raise UsageError(
-            f"{name}={value!r} is unknown; choose one of "
-            f"{', '.join(map(repr, choices))}"
-        )
-
-
-def check_positive(name: str, value: object) -> None:
-    """Refuse what is not a whole number from 1 up."""
-    if type(value) is not int or value < 1:
-        raise UsageError(f"{name} must be a whole number from 1 up; got {value!r}")
-
-
-def check_odd(name: str, value: object) -> None:
-    """Refuse what is not an odd whole number."""
-    if type(value) is not int or value < 1 or value % 2 == 0:
-        raise UsageError(
-            f"{name} must be an odd whole number, so that it has a centre; "
-            f"got {value!r}; choose 1, 3, 5, 7, ..."
-        )

@@ -25,8 +25,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
 from flax_resnetv2 import ops
-from flax_resnetv2.architecture import Architecture, Execution, check_literals
+from flax_resnetv2.architecture import Architecture, Execution
 from flax_resnetv2.errors import UsageError
+from flax_resnetv2.fields import check_dataclass
 from flax_resnetv2.planning import (
     ConvPlan,
     HeadPlan,
@@ -428,9 +429,8 @@ def create_model(
     """
     if isinstance(architecture, str):
         architecture = get_preset(architecture).architecture
-    check_literals(execution, "execution.")
-    wide = "float64" in (execution.dtype, execution.param_dtype)
-    if wide and not jax.config.jax_enable_x64:
+    check_dataclass(execution, Execution, "execution.")
+    if execution.dtype == "float64" and not jax.config.jax_enable_x64:
         raise UsageError(
             "execution.dtype=float64 needs JAX's double precision, which is off; set "
             "JAX_ENABLE_X64=1, or choose float32"

@@ -11,21 +11,25 @@ architecture ends here; the modules of ``model`` only execute a plan.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import cache
+from typing import Annotated, Literal
 
 from flax_resnetv2.architecture import (
-    LAYERS,
     Architecture,
     Reduction,
+    Stride,
     UnitKind,
-    check_choice,
-    check_fields,
-    check_odd,
-    check_positive,
+    Units,
+    check_architecture,
     check_semantics,
 )
 from flax_resnetv2.errors import UsageError
-from flax_resnetv2.semantics import ARTICLE, Initialiser, Semantics
+from flax_resnetv2.fields import Range, check, check_arguments
+from flax_resnetv2.semantics import ARTICLE, Count, Initialiser, Kernel, Semantics
+
+Side = Annotated[int, Range(1, 2**16)]
+ImageShape = tuple[Side, Side, Side]
+"""(height, width, channels)."""
 
 
 @dataclass(frozen=True)
@@ -147,9 +151,7 @@ class NetPlan:
                 yield f"stack{s}/bridge", stack.bridge
 
 
-def plan(
-    architecture: Architecture, image_shape: tuple[int, int, int] | None = None
-) -> NetPlan:
+def plan(architecture: Architecture, image_shape: ImageShape | None = None) -> NetPlan:
     """Decide every layer of ``architecture``, or say what is wrong with it.
 
     Args:
@@ -162,9 +164,8 @@ def plan(
             legal choices.
     """
     a = architecture
-    check_fields(a)
-    if image_shape is not None and len(image_shape) != 3:
-        raise UsageError(f"image_shape={image_shape} must be (height, width, channels)")
+    check_architecture(a)
+    check("image_shape", image_shape, ImageShape | None)
     channels = image_shape[2] if image_shape else None
     stem = _plan_stem(a, channels) if a.stem else None
     in_width = a.stem_width if stem else channels
@@ -173,24 +174,27 @@ def plan(
             "stem=False lets the image enter stack 1, so its channels must be known; "
             "got image_shape=None; give (height, width, channels)"
         )
-    reductions, kernels = a.per_stack("reduction"), a.per_stack("kernel")
-    central, bridges = a.per_stack("central_reduction"), a.per_stack("bridge")
+    fields = ("widths", "strides", "reduction", "central_reduction", "kernel", "bridge")
+    columns = [a.per_stack(field) for field in fields]
     stacks: list[StackPlan] = []
-    for k, width in enumerate(a.widths):
+    for k, (width, stride, reduction, central, kernel, bridge) in enumerate(
+        zip(*columns, strict=True)
+    ):
+        inner = _inner_maps(
+            a.unit, in_width, width, reduction, central, f" in stack {k + 1}"
+        )
+        bare = k == 0 and stem is not None and stem.norms[-1] is not None
         stacks.append(
-            plan_stack(
-                in_width=in_width,
-                width=width,
-                units=a.units[k],
-                stride=a.strides[k],
-                reduction=reductions[k],
-                central_reduction=central[k],
-                kernel=kernels[k],
-                unit=a.unit,
-                bridge=bridges[k],
-                behind_norm=k == 0 and stem is not None and stem.norms[-1] is not None,
-                semantics=a.semantics,
-                where=f" in stack {k + 1}",
+            _stack(
+                in_width,
+                width,
+                a.units[k],
+                stride,
+                inner,
+                kernel,
+                bridge,
+                bare,
+                a.semantics,
             )
         )
         in_width = width
@@ -202,20 +206,19 @@ def plan(
 
 def plan_stack(
     *,
-    in_width: int,
-    width: int,
-    units: int,
-    stride: int = 1,
+    in_width: Count,
+    width: Count,
+    units: Units,
+    stride: Stride = 1,
     reduction: Reduction = 2,
     central_reduction: Reduction | None = None,
-    kernel: int = 3,
+    kernel: Kernel = 3,
     unit: UnitKind = "bottleneck",
     bridge: bool = False,
     behind_norm: bool = False,
     semantics: Semantics = ARTICLE,
-    where: str = "",
 ) -> StackPlan:
-    """Plan a residual stack by hand; ``plan()`` uses the same.
+    """Plan a residual stack by hand.
 
     Args: those of ``plan_unit``, and
         units: how many residual units; the one that semantics names has the stride.
@@ -224,49 +227,25 @@ def plan_stack(
     Raises:
         UsageError: as ``plan_unit``.
     """
-    check_positive(f"units{where}", units)
-    check_choice(f"bridge{where}", bridge, (True, False))
-    s = semantics
-    check_semantics(s)
-    inner = _inner_maps(
-        unit, in_width, width, reduction, central_reduction, kernel, stride, where
+    check_semantics(semantics)
+    check_arguments(plan_stack, locals())
+    inner = _inner_maps(unit, in_width, width, reduction, central_reduction)
+    return _stack(
+        in_width, width, units, stride, inner, kernel, bridge, behind_norm, semantics
     )
-    bare = behind_norm and s.first_layer_exception
-    strides = [1] * units
-    strides[0 if s.strided_unit == "first" else -1] = stride
-    planned = [
-        _unit(
-            in_width if k == 0 else width,
-            width,
-            strides[k],
-            inner,
-            kernel,
-            bare and k == 0,
-            s,
-            project=k == 0 and s.projection == "every_stack",
-        )
-        for k in range(units)
-    ]
-    around: ConvPlan | Literal["identity"] | None = None
-    if bridge:
-        around = "identity"
-        if stride > 1 or in_width != width:
-            around = _conv(in_width, width, 1, stride, "bridge", s)
-    return StackPlan(tuple(planned), around)
 
 
 def plan_unit(
     *,
-    in_width: int,
-    width: int,
-    stride: int = 1,
+    in_width: Count,
+    width: Count,
+    stride: Stride = 1,
     reduction: Reduction = 2,
     central_reduction: Reduction | None = None,
-    kernel: int = 3,
+    kernel: Kernel = 3,
     unit: UnitKind = "bottleneck",
     behind_norm: bool = False,
     semantics: Semantics = ARTICLE,
-    where: str = "",
 ) -> UnitPlan:
     """Plan a residual unit by hand.
 
@@ -281,17 +260,46 @@ def plan_unit(
         behind_norm: a BN-ReLU stands right before, so that the exception of
             ``semantics`` holds for layer 1.
         semantics: whose residual unit.
-        where: ends the subject of a message, as " in stack 2".
 
     Raises:
         UsageError: a value breaks a rule.
     """
     check_semantics(semantics)
-    inner = _inner_maps(
-        unit, in_width, width, reduction, central_reduction, kernel, stride, where
-    )
-    bare = behind_norm and semantics.first_layer_exception
-    return _unit(in_width, width, stride, inner, kernel, bare, semantics)
+    check_arguments(plan_unit, locals())
+    inner = _inner_maps(unit, in_width, width, reduction, central_reduction)
+    return _unit(in_width, width, stride, inner, kernel, behind_norm, semantics)
+
+
+def _stack(
+    in_width: int,
+    width: int,
+    units: int,
+    stride: int,
+    inner: tuple[int, ...],
+    kernel: int,
+    bridge: bool,
+    behind_norm: bool,
+    semantics: Semantics,
+) -> StackPlan:
+    s = semantics
+    strided = 0 if s.strided_unit == "first" else units - 1
+
+    @cache  # Thousands of units are three different ones.
+    def unit(maps: int, stride: int, first: bool) -> UnitPlan:
+        project = first and s.projection == "every_stack"
+        bare = first and behind_norm
+        return _unit(maps, width, stride, inner, kernel, bare, s, project=project)
+
+    planned = [
+        unit(width if k else in_width, stride if k == strided else 1, k == 0)
+        for k in range(units)
+    ]
+    around: ConvPlan | Literal["identity"] | None = None
+    if bridge:
+        around = "identity"
+        if stride > 1 or in_width != width:
+            around = _conv(in_width, width, 1, stride, "bridge", s)
+    return StackPlan(tuple(planned), around)
 
 
 def _unit(
@@ -300,7 +308,7 @@ def _unit(
     stride: int,
     inner: tuple[int, ...],
     kernel: int,
-    bare: bool,
+    behind_norm: bool,
     semantics: Semantics,
     project: bool = False,
 ) -> UnitPlan:
@@ -321,7 +329,7 @@ def _unit(
         norm = _norm(s, features if post else maps, f"layer {number}")
         layers.append(LayerPlan(norm, conv, norm_last=post))
         maps = features
-    if bare and not post:
+    if behind_norm and s.first_layer_exception and not post:
         layers[0] = replace(layers[0], norm=None)
     if post:
         layers[-1] = replace(layers[-1], norm=replace(layers[-1].norm, relu=False))
@@ -406,57 +414,45 @@ def _conv(
 
 
 def _inner_maps(
-    unit: str,
+    unit: UnitKind,
     in_width: int,
     width: int,
     reduction: Reduction,
     central_reduction: Reduction | None,
-    kernel: int,
-    stride: int,
-    where: str,
+    where: str = "",
 ) -> tuple[int, ...]:
-    """Check one unit's numbers; give (p, q) of a bottleneck, (width,) of a basic."""
-    check_choice(f"unit{where}", unit, tuple(LAYERS))
-    for name, value in (("in_width", in_width), ("width", width), ("stride", stride)):
-        check_positive(name + where, value)
-    check_odd(f"kernel{where}", kernel)
-    given = [("reduction", reduction)]
-    given.append(("central_reduction", central_reduction))
-    if central_reduction is None:
-        given[1] = given[0]
+    """Give (p, q) of a bottleneck, (width,) of a basic unit.
+
+    ``where`` follows the name of a field in a message, as " in stack 2".
+    """
+    central = reduction if central_reduction is None else central_reduction
+    given = {"reduction": reduction, "central_reduction": central}
     if unit == "basic":
-        for name, value in given:
+        for name, value in given.items():
             if value != 1:
                 raise UsageError(
                     f"{name}={value!r}{where}: a basic unit has no reduction; "
                     "choose reduction=1, or unit='bottleneck'"
                 )
         return (width,)
-    maps = []
-    for name, value in given:
-        if value == "previous":
-            maps.append(in_width)
-            continue
-        divisors = [d for d in range(1, width + 1) if width % d == 0]
-        if type(value) is not int or value not in divisors:
+    for name, value in given.items():
+        if value != "previous" and width % value:
+            divisors = [d for d in range(1, width + 1) if width % d == 0]
             raise UsageError(
                 f"{name}={value!r} does not divide width={width}{where}; choose one "
                 f"of {', '.join(map(str, divisors))}, or 'previous'"
             )
-        maps.append(width // value)
-    return tuple(maps)
+    return tuple(in_width if v == "previous" else width // v for v in given.values())
 
 
-def _check_resolutions(net: NetPlan, image_shape: tuple[int, int, int]) -> None:
+def _check_resolutions(net: NetPlan, image_shape: ImageShape) -> None:
     """Refuse a stride above 1 on a map of 1x1: SAME padding hides it."""
-    for name, value in zip(("height", "width", "channels"), image_shape, strict=True):
-        check_positive(f"{name} of image_shape", value)
     size = image_shape[:2]
     for where, stride in net.strides():
         if stride > 1 and size == (1, 1):
             raise UsageError(
-                f"stride={stride} at {where}: the map is already 1x1 there (image "
-                f"{image_shape[0]}x{image_shape[1]}); choose a stride of 1, fewer "
-                "stacks, or larger images"
+                f"stride={stride} at {where}: the map is already 1x1 there "
+                f"(image_shape={image_shape}); choose a stride of 1, fewer stacks, or "
+                "larger images"
             )
         size = (-(-size[0] // stride), -(-size[1] // stride))

@@ -6,7 +6,9 @@ names a row, an experimenter overrides a field of it:
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
+
+from flax_resnetv2.fields import Range, Share
 
 Position = Literal["stem", "layer1", "layer2", "layer3", "shortcut"]
 Initialiser = Literal[
@@ -17,6 +19,12 @@ Initialiser = Literal[
     "normal_0.01",
     "zeros",
 ]
+Kernel = Annotated[int, Range(1, 255, odd=True)]
+Count = Annotated[int, Range(1, 2**20)]
+"""Of maps, classes, groups: so many that no array's size passes 64 bits."""
+Epsilon = Annotated[float, Range(1e-12, 1)]
+"""Below, the derivative of 1 / sqrt(variance) leaves float32 where a map is constant.
+"""
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class Semantics:
     shortcut_pool: Literal["none", "average"] = "none"
     """What carries a shortcut's stride: its convolution, or a 2x2 average before it
     (ResNet-D)."""
-    shortcut_kernel: int = 1
+    shortcut_kernel: Kernel = 1
     """Kernel of that convolution (odd)."""
     padding: Literal["same", "symmetric"] = "same"
     """Padding of a strided convolution with a kernel above 1: "same" puts the odd
@@ -52,13 +60,13 @@ class Semantics:
     """The convolutions that have a bias."""
     norm: Literal["batch", "group"] = "batch"
     """Normalisation over the batch, or over groups of maps of each image."""
-    norm_groups: int = 32
+    norm_groups: Count = 32
     """Groups of maps in group normalisation."""
-    norm_epsilon: float = 1e-5
+    norm_epsilon: Epsilon = 1e-5
     """Added to the variance in normalisation."""
-    norm_momentum: float = 0.9
+    norm_momentum: Share = 0.9
     """The share of the running statistics that a step keeps."""
-    standardise_epsilon: float | None = None
+    standardise_epsilon: Epsilon | None = None
     """Kernels are used with mean 0 and variance 1 for each map they make, this added to
     the variance; None: as they are."""
     stem_norm: bool = True
