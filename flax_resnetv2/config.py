@@ -7,12 +7,13 @@ import dataclasses
 import json
 import typing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 from flax_resnetv2.architecture import Architecture, Execution
 from flax_resnetv2.augment import AugmentConfig
 from flax_resnetv2.data import IMAGE_SHAPES, DataConfig
 from flax_resnetv2.errors import UsageError
+from flax_resnetv2.fields import Count, Range, check, check_dataclass, shown
 from flax_resnetv2.presets import PRESETS
 from flax_resnetv2.training import TrainConfig, check_train
 
@@ -52,16 +53,15 @@ def check_config(config: Config) -> None:
     Raises:
         UsageError: a field is out of its range.
     """
+    check_dataclass(config, Config)
     check_train(config.train)
     for name in ("log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
-        if getattr(config, name) < 1:
-            raise UsageError(f"{name}={getattr(config, name)} must be 1 or above")
-    if not 0 <= config.seed < 2**32:
-        raise UsageError(f"seed={config.seed} must be from 0 to 4294967295")
-    if config.augment.crop_padding < 0:
-        raise UsageError(
-            f"augment.crop_padding={config.augment.crop_padding} must be 0 or above"
-        )
+        check(name, getattr(config, name), Count)
+    check("seed", config.seed, Annotated[int, Range(0, 2**32 - 1)])
+    check("data.validation", config.data.validation, Annotated[int, Range(0, 2**31)])
+    side = min(IMAGE_SHAPES[config.data.name][:2])
+    padding = Annotated[int, Range(0, side)]
+    check("augment.crop_padding", config.augment.crop_padding, padding)
     if config.architecture.head != "classifier":
         raise UsageError(
             f"architecture.head={config.architecture.head!r} gives no logits to train "
@@ -69,8 +69,8 @@ def check_config(config: Config) -> None:
         )
     if config.execution.batch_norm_axis is not None:
         raise UsageError(
-            f"execution.batch_norm_axis={config.execution.batch_norm_axis!r} is set by "
-            "fit; leave it out, and choose --train.sync-batch-norm or "
+            f"execution.batch_norm_axis={shown(config.execution.batch_norm_axis)} is "
+            "set by fit; leave it out, and choose --train.sync-batch-norm or "
             "--train.no-sync-batch-norm"
         )
     _check_normalisation(config)
@@ -79,16 +79,19 @@ def check_config(config: Config) -> None:
 def _check_normalisation(config: Config) -> None:
     mean, std = config.augment.mean, config.augment.std
     if (mean is None) != (std is None):
-        raise UsageError("augment.mean and augment.std are given both or not at all")
+        raise UsageError(
+            f"augment.mean={shown(mean)} and augment.std={shown(std)} are given both "
+            "or not at all"
+        )
     channels = IMAGE_SHAPES[config.data.name][2]
     for name, values in (("mean", mean), ("std", std)):
         if values is not None and len(values) != channels:
             raise UsageError(
-                f"augment.{name}={values} must be {channels} numbers, one for each "
-                f"channel of {config.data.name}"
+                f"augment.{name}={shown(values)} must be {channels} numbers, one for "
+                f"each channel of {config.data.name}"
             )
-    if std is not None and min(std) <= 0:
-        raise UsageError(f"augment.std={std} must be above 0")
+    check("augment.mean", mean, tuple[Annotated[float, Range(0, 1)], ...] | None)
+    check("augment.std", std, tuple[Annotated[float, Range(1e-6, 1)], ...] | None)
 
 
 def to_json(config: Config) -> str:
@@ -100,16 +103,24 @@ def from_json(text: str) -> Config:
     """Read what ``to_json`` wrote.
 
     Raises:
-        UsageError: not JSON, another schema, or a field that does not exist.
+        UsageError: not JSON, another schema, a field that does not exist, or a value
+            that its field cannot have.
     """
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+        schema = values.pop("schema", None) if isinstance(values, dict) else None
+        if schema != SCHEMA:
+            raise UsageError(
+                f"schema={shown(schema)} of a configuration; known is {SCHEMA}"
+            )
+        config = _build(Config, values, "")
+    except UsageError:
+        raise
+    except (ValueError, RecursionError) as error:
+        # ValueError also for a number of more than 4300 digits.
         raise UsageError(f"not a configuration in JSON: {error}") from error
-    schema = values.pop("schema", None) if isinstance(values, dict) else None
-    if schema != SCHEMA:
-        raise UsageError(f"schema={schema} of a configuration; known is {SCHEMA}")
-    return _build(Config, values, "")
+    check_dataclass(config, Config)
+    return config
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -129,15 +140,20 @@ def differences(old: Config, new: Config) -> list[str]:
 
 def _build(kind: Any, value: Any, path: str) -> Any:
     """JSON value -> the dataclass ``kind``; lists become tuples."""
-    if isinstance(value, list):
-        return tuple(_build(None, item, path) for item in value)
     if not dataclasses.is_dataclass(kind):
+        if isinstance(value, list):
+            return tuple(_build(None, item, path) for item in value)
         return value
     hints = typing.get_type_hints(kind)
+    if not isinstance(value, dict):
+        raise UsageError(
+            f"{path.rstrip('.')}={shown(value)} of a configuration must be an object "
+            f"with the fields {', '.join(hints)}"
+        )
     unknown = sorted(set(value) - set(hints))
     if unknown:
         raise UsageError(
-            f"unknown field {', '.join(path + name for name in unknown)} in a "
+            f"unknown field {', '.join(shown(path + name) for name in unknown)} in a "
             f"configuration; {kind.__name__} has {', '.join(hints)}"
         )
     return kind(**{k: _build(hints[k], v, f"{path}{k}.") for k, v in value.items()})

@@ -7,7 +7,7 @@ leave a step as sums and counts, so that they can be added up.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import flax.struct
 import jax
@@ -24,6 +24,7 @@ from flax_resnetv2.augment import (
     positions,
 )
 from flax_resnetv2.errors import UsageError
+from flax_resnetv2.fields import Count, Range, Share, check_dataclass, shown
 
 if TYPE_CHECKING:
     from flax_resnetv2.model import ResNetV2
@@ -35,23 +36,23 @@ Metrics = dict[str, Any]
 class TrainConfig:
     """How a net is trained. Durations are in epochs, batches count all devices."""
 
-    epochs: int = 200
+    epochs: Count = 200
     """Passes over the training split."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Images in one step, over all devices."""
-    eval_batch_size: int = 1000
+    eval_batch_size: Count = 1000
     """Images in one evaluation step, over all devices."""
     optimizer: Literal["sgd", "adamw", "adam_l2"] = "sgd"
     """sgd: with momentum; adamw: decoupled weight decay; adam_l2: Adam whose loss has
     the term weight_decay / 2 * |w|^2, which is another method than adamw. (Keras's
     l2(x) is weight_decay = 2x.)"""
-    learning_rate: float = 0.1
+    learning_rate: Annotated[float, Range(0, 1e6, above=True)] = 0.1
     """The highest of the schedule."""
-    momentum: float = 0.9
+    momentum: Share = 0.9
     """Of sgd."""
     nesterov: bool = True
     """Nesterov's momentum in sgd."""
-    weight_decay: float = 1e-4
+    weight_decay: Annotated[float, Range(0, 1e6)] = 1e-4
     """As the optimizer says."""
     decay: Literal["kernels", "all"] = "kernels"
     """What decays: kernels only, or scales and biases too."""
@@ -59,13 +60,13 @@ class TrainConfig:
     """steps: a tenth during the warm-up, then / 10 at each of drops (He). cosine,
     linear, constant: up linearly during the warm-up, then to 0 along the curve.
     one_cycle: up and down along cosines, the warm-up being the rising part."""
-    warmup_epochs: float = 0.0
+    warmup_epochs: Annotated[float, Range(0, 1e6)] = 0.0
     """Length of the warm-up."""
     drops: tuple[float, ...] = (0.5, 0.75)
     """Shares of the training after which "steps" divides by 10."""
-    label_smoothing: float = 0.0
+    label_smoothing: Share = 0.0
     """Share of the target spread evenly over all classes."""
-    ema: float = 0.0
+    ema: Share = 0.0
     """Share kept by a moving average of parameters and statistics, which is then what
     is evaluated; 0: none."""
     sync_batch_norm: bool = True
@@ -98,41 +99,17 @@ def check_train(config: TrainConfig) -> None:
         UsageError: naming the field, its value and its range.
     """
     c = config
-    ranges = [
-        (name, value, type(value) is int and value >= 1, "a whole number from 1 up")
-        for name, value in (
-            ("epochs", c.epochs),
-            ("batch_size", c.batch_size),
-            ("eval_batch_size", c.eval_batch_size),
+    check_dataclass(c, TrainConfig, "train.")
+    if c.warmup_epochs >= c.epochs:
+        raise UsageError(
+            f"train.warmup_epochs={c.warmup_epochs} must be from 0 to below "
+            f"epochs={c.epochs}"
         )
-    ]
-    ranges += [
-        ("learning_rate", c.learning_rate, c.learning_rate > 0, "above 0"),
-        ("weight_decay", c.weight_decay, c.weight_decay >= 0, "0 or above"),
-        (
-            "warmup_epochs",
-            c.warmup_epochs,
-            0 <= c.warmup_epochs < c.epochs,
-            f"from 0 to below epochs={c.epochs}",
-        ),
-        (
-            "drops",
-            c.drops,
-            all(0 < d < 1 for d in c.drops) and list(c.drops) == sorted(set(c.drops)),
-            "rising shares of the training between 0 and 1, as (0.5, 0.75)",
-        ),
-    ]
-    ranges += [
-        (name, getattr(c, name), 0 <= getattr(c, name) < 1, "in [0, 1)")
-        for name in ("momentum", "label_smoothing", "ema")
-    ]
-    for name in ("optimizer", "decay", "schedule"):
-        words = get_args(get_type_hints(TrainConfig)[name])
-        rule = f"one of {', '.join(words)}"
-        ranges.append((name, getattr(c, name), getattr(c, name) in words, rule))
-    for name, value, legal, rule in ranges:
-        if not legal:
-            raise UsageError(f"train.{name}={value} must be {rule}")
+    if c.drops != tuple(sorted({d for d in c.drops if 0 < d < 1})):
+        raise UsageError(
+            f"train.drops={shown(c.drops)} must be rising shares of the training "
+            "between 0 and 1, as (0.5, 0.75)"
+        )
 
 
 def make_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:

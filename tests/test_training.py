@@ -214,11 +214,11 @@ def test_the_average_follows_the_parameters(model):
         ({"epochs": 0}, r"train.epochs=0 must be a whole number"),
         ({"batch_size": -8}, r"train.batch_size=-8 must be"),
         ({"eval_batch_size": 0}, r"train.eval_batch_size=0 must be"),
-        ({"learning_rate": 0.0}, r"train.learning_rate=0.0 must be above 0"),
-        ({"weight_decay": -1.0}, r"train.weight_decay=-1.0 must be 0 or above"),
-        ({"momentum": 1.0}, r"train.momentum=1.0 must be in \[0, 1\)"),
-        ({"label_smoothing": -0.1}, r"train.label_smoothing=-0.1 must be in"),
-        ({"ema": 1.5}, r"train.ema=1.5 must be in"),
+        ({"learning_rate": 0.0}, r"train.learning_rate=0.0 must be .*\(0, "),
+        ({"weight_decay": -1.0}, r"train.weight_decay=-1.0 must be .*from 0"),
+        ({"momentum": 1.0}, r"train.momentum=1.0 must be .*in \[0, 1\)"),
+        ({"label_smoothing": -0.1}, r"train.label_smoothing=-0.1 must be .*in"),
+        ({"ema": 1.5}, r"train.ema=1.5 must be .*in"),
         ({"warmup_epochs": 200.0}, r"warmup_epochs=200.0 must be .* epochs=200"),
         ({"drops": (0.7, 0.5)}, r"train.drops=\(0.7, 0.5\) must be rising"),
         ({"drops": (1.5,)}, r"train.drops=\(1.5,\) must be rising"),
@@ -364,9 +364,9 @@ def test_step_number_and_seed_choose_the_crops_and_masked_labels_do_not_matter()
 @pytest.mark.parametrize(
     ("field", "choices"),
     [
-        ("optimizer", "sgd, adamw, adam_l2"),
-        ("schedule", "steps, cosine, one_cycle, linear, constant"),
-        ("decay", "kernels, all"),
+        ("optimizer", "'sgd', 'adamw', 'adam_l2'"),
+        ("schedule", "'steps', 'cosine', 'one_cycle', 'linear', 'constant'"),
+        ("decay", "'kernels', 'all'"),
     ],
 )
 def test_an_unknown_word_is_refused_with_the_choices(field, choices):
