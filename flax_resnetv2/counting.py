@@ -137,7 +137,10 @@ def receptive_field(architecture: Architecture) -> dict[str, Field]:
 
     Along the main path; a shortcut sees less.
     """
-    net = plan(architecture, None if architecture.stem else (512, 512, 3))
+    # The largest image, with channels that its norms divide: any net that is legal
+    # for some image is legal for it.
+    channels = min(architecture.semantics.norm_groups, 2**16)
+    net = plan(architecture, None if architecture.stem else (2**16, 2**16, channels))
     side, jump, seen = 1, 1, {}
 
     def look(kernel: int, stride: int) -> None:

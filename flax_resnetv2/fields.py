@@ -50,7 +50,7 @@ class Range:
         if self.above or self.below:
             ends = "[("[self.above], "])"[self.below]
             return f"in {ends[0]}{self.low}, {self.high}{ends[1]}"
-        odd = ", odd, so that it has a centre" if self.odd else ""
+        odd = " (odd: it has a centre)" if self.odd else ""
         return f"from {self.low} to {self.high}{odd}"
 
 
@@ -155,10 +155,9 @@ def _words(hint: Any) -> str:
             for choice in args
         ]
         return f"{', '.join(words[:-1])} or {words[-1]}"
-    if origin is tuple and args[-1] is ...:
-        return f"a tuple, each {_words(args[0])}"
     if origin is tuple:
-        return f"a tuple of {len(args)}: {', '.join(map(_words, args))}"
+        count = "" if args[-1] is ... else f" of {len(args)}"
+        return f"a tuple{count}, each {_words(args[0])}"
     return _WORDS.get(hint) or f"of type {hint.__name__}"
 
 

@@ -28,8 +28,7 @@ from flax_resnetv2.fields import Range, check, check_arguments
 from flax_resnetv2.semantics import ARTICLE, Count, Initialiser, Kernel, Semantics
 
 Side = Annotated[int, Range(1, 2**16)]
-ImageShape = tuple[Side, Side, Side]
-"""(height, width, channels)."""
+ImageShape = Annotated[tuple[Side, Side, Side], "(height, width, channels)"]
 
 
 @dataclass(frozen=True)

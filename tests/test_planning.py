@@ -7,6 +7,7 @@ import pytest
 
 from flax_resnetv2 import (
     ARTICLE,
+    BIT,
     HE2016,
     PRESETS,
     Architecture,
@@ -281,6 +282,12 @@ def test_receptive_field_of_the_article():
     assert receptive_field(deep)["stem"] == (7 + 2 * 2, 4)
 
 
+def test_receptive_field_without_a_stem_is_of_any_image():
+    net = Architecture(stem=False, strides=(8, 8, 16), semantics=BIT)
+    plan(net, (2048, 2048, 32))
+    assert receptive_field(net)["stack3"].stride == 1024
+
+
 @pytest.mark.parametrize(
     "name", ["article-figure", "he2016-resnet164", "timm-resnetv2-18"]
 )
@@ -346,7 +353,7 @@ MISTAKES = [
     ({"reduction": "half"}, r"reduction='half' .*'previous'"),
     ({"reduction": 0}, r"reduction=0 must be .* 'previous' or a tuple of such"),
     ({"central_reduction": 5}, r"central_reduction=5 does not divide width=64"),
-    ({"kernel": 2}, r"kernel=2 must be .*odd, .* or a tuple of such"),
+    ({"kernel": 2}, r"kernel=2 must be .*odd.* or a tuple of such"),
     ({"kernel": (3, 3)}, r"kernel=\(3, 3\) has 2 values"),
     ({"unit": "basic"}, r"reduction=2 in stack 1: a basic unit has no reduction"),
     ({"unit": "dense"}, r"unit='dense' is unknown; .*'bottleneck', 'basic'"),
@@ -356,7 +363,7 @@ MISTAKES = [
     ),
     ({"bridge": "yes"}, r"bridge='yes' must be True or False or a tuple of such"),
     ({"stem": 1}, r"stem=1 is unknown; .*True, False"),
-    ({"stem_kernel": 4}, r"stem_kernel=4 must be .* from 1 to 255, odd"),
+    ({"stem_kernel": 4}, r"stem_kernel=4 must be .* from 1 to 255 .odd"),
     ({"stem_width": 0}, r"stem_width=0 must be .* from 1 to"),
     ({"stem_second_stride": 0}, r"stem_second_stride=0 must .* 1 to 64 or None"),
     ({"stem_stride": 2.0}, r"stem_stride=2.0 must be a whole number \(int\)"),
