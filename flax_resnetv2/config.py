@@ -109,7 +109,7 @@ def from_json(text: str) -> Config:
     try:
         values = json.loads(text)
         schema = values.pop("schema", None) if isinstance(values, dict) else None
-        if schema != SCHEMA:
+        if type(schema) is not int or schema != SCHEMA:
             raise UsageError(
                 f"schema={shown(schema)} of a configuration; known is {SCHEMA}"
             )
