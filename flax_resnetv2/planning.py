@@ -29,6 +29,16 @@ from flax_resnetv2.semantics import ARTICLE, Count, Initialiser, Kernel, Semanti
 
 Side = Annotated[int, Range(1, 2**16)]
 ImageShape = Annotated[tuple[Side, Side, Side], "(height, width, channels)"]
+_A_STACK = {
+    "units": "units",
+    "width": "widths",
+    "stride": "strides",
+    "reduction": "reduction",
+    "central_reduction": "central_reduction",
+    "kernel": "kernel",
+    "bridge": "bridge",
+}
+"""Arguments of ``plan_stack``: the fields that give each stack its own."""
 
 
 @dataclass(frozen=True)
@@ -173,30 +183,21 @@ def plan(architecture: Architecture, image_shape: ImageShape | None = None) -> N
             "stem=False lets the image enter stack 1, so its channels must be known; "
             "got image_shape=None; give (height, width, channels)"
         )
-    fields = ("widths", "strides", "reduction", "central_reduction", "kernel", "bridge")
-    columns = [a.per_stack(field) for field in fields]
+    columns = {name: a.per_stack(field) for name, field in _A_STACK.items()}
     stacks: list[StackPlan] = []
-    for k, (width, stride, reduction, central, kernel, bridge) in enumerate(
-        zip(*columns, strict=True)
-    ):
-        inner = _inner_maps(
-            a.unit, in_width, width, reduction, central, f" in stack {k + 1}"
-        )
-        bare = k == 0 and stem is not None and stem.norms[-1] is not None
-        stacks.append(
-            _stack(
-                in_width,
-                width,
-                a.units[k],
-                stride,
-                inner,
-                kernel,
-                bridge,
-                bare,
-                a.semantics,
+    for k in range(len(a.units)):
+        try:
+            stack = plan_stack(
+                in_width=in_width,
+                unit=a.unit,
+                behind_norm=k == 0 and stem is not None and stem.norms[-1] is not None,
+                semantics=a.semantics,
+                **{name: values[k] for name, values in columns.items()},
             )
-        )
-        in_width = width
+        except UsageError as error:
+            raise UsageError(f"stack {k + 1}: {error}") from None
+        stacks.append(stack)
+        in_width = a.widths[k]
     net = NetPlan(stem, tuple(stacks), _plan_head(a))
     if image_shape is not None:
         _check_resolutions(net, image_shape)
@@ -228,10 +229,25 @@ def plan_stack(
     """
     check_semantics(semantics)
     check_arguments(plan_stack, locals())
+    s = semantics
     inner = _inner_maps(unit, in_width, width, reduction, central_reduction)
-    return _stack(
-        in_width, width, units, stride, inner, kernel, bridge, behind_norm, semantics
-    )
+    strided = 0 if s.strided_unit == "first" else units - 1
+
+    @cache  # Of thousands of units three are different.
+    def unit_of(maps: int, stride: int, first: bool) -> UnitPlan:
+        project, bare = first and s.projection == "every_stack", first and behind_norm
+        return _unit(maps, width, stride, inner, kernel, bare, s, project=project)
+
+    planned = [
+        unit_of(width if k else in_width, stride if k == strided else 1, k == 0)
+        for k in range(units)
+    ]
+    around: ConvPlan | Literal["identity"] | None = None
+    if bridge:
+        around = "identity"
+        if stride > 1 or in_width != width:
+            around = _conv(in_width, width, 1, stride, "bridge", s)
+    return StackPlan(tuple(planned), around)
 
 
 def plan_unit(
@@ -267,38 +283,6 @@ def plan_unit(
     check_arguments(plan_unit, locals())
     inner = _inner_maps(unit, in_width, width, reduction, central_reduction)
     return _unit(in_width, width, stride, inner, kernel, behind_norm, semantics)
-
-
-def _stack(
-    in_width: int,
-    width: int,
-    units: int,
-    stride: int,
-    inner: tuple[int, ...],
-    kernel: int,
-    bridge: bool,
-    behind_norm: bool,
-    semantics: Semantics,
-) -> StackPlan:
-    s = semantics
-    strided = 0 if s.strided_unit == "first" else units - 1
-
-    @cache  # Thousands of units are three different ones.
-    def unit(maps: int, stride: int, first: bool) -> UnitPlan:
-        project = first and s.projection == "every_stack"
-        bare = first and behind_norm
-        return _unit(maps, width, stride, inner, kernel, bare, s, project=project)
-
-    planned = [
-        unit(width if k else in_width, stride if k == strided else 1, k == 0)
-        for k in range(units)
-    ]
-    around: ConvPlan | Literal["identity"] | None = None
-    if bridge:
-        around = "identity"
-        if stride > 1 or in_width != width:
-            around = _conv(in_width, width, 1, stride, "bridge", s)
-    return StackPlan(tuple(planned), around)
 
 
 def _unit(
@@ -418,28 +402,24 @@ def _inner_maps(
     width: int,
     reduction: Reduction,
     central_reduction: Reduction | None,
-    where: str = "",
 ) -> tuple[int, ...]:
-    """Give (p, q) of a bottleneck, (width,) of a basic unit.
-
-    ``where`` follows the name of a field in a message, as " in stack 2".
-    """
+    """Give (p, q) of a bottleneck, (width,) of a basic unit."""
     central = reduction if central_reduction is None else central_reduction
     given = {"reduction": reduction, "central_reduction": central}
     if unit == "basic":
         for name, value in given.items():
             if value != 1:
                 raise UsageError(
-                    f"{name}={value!r}{where}: a basic unit has no reduction; "
-                    "choose reduction=1, or unit='bottleneck'"
+                    f"{name}={value!r}: a basic unit has no reduction; choose "
+                    "reduction=1, or unit='bottleneck'"
                 )
         return (width,)
     for name, value in given.items():
         if value != "previous" and width % value:
             divisors = [d for d in range(1, width + 1) if width % d == 0]
             raise UsageError(
-                f"{name}={value!r} does not divide width={width}{where}; choose one "
-                f"of {', '.join(map(str, divisors))}, or 'previous'"
+                f"{name}={value!r} does not divide width={width}; choose one of "
+                f"{', '.join(map(str, divisors))}, or 'previous'"
             )
     return tuple(in_width if v == "previous" else width // v for v in given.values())
 
