@@ -12,14 +12,14 @@ from typing import Annotated, Literal
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.fields import Range, check_dataclass, shown
 from flax_resnetv2.fields import check_choice as check_choice
-from flax_resnetv2.semantics import ARTICLE, SEMANTICS, Count, Kernel, Semantics
+from flax_resnetv2.semantics import ARTICLE, SEMANTICS, Kernel, Semantics, Size
 
 MAX_STACKS = 5
 UnitKind = Literal["bottleneck", "basic"]
 Units = Annotated[int, Range(1, 10_000)]
 """Of a stack: fifty times the deepest published one, and still quick to plan."""
 Stride = Annotated[int, Range(1, 64)]
-Reduction = Count | Literal["previous"]
+Reduction = Size | Literal["previous"]
 LAYERS = {"bottleneck": 3, "basic": 2}
 """Residual layers of each kind of unit."""
 
@@ -33,7 +33,7 @@ class Architecture:
 
     units: tuple[Units, ...] = (3, 3, 3)
     """Residual units in each stack; its length is the number of stacks, 1 to 5."""
-    widths: tuple[Count, ...] = (64, 128, 256)
+    widths: tuple[Size, ...] = (64, 128, 256)
     """Maps that each unit of a stack gives out (the article's nF)."""
     strides: tuple[Stride, ...] = (1, 2, 2)
     """Stride of each stack: of its unit 1, or of the unit that semantics names."""
@@ -50,7 +50,7 @@ class Architecture:
     """A shortcut around a whole stack, added to the stack's output."""
     stem: bool = True
     """False: the image itself enters stack 1."""
-    stem_width: Count = 64
+    stem_width: Size = 64
     """Maps that the stem gives out."""
     stem_kernel: Kernel = 3
     """Kernel of the stem's convolution (odd): 3 and 7 are the usual ones."""
@@ -67,11 +67,11 @@ class Architecture:
     """classifier: logits. latent: a vector, for encoders. none: the last maps."""
     head_input: Literal["pooled", "flattened"] = "pooled"
     """What classifier and latent read: the maps' averages, or all their values."""
-    num_classes: Count = 10
+    num_classes: Size = 10
     """Logits of the classifier."""
-    hidden: tuple[Count, ...] = ()
+    hidden: tuple[Size, ...] = ()
     """Widths of fully connected hidden layers (with ReLU) before logits or latent."""
-    latent: Count = 64
+    latent: Size = 64
     """Size of the latent vector."""
     latent_variance: bool = False
     """The latent head gives a mean and a log-variance."""
@@ -132,7 +132,7 @@ def check_architecture(a: Architecture) -> None:
     Raises:
         UsageError: naming the field, its value, what is legal.
     """
-    if isinstance(a, Architecture):
+    if isinstance(a, Architecture):  # First: it names the rows to choose from.
         check_semantics(a.semantics)
     check_dataclass(a, Architecture)
     if not 1 <= len(a.units) <= MAX_STACKS:

@@ -25,7 +25,7 @@ from flax_resnetv2.architecture import (
 )
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.fields import Range, check, check_arguments
-from flax_resnetv2.semantics import ARTICLE, Count, Initialiser, Kernel, Semantics
+from flax_resnetv2.semantics import ARTICLE, Initialiser, Kernel, Semantics, Size
 
 Side = Annotated[int, Range(1, 2**16)]
 ImageShape = Annotated[tuple[Side, Side, Side], "(height, width, channels)"]
@@ -206,8 +206,8 @@ def plan(architecture: Architecture, image_shape: ImageShape | None = None) -> N
 
 def plan_stack(
     *,
-    in_width: Count,
-    width: Count,
+    in_width: Size,
+    width: Size,
     units: Units,
     stride: Stride = 1,
     reduction: Reduction = 2,
@@ -252,8 +252,8 @@ def plan_stack(
 
 def plan_unit(
     *,
-    in_width: Count,
-    width: Count,
+    in_width: Size,
+    width: Size,
     stride: Stride = 1,
     reduction: Reduction = 2,
     central_reduction: Reduction | None = None,

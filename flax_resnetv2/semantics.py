@@ -20,7 +20,7 @@ Initialiser = Literal[
     "zeros",
 ]
 Kernel = Annotated[int, Range(1, 255, odd=True)]
-Count = Annotated[int, Range(1, 2**20)]
+Size = Annotated[int, Range(1, 2**20)]
 """Of maps, classes, groups: so many that no array's size passes 64 bits."""
 Epsilon = Annotated[float, Range(1e-12, 1)]
 """Below, the derivative of 1 / sqrt(variance) leaves float32 where a map is constant.
@@ -60,7 +60,7 @@ class Semantics:
     """The convolutions that have a bias."""
     norm: Literal["batch", "group"] = "batch"
     """Normalisation over the batch, or over groups of maps of each image."""
-    norm_groups: Count = 32
+    norm_groups: Size = 32
     """Groups of maps in group normalisation."""
     norm_epsilon: Epsilon = 1e-5
     """Added to the variance in normalisation."""
