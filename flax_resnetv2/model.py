@@ -507,7 +507,11 @@ def _group_normalised(x: jax.Array, plan: NormPlan) -> jax.Array:
 def _averaged(x: jax.Array | ops.PreActivation, side: int) -> jax.Array:
     """Averages of ``side`` x ``side`` pixels, of fewer where the maps end."""
     x = x.value if isinstance(x, ops.PreActivation) else x
-    return nn.avg_pool(x, (side,) * 2, (side,) * 2, "SAME", count_include_pad=False)
+    # linen counts the pixels in float32, and would leave bfloat16 there.
+    wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+    sides = (side,) * 2
+    y = nn.avg_pool(wide, sides, sides, "SAME", count_include_pad=False)
+    return y.astype(x.dtype)
 
 
 def _max_pool(x: jax.Array, padding: str) -> jax.Array:

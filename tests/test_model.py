@@ -737,6 +737,17 @@ def test_every_parameter_of_every_preset_gets_a_gradient(name):
         assert largest > 1e-6, path
 
 
+@pytest.mark.parametrize("side", [3, 4])
+def test_averages_stay_in_the_precision_of_the_maps(side):
+    semantics = replace(ARTICLE, shortcut_pool="average")
+    planned = plan_unit(in_width=4, width=8, stride=2, semantics=semantics)
+    unit = ResidualUnit(planned, Execution(dtype="bfloat16"))
+    maps = jax.ShapeDtypeStruct((2, side, side, 4), "bfloat16")
+    init = partial(unit.init_with_output, train=False)
+    out, _ = jax.eval_shape(init, jax.random.key(0), maps)
+    assert (out.shape, out.dtype) == ((2, 2, 2, 8), jnp.bfloat16)
+
+
 def test_double_precision_is_refused_where_jax_has_none():
     with pytest.raises(UsageError, match="JAX_ENABLE_X64=1, or choose float32"):
         create_model(NET, Execution(dtype="float64"))
