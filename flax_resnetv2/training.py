@@ -113,10 +113,19 @@ def check_train(config: TrainConfig) -> None:
 
 
 def make_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
-    """Learning rate as a function of the step."""
+    """Learning rate as a function of the step.
+
+    Raises:
+        UsageError: the warm-up, rounded to steps, leaves none.
+    """
     c, peak = config, config.learning_rate
     total = c.epochs * steps_per_epoch
     warmup = round(c.warmup_epochs * steps_per_epoch)
+    if warmup >= total:
+        raise UsageError(
+            f"train.warmup_epochs={c.warmup_epochs} takes all {total} steps of "
+            f"epochs={c.epochs}; choose a shorter warm-up, or more epochs"
+        )
     if c.schedule == "one_cycle":
         rising = warmup / total if warmup else 0.3
         schedule = optax.cosine_onecycle_schedule(total, peak, pct_start=rising)

@@ -229,6 +229,15 @@ def test_numbers_that_cannot_train_are_refused(changes, message):
         training.check_train(TrainConfig(**changes))
 
 
+@pytest.mark.parametrize("schedule", ["steps", "cosine", "one_cycle", "constant"])
+def test_a_warm_up_that_leaves_no_step_is_refused(schedule):
+    config = TrainConfig(epochs=2, warmup_epochs=1.9, schedule=schedule)
+    training.check_train(config)
+    with pytest.raises(UsageError, match=r"warmup_epochs=1.9 takes all 4 steps of ep"):
+        training.make_schedule(config, steps_per_epoch=2)
+    training.make_schedule(config, steps_per_epoch=10)
+
+
 # A strict program may use all of it
 
 
