@@ -232,7 +232,7 @@ STRANGE = [
     *(np.int64(3), np.float64(0.5), np.zeros((2, 2)), ARTICLE, (None,), (1.0,) * 3),
     *((False,) * 3, (0, 1, 2), (True, 1, 1), (np.int64(1),) * 3, (float("nan"),) * 3),
     *(4, 33, 65, 257, 10_001, 2**20 + 1, 2**31, 2**32, (2, 4, 257), (2**20 + 1,) * 3),
-    *((1,) * 4, (True,) * 4, (2, 2)),
+    *((1,) * 4, (True,) * 4, (2, 2), 200),
 ]
 SCALARS = st.one_of(
     st.sampled_from(STRANGE),
