@@ -430,8 +430,8 @@ def _check_resolutions(net: NetPlan, image_shape: ImageShape) -> None:
     for where, stride in net.strides():
         if stride > 1 and size == (1, 1):
             raise UsageError(
-                f"stride={stride} at {where}: the map is already 1x1 there "
-                f"(image_shape={image_shape}); choose a stride of 1, fewer stacks, or "
-                "larger images"
+                f"stride={stride} at {where}: the map is already 1x1 there (image "
+                f"{image_shape[0]}x{image_shape[1]}); choose a stride of 1, fewer "
+                "stacks, or larger images"
             )
         size = (-(-size[0] // stride), -(-size[1] // stride))

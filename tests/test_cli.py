@@ -173,7 +173,7 @@ def test_two_runs_that_start_together_take_two_directories(tmp_path, monkeypatch
         ),
         ("quickstart --architecture.kernel 2", ["kernel", "odd", "2", "1, 3, 5"]),
         ("quickstart --train.ema 1", ["train.ema=1", "[0, 1)"]),
-        ("quickstart --log-every 0", ["log_every=0", "1 or above"]),
+        ("quickstart --log-every 0", ["log_every=0", "from 1 to"]),
         ("quickstart --seed -1", ["seed=-1", "0 to 4294967295"]),
         ("quickstart --architecture.head latent", ["'latent'", "'classifier'"]),
     ],
@@ -292,7 +292,7 @@ def test_layers_of_a_preset_are_listed(capsys):
     ("arguments", "words"),
     [
         (["resnet56"], "means different nets"),
-        (["article", "--image-shape", "0", "32", "3"], "height of image_shape"),
+        (["article", "--image-shape", "0", "32", "3"], "image_shape=("),
         (["article", "--svg", "nowhere/net.svg"], "svg=nowhere/net.svg cannot be"),
     ],
 )

@@ -285,7 +285,8 @@ def is_refused(call, *arguments):
     except UsageError as error:
         assert len(str(error).splitlines()) == 1
         names = [name for rows in FIELDS.values() for name in rows]
-        assert re.search(rf"\b({'|'.join(names)}|image_shape|width)=", str(error))
+        known = "|".join([*names, "image_shape", "width", "stride"])
+        assert re.search(rf"\b({known})=", str(error))
         return True
     return False
 

@@ -345,7 +345,7 @@ def test_the_last_unit_has_the_stride_and_selects_pixels():
         (replace(BIT, norm_groups=3), r"norm_groups=3 does not divide the .* maps of"),
         (
             replace(BIT, standardise_epsilon=0.0),
-            "standardise_epsilon=0.0 must be above",
+            r"standardise_epsilon=0.0 must .* from 1e-12",
         ),
         (replace(ARTICLE, strided_unit="middle"), "strided_unit='middle' is unknown"),
     ],
