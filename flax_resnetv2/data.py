@@ -98,35 +98,32 @@ def open_dataset(config: DataConfig) -> Dataset:
 
     Raises:
         UsageError: a directory does not exist or cannot be read without TensorFlow, an
-            archive is not CIFAR-10, ``validation`` leaves nothing to train on.
-        RunError: the download failed.
+            archive is not CIFAR-10, fields contradict each other, ``validation`` leaves
+            nothing to train on.
+        RunError: the download failed, the disk is full.
     """
     if config.name not in IMAGE_SHAPES:
         raise UsageError(
             f"data.name={config.name!r} is unknown; choose one of "
             f"{', '.join(IMAGE_SHAPES)}"
         )
+    given = _sources(config)
     root = _data_dir(config)
     directory = find_prepared(config.name, root)
+    if directory is not None and given:
+        print(f"{directory} is prepared already and used; {given} has no effect")
     if directory is None:
         from flax_resnetv2 import preparation
 
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            if config.name == "cifar10":
-                preparation.prepare_cifar10(
-                    root,
-                    archive=config.archive,
-                    url=config.url,
-                    accept_checksum=config.accept_checksum,
-                )
-            else:
-                preparation.prepare_embedded(root)
-        except PermissionError as error:
-            raise UsageError(
-                f"{config.name} is not prepared in {root}, and cannot be written there "
-                f"({error.strerror}); choose a writable --data.dir"
-            ) from error
+        if config.name == "cifar10":
+            preparation.prepare_cifar10(
+                root,
+                archive=config.archive,
+                url=config.url,
+                accept_checksum=config.accept_checksum,
+            )
+        else:
+            preparation.prepare_embedded(root)
         directory = find_prepared(config.name, root)
     arrays, class_names = read_dataset(directory)
     splits = {name: Split(*pair) for name, pair in arrays.items()}
@@ -172,6 +169,22 @@ def fetch(split: Split, order: jax.Array, places: jax.Array) -> Batch:
     return Batch(split.image[index], split.label[index], mask)
 
 
+def _sources(config: DataConfig) -> str:
+    """Name the fields that say what to prepare from, or refuse them together."""
+    fields = {"archive": config.archive, "url": config.url}
+    given = [f"data.{name}={said}" for name, said in fields.items() if said is not None]
+    if len(given) == 2:
+        raise UsageError(f"{' and '.join(given)} are two sources; give one of them")
+    if config.accept_checksum:
+        given.append("data.accept_checksum")
+    if given and config.name != "cifar10":
+        raise UsageError(
+            f"{' and '.join(given)}: {config.name} is drawn and has no archive; leave "
+            "it out, or choose --data.name cifar10"
+        )
+    return " and ".join(given)
+
+
 def _data_dir(config: DataConfig) -> Path:
     """Where to look. A directory that was said must exist; a default is made."""
     said = config.dir
@@ -179,11 +192,11 @@ def _data_dir(config: DataConfig) -> Path:
     if said is None and config.name == "embedded_shapes":
         return user_cache() / "tensorflow_datasets"
     if said is None:
-        said, source = os.environ.get("TFDS_DATA_DIR"), "TFDS_DATA_DIR"
+        said, source = os.environ.get("TFDS_DATA_DIR") or None, "TFDS_DATA_DIR"
     if said is None:
         return Path.home() / "tensorflow_datasets"
-    root = Path(said).expanduser()
-    if not root.is_dir():
+    root = Path(os.path.expanduser(said))
+    if not said or not root.is_dir():
         raise UsageError(
             f"{source}={said} is not a directory; give a directory that holds (or is "
             f"to hold) TFDS data sets; to have {config.name} prepared there, create it "

@@ -4,6 +4,7 @@
 >>> predictor(images).argmax(-1)
 """
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,10 @@ from flax_resnetv2.errors import UsageError
 from flax_resnetv2.model import ResNetV2, create_model
 from flax_resnetv2.rundir import load_config, load_dataset_facts
 from flax_resnetv2.training import create_train_state
+
+LONGEST_SIDE = 65_535
+"""Pixels, as of JPEG. Scaling a longer one would take gigabytes, however narrow it is;
+PIL itself limits the number of pixels."""
 
 
 class Predictor:
@@ -94,23 +99,58 @@ class Predictor:
     def load(self, path: str | Path) -> np.ndarray:
         """Read an image file as uint8 [H, W, C], scaled to the size trained on.
 
+        Of an animation it is the first frame, turned as its camera says; what is
+        transparent has the colour that is stored there; 16 bits become 8.
+
         Raises:
-            UsageError: not a file, or not an image.
+            UsageError: not a file, not an image, cut short, or too large.
         """
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image, ImageOps, UnidentifiedImageError
 
         height, width, channels = self.image_shape
+        bombs = Image.DecompressionBombWarning, Image.DecompressionBombError
         try:
-            with Image.open(path) as image:
-                image = image.convert("RGB" if channels == 3 else "L")
-                image = image.resize((width, height), Image.Resampling.BICUBIC)
+            with warnings.catch_warnings():
+                # PIL speaks of oddities of a file that change no pixel.
+                warnings.simplefilter("ignore")
+                warnings.simplefilter("error", bombs[0])
+                with Image.open(path) as image:
+                    if max(image.size) > LONGEST_SIDE:
+                        raise UsageError(
+                            f"{path} is {image.width}x{image.height} pixels; the limit "
+                            f"of a side is {LONGEST_SIDE}; scale it down"
+                        )
+                    pixels = _eight_bits(ImageOps.exif_transpose(image), path)
+                    pixels = pixels.convert("RGB" if channels == 3 else "L")
+                    pixels = pixels.resize((width, height), Image.Resampling.BICUBIC)
+        except UsageError:
+            raise
         except UnidentifiedImageError as error:
             raise UsageError(
                 f"{path} is not an image; give a PNG or JPEG file"
             ) from error
-        except OSError as error:
-            raise UsageError(f"{path} cannot be read: {error}") from error
-        return np.asarray(image, np.uint8).reshape(self.image_shape)
+        except bombs as error:
+            raise UsageError(f"{path} is too large ({error}); scale it down") from error
+        except Exception as error:  # decoders raise anything where a file is damaged
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise UsageError(
+                f"{path} cannot be read ({reason}); give a whole PNG or JPEG file"
+            ) from error
+        return np.asarray(pixels, np.uint8).reshape(self.image_shape)
+
+
+def _eight_bits(image: Any, path: str | Path) -> Any:
+    """Scale 16 bits: PIL would cut all that is brighter than 255."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise UsageError(
+            f"{path} has pixels of mode {image.mode}, whose range is not known; give "
+            "an image of 8 or 16 bits a channel"
+        )
+    return image
 
 
 def _probabilities(
