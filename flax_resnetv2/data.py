@@ -111,7 +111,7 @@ def open_dataset(config: DataConfig) -> Dataset:
     root = _data_dir(config)
     directory = find_prepared(config.name, root)
     if directory is not None and given:
-        print(f"{directory} is prepared already and used; {given} has no effect")
+        print(f"{directory} is prepared already and used; not used: {given}")
     if directory is None:
         from flax_resnetv2 import preparation
 

@@ -63,6 +63,7 @@ def read_split(directory: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
             its images are not alike, or a label has no class.
     """
     import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordReader
 
     builder = _builder(directory)
     if split not in builder.info.splits:
@@ -74,6 +75,11 @@ def read_split(directory: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     skip = {"image": tfds.decode.SkipDecoding()}
     with reading(directory, f"the split {split!r} of "):
         source = builder.as_data_source(split, decoders=skip)
+        # TFDS reads as many as the description says, of however many there are.
+        paths = directory.glob(f"*-{split}.array_record-*")
+        stored = sum(ArrayRecordReader(str(path)).num_records() for path in paths)
+        if stored != len(source):
+            raise ValueError(f"it has {stored} records, described as {len(source)}")
         records = source.__getitems__(range(len(source)))
         images = _decode([record["image"] for record in records])
         labels = np.asarray([record["label"] for record in records], np.int32)

@@ -64,7 +64,7 @@ THEIRS = {
     "download": "rich",
     "preparation": "numpy tensorflow_datasets PIL",
     "process": "jax",
-    "records": "numpy tensorflow_datasets PIL",
+    "records": "numpy tensorflow_datasets array_record PIL",
     "decoded": "numpy",
     "data": "jax numpy",
     "training": "jax flax optax",

@@ -182,7 +182,7 @@ def test_a_description_that_counts_less_records_is_refused(prepared):
     content = path.read_text()
     path.write_text(content.replace('"10"', '"9"', 1))
     assert path.read_text() != content
-    refused(prepared, "XX")
+    refused(prepared, "it has 10 records, described as 9")
 
 
 def test_tfrecord_is_named_with_the_way_on(tmp_path):
