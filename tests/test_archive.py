@@ -185,6 +185,13 @@ def a_pickle_without_images(tmp_path):
     return first_pickle(tmp_path, content), r"labels float64 \[0\]"
 
 
+def a_pickle_with_an_array_of_no_labels(tmp_path):
+    nothing = np.zeros(0, np.uint8)
+    values = {b"data": nothing.reshape(0, 3072), b"labels": nothing}
+    content = pickle.dumps(values, protocol=3)
+    return first_pickle(tmp_path, content), r"labels uint8 \[0\]"
+
+
 def a_pickle_with_a_call(tmp_path):
     content = pickle.dumps(Evil(), protocol=2)
     return first_pickle(tmp_path, content), "asks for .*print"
@@ -209,6 +216,7 @@ def a_pickle_with_a_call(tmp_path):
         pickled_labels_in_two_columns,
         pickled_pixels_as_fractions,
         a_pickle_without_images,
+        a_pickle_with_an_array_of_no_labels,
         a_pickle_with_a_call,
     ],
 )
