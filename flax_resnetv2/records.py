@@ -142,15 +142,15 @@ def _decode(files: Sequence[bytes]) -> np.ndarray:
         action="error", category=Image.DecompressionBombWarning
     ):
         for file in files:
-            with Image.open(io.BytesIO(file)) as image:
-                kind = image.mode, *image.size
-                first = first or kind
-                if kind != first or image.mode not in ("L", "RGB"):
-                    raise ValueError(
-                        f"image {len(images)} is {_in_words(kind)}, the first "
-                        f"{_in_words(first)}; all must be alike, of mode L or RGB"
-                    )
-                images.append(np.asarray(image))
+            image = Image.open(io.BytesIO(file))
+            kind = image.mode, *image.size
+            first = first or kind
+            if kind != first or image.mode not in ("L", "RGB"):
+                raise ValueError(
+                    f"image {len(images)} is {_in_words(kind)}, the first "
+                    f"{_in_words(first)}; all must be alike, of mode L or RGB"
+                )
+            images.append(np.asarray(image))
     # A grey image has no channel axis of its own.
     return np.stack(images).reshape(len(images), *images[0].shape[:2], -1)
 
