@@ -32,6 +32,9 @@ class Config:
     """Which images."""
     augment: AugmentConfig = AugmentConfig()
     """What is done to them."""
+    weights: str | None = None
+    """Start from this file of weights that others published (.keras, .h5, .safetensors,
+    .npz), under a classifier drawn anew; None: all is drawn from the seed."""
     train: TrainConfig = TrainConfig()
     """How the net learns."""
     seed: int = 0
@@ -62,6 +65,8 @@ def check_config(config: Config) -> None:
         raise UsageError(
             f"augment.crop_padding={config.augment.crop_padding} must be 0 or above"
         )
+    if config.augment.resize is not None and config.augment.resize < 1:
+        raise UsageError(f"augment.resize={config.augment.resize} must be 1 or above")
     if config.architecture.head != "classifier":
         raise UsageError(
             f"architecture.head={config.architecture.head!r} gives no logits to train "
@@ -169,6 +174,26 @@ _QUICKSTART = Config(
     train=replace(_ONE_CYCLE, epochs=8, batch_size=64, learning_rate=0.2),
 )
 
+# Big Transfer's recipe in small: a low rate, no decay, images scaled up (its 128 crops
+# of 160), and few epochs.
+_TRANSFER = Config(
+    augment=AugmentConfig(resize=128, crop_padding=16),
+    train=TrainConfig(
+        epochs=10,
+        learning_rate=0.01,
+        weight_decay=0.0,
+        schedule="cosine",
+        warmup_epochs=0.5,
+        nesterov=False,
+    ),
+)
+_PUBLISHED = {
+    "keras-resnet50v2": "resnet50v2_weights_tf_dim_ordering_tf_kernels_notop.h5",
+    "timm-resnetv2-50": "model.safetensors",
+    "bit-r50x1": "BiT-M-R50x1.npz",
+}
+"""Names under which the weights are published."""
+
 
 def _recipes() -> dict[str, Recipe]:
     recipes = {
@@ -186,6 +211,16 @@ def _recipes() -> dict[str, Recipe]:
             recipes[f"cifar10-{name}-paper"] = Recipe(
                 replace(config, train=_PAPER), f"{about}; CIFAR-10, as He et al. train"
             )
+    for name in ("keras-resnet50v2", "timm-resnetv2-50", "bit-r50x1"):
+        preset = PRESETS[name]
+        recipes[f"cifar10-transfer-{name}"] = Recipe(
+            replace(
+                _TRANSFER,
+                architecture=replace(preset.architecture, num_classes=10),
+                weights=_PUBLISHED[name],
+            ),
+            "from published weights (--weights FILE) to CIFAR-10, scaled to 128x128",
+        )
     return recipes
 
 

@@ -17,7 +17,7 @@ from flax_resnetv2.checkpoint import Checkpointer
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.model import ResNetV2, create_model
 from flax_resnetv2.rundir import load_config, load_dataset_facts
-from flax_resnetv2.training import create_train_state
+from flax_resnetv2.training import train_state_shapes
 
 
 class Predictor:
@@ -53,17 +53,9 @@ class Predictor:
         """
         config, facts = load_config(workdir), load_dataset_facts(workdir)
         image_shape = tuple(facts["image_shape"])
-        model = create_model(config.architecture, config.execution, image_shape)
-        shapes = jax.eval_shape(
-            partial(
-                create_train_state,
-                model,
-                config.train,
-                image_shape=image_shape,
-                steps_per_epoch=1,  # shapes do not depend on it
-            ),
-            key=jax.random.key(0),
-        )
+        input_shape = config.augment.input_shape(image_shape)
+        model = create_model(config.architecture, config.execution, input_shape)
+        shapes = train_state_shapes(model, config.train, input_shape)
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         like = jax.tree.map(
             lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes

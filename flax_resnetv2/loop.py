@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from flax_resnetv2 import process, rundir
+from flax_resnetv2 import process, rundir, weights
 from flax_resnetv2.checkpoint import Checkpointer
 from flax_resnetv2.config import Config, check_config
 from flax_resnetv2.data import IMAGE_SHAPES, Dataset, epoch_order, open_dataset
@@ -50,7 +50,8 @@ def fit(
     began, workdir = time.perf_counter(), Path(workdir)
     devices = list(devices or jax.local_devices())
     config, dataset = agree(config, workdir, devices)
-    needed = needs(config.architecture, config.execution, dataset.image_shape)
+    input_shape = config.augment.input_shape(dataset.image_shape)
+    needed = needs(config.architecture, config.execution, input_shape)
     limit, peak = memory_limit(devices[0]), peak_flops(devices[0])
     needed.check(config.train.batch_size, len(devices), limit)
     process.touch_memory(needed.image_bytes * config.train.batch_size)
@@ -58,9 +59,10 @@ def fit(
     run = Run(config, dataset, devices)
     total = config.train.epochs * run.steps_per_epoch
     with Checkpointer(workdir / "checkpoints", config.keep_checkpoints) as checkpoints:
-        state = run.initial_state()
-        if (step := checkpoints.latest()) is not None:
-            state = checkpoints.restore(step, like=state)
+        if (step := checkpoints.latest()) is None:
+            state = run.initial_state()
+        else:
+            state = checkpoints.restore(step, like=run.state_shapes())
         done = int(state.step)
         needed = needed.beside(state, dataset.splits)
         needed.check(config.train.batch_size, len(devices), limit)
@@ -156,11 +158,16 @@ def agree(
     """Everything that can be refused, cheapest first; the configuration filled in."""
     check_config(config)
     # Planned before anything is read, so that a mistake costs no waiting.
-    create_model(
-        config.architecture, config.execution, IMAGE_SHAPES.get(config.data.name)
-    )
+    shape = IMAGE_SHAPES.get(config.data.name)
+    shape = shape and config.augment.input_shape(shape)
+    create_model(config.architecture, config.execution, shape)
     _check_devices(config, len(devices))
     rundir.check_same(workdir, config)
+    if config.weights is not None and not (workdir / "config.json").exists():
+        try:
+            weights.check_file(config.weights)
+        except UsageError as error:
+            raise UsageError(f"weights={error} by --weights FILE") from error
     dataset = open_dataset(config.data)
     return resolve(config, dataset), dataset
 
@@ -180,7 +187,11 @@ def resolve(config: Config, dataset: Dataset) -> Config:
             f"{dataset.name}; choose one from 1 to {images}"
         )
     if config.augment.mean is None:
-        mean, std = dataset.channel_statistics()
+        if config.weights is not None:
+            known = weights.NORMALISATION
+            mean, std = known.mean, known.std
+        else:
+            mean, std = dataset.channel_statistics()
         config = replace(config, augment=replace(config.augment, mean=mean, std=std))
     return config
 

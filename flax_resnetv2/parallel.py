@@ -25,7 +25,9 @@ from flax_resnetv2.training import (
     make_eval_step,
     make_schedule,
     make_train_step,
+    train_state_shapes,
 )
+from flax_resnetv2.weights import from_file
 
 AXIS = "devices"
 """The mapped axis."""
@@ -68,15 +70,29 @@ class Run:
         return self._splits[name]
 
     def initial_state(self) -> TrainState:
-        """Initial state from the seed."""
+        """Initial state, from the seed and the weights that the run starts from."""
+        key, variables = jax.random.key(self.config.seed), None
+        if self.config.weights is not None:
+            variables = from_file(
+                self.config.weights, self.model, classifier="leave", key=key
+            )
         return self.place(
             create_train_state(
                 self.model,
                 self.config.train,
-                jax.random.key(self.config.seed),
-                self.dataset.image_shape,
+                key,
+                self.config.augment.input_shape(self.dataset.image_shape),
                 self.steps_per_epoch,
+                variables,
             )
+        )
+
+    def state_shapes(self) -> TrainState:
+        """What a state consists of and where it lies, without its numbers."""
+        shape = self.config.augment.input_shape(self.dataset.image_shape)
+        return jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self._replicated),
+            train_state_shapes(self.model, self.config.train, shape),
         )
 
     def describe(self, state: TrainState) -> str:
@@ -171,4 +187,5 @@ def add_up(metrics: list[Metrics]) -> Metrics:
 def _model(config: Config, dataset: Dataset, axis: str | None) -> ResNetV2:
     axis = axis if config.train.sync_batch_norm else None
     execution = replace(config.execution, batch_norm_axis=axis)
-    return create_model(config.architecture, execution, dataset.image_shape)
+    shape = config.augment.input_shape(dataset.image_shape)
+    return create_model(config.architecture, execution, shape)

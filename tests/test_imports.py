@@ -36,11 +36,11 @@ OURS = {
     "preflight": "counting architecture errors",
     "rundir": "config data errors",
     "tracing": "errors",
-    "parallel": "augment config data model training",
+    "parallel": "augment config data model training weights",
     "loop": "checkpoint config data model parallel preflight process report rundir "
-    "tracing training errors",
+    "tracing training weights errors",
     "analysis": "model",
-    "weights": "architecture model errors",
+    "weights": "architecture augment model errors",
     "inference": "augment checkpoint model rundir training errors",
     "drawing": "architecture counting planning",
     "cli": "config counting drawing inference loop presets process rundir tracing "

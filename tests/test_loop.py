@@ -58,7 +58,7 @@ def _compiled_once(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", old)
 
 
-def ready_state(model, train, key, image_shape, steps_per_epoch):
+def ready_state(model, train, key, image_shape, steps_per_epoch, _):
     """``create_train_state`` with constants, whose compilation takes no time."""
     dtype = jax.numpy.dtype(model.execution.param_dtype)
     variables = jax.tree.map(lambda x: x.astype(dtype), tiny.variables_of(model))
