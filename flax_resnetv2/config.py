@@ -45,8 +45,11 @@ class Config:
     """Epochs between two evaluations; the last epoch always has one."""
     checkpoint_every: int = 1
     """Epochs between two checkpoints; the last epoch always has one."""
+    checkpoint_steps: int | None = None
+    """Steps between two checkpoints, beside those at the ends of epochs; None: none."""
     keep_checkpoints: int = 2
-    """How many of the newest stay."""
+    """How many of the newest stay; with data.validation, the one that did best on it
+    stays too."""
 
 
 def check_config(config: Config) -> None:
@@ -59,6 +62,10 @@ def check_config(config: Config) -> None:
     for name in ("log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
         if getattr(config, name) < 1:
             raise UsageError(f"{name}={getattr(config, name)} must be 1 or above")
+    if config.checkpoint_steps is not None and config.checkpoint_steps < 1:
+        raise UsageError(
+            f"checkpoint_steps={config.checkpoint_steps} must be 1 or above, or None"
+        )
     if not 0 <= config.seed < 2**32:
         raise UsageError(f"seed={config.seed} must be from 0 to 4294967295")
     if config.augment.crop_padding < 0:
@@ -117,8 +124,8 @@ def from_json(text: str) -> Config:
     return _build(Config, values, "")
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """Say which fields differ, one "train.epochs: 10 -> 20" each."""
+def differences(old: Config, new: Config) -> dict[str, str]:
+    """Say which fields differ: {"train.epochs": "train.epochs: 10 -> 20"}."""
 
     def flat(value: Any, path: str) -> dict[str, Any]:
         if not dataclasses.is_dataclass(value):
@@ -129,7 +136,11 @@ def differences(old: Config, new: Config) -> list[str]:
         return leaves
 
     before, after = flat(old, ""), flat(new, "")
-    return [f"{k}: {before[k]} -> {after[k]}" for k in before if before[k] != after[k]]
+    return {
+        field: f"{field}: {value} -> {after[field]}"
+        for field, value in before.items()
+        if value != after[field]
+    }
 
 
 def _build(kind: Any, value: Any, path: str) -> Any:

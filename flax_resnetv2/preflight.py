@@ -53,8 +53,8 @@ class Needs:
     """The way of running that this is for."""
 
     def beside(self, *trees: Any) -> "Needs":
-        """The same with arrays that lie on each device all the time."""
-        more = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+        """The same with arrays (or their shapes) on each device all the time."""
+        more = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(trees))
         return replace(self, fixed_bytes=self.fixed_bytes + more)
 
     def bytes(self, share: int) -> int:

@@ -5,11 +5,13 @@ Called by the commands. Whoever imports the package decides about his own proces
 
 import ctypes
 import os
+import signal
 import sys
 import threading
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 _kept = False
 """Whether ``keep_memory`` took effect in this process."""
@@ -104,6 +106,49 @@ def choose_convolutions() -> bool:
     chosen = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
     os.environ["XLA_FLAGS"] = f"{flags} {chosen}".strip()
     return True
+
+
+class Stop:
+    """Notes that SIGTERM or SIGINT asks the process to stop; a second one ends it.
+
+    Only from ``listen`` on: before, there is nothing that a signal could lose. Outside
+    the main thread signals stay as they are.
+    """
+
+    def __init__(self) -> None:
+        self.asked: str | None = None
+        """Name of the signal that came."""
+        self._before: dict[int, Any] = {}
+
+    def listen(self) -> None:
+        """Begin to note signals; again: nothing."""
+        if self._before or threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, _: object) -> None:
+        if self.asked is not None:
+            os._exit(128 + number)
+        self.asked = signal.Signals(number).name
+        # print and logging may be in the middle of a line, and may wait for it.
+        os.write(2, f"\n{self.asked}: saving; a second one ends at once\n".encode())
+
+    def __enter__(self) -> "Stop":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def make_deterministic() -> None:
+    """Have GPUs give the same bits run to run; call it before JAX's backend starts.
+
+    CPUs and TPUs do so in any case.
+    """
+    chosen = "--xla_gpu_deterministic_ops=true"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {chosen}".strip()
 
 
 def _accelerated() -> bool:

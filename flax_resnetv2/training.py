@@ -265,7 +265,8 @@ def make_train_step(
         axis_name: the mapped axis that shares the batch; None: there is none.
 
     The metrics are sums over the images (``loss``, ``correct``) with their ``count``,
-    and over the steps (``gradient_norm`` by part of the net) with ``steps``.
+    and over the steps (``gradient_norm`` by part of the net) with ``steps``, of which
+    ``finite_steps`` had a finite loss and gradient.
     """
     optimizer = make_optimizer(train, steps_per_epoch)
 
@@ -308,12 +309,15 @@ def make_train_step(
             )
         params = optax.apply_updates(state.params, updates)
         averaged = _average(state, {"params": params, "batch_stats": stats}, train.ema)
+        norms = {k: optax.tree.norm(g) for k, g in gradient.items()}
+        finite = jnp.isfinite(jnp.stack([loss, *norms.values()])).all()
         metrics = {
             "loss": loss,
             "correct": correct,
             "count": count,
             "steps": jnp.ones([], jnp.int32),
-            "gradient_norm": {k: optax.tree.norm(g) for k, g in gradient.items()},
+            "finite_steps": finite.astype(jnp.int32),
+            "gradient_norm": norms,
         }
         new = TrainState(state.step + 1, params, stats, opt_state, averaged)
         return new, metrics

@@ -41,7 +41,7 @@ OURS = {
     "tracing training weights errors",
     "analysis": "model",
     "weights": "architecture augment model errors",
-    "inference": "augment checkpoint model rundir training errors",
+    "inference": "architecture augment checkpoint model rundir training errors",
     "drawing": "architecture counting planning",
     "cli": "config counting drawing inference loop presets process rundir tracing "
     "errors",
@@ -53,7 +53,7 @@ THEIRS = {
     "ops": "jax",
     "augment": "jax",
     "report": "rich",
-    "checkpoint": "jax orbax",
+    "checkpoint": "jax numpy orbax",
     "model": "jax flax numpy",
     "embedded": "numpy",
     "preparation": "numpy tensorflow_datasets PIL rich",

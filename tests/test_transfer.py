@@ -106,10 +106,10 @@ def test_a_run_goes_on_without_the_file(start, monkeypatch, tmp_path):
         # Stopped after the first of two epochs.
         evaluate = loop._evaluate_all
 
-        def stop(run, state, done, report):
+        def stop(run, state, done, *rest):
             if done > run.steps_per_epoch:
                 raise KeyboardInterrupt
-            evaluate(run, state, done, report)
+            return evaluate(run, state, done, *rest)
 
         patch.setattr(loop, "_evaluate_all", stop)
         with pytest.raises(KeyboardInterrupt):
