@@ -159,18 +159,26 @@ def _accelerated() -> bool:
     return bool(found or entry_points(group="jax_plugins"))
 
 
-def cache_compilations() -> Path | None:
-    """Keep compiled programs in the user's cache directory, for the next process.
+def program_cache() -> Path:
+    """Where compiled programs are kept: where JAX was told to, or in the user's cache.
 
-    A directory that JAX was told (``JAX_COMPILATION_CACHE_DIR``) stays.
+    JAX is told by ``JAX_COMPILATION_CACHE_DIR``.
+    """
+    import jax
+
+    return Path(jax.config.jax_compilation_cache_dir or user_cache() / "xla")
+
+
+def cache_compilations() -> Path | None:
+    """Keep compiled programs in ``program_cache()``, for the next process.
 
     Returns:
         Where they are kept; None: the directory cannot be written.
     """
     import jax
 
+    directory = program_cache()
     if jax.config.jax_compilation_cache_dir is None:
-        directory = user_cache() / "xla"
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError:
@@ -180,4 +188,4 @@ def cache_compilations() -> Path | None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
         # A start is also many small programs.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    return Path(jax.config.jax_compilation_cache_dir)
+    return directory

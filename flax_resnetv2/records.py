@@ -94,6 +94,12 @@ def class_names(directory: Path) -> tuple[str, ...]:
     return tuple(builder.info.features["label"].names)
 
 
+def split_sizes(directory: Path) -> dict[str, int]:
+    """Count the images of each split, as the description does."""
+    splits = _description(directory).get("splits", [])
+    return {s["name"]: sum(map(int, s["shardLengths"])) for s in splits}
+
+
 def _description(directory: Path) -> dict[str, Any]:
     """Read ``dataset_info.json``, or say that it is broken."""
     path = directory / "dataset_info.json"
