@@ -1,10 +1,12 @@
 """The commands ``train.py RECIPE [--field value ...]``, ``predict.py RUN IMAGE ...``,
-``python -m flax_resnetv2 PRESET``.
+``python -m flax_resnetv2 show PRESET``, ``python -m flax_resnetv2 doctor [RECIPE]``.
 
 Every flag is a field of ``Config`` and every help text its docstring. Exit codes: 0
 done, 2 bad use, 1 failed run; the last two with one message and no traceback.
 """
 
+import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -33,26 +35,12 @@ class TrainCommand(Config):
 
 def train(arguments: Sequence[str] | None = None) -> int:
     """Run ``train.py``: a recipe, changed by flags, trained by ``fit``."""
-    import tyro
-
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    names = [f.name for f in fields(Config)]
-    command = tyro.extras.overridable_config_cli(
-        {
-            name: (
-                recipe.description,
-                TrainCommand(**{n: getattr(recipe.config, n) for n in names}),
-            )
-            for name, recipe in RECIPES.items()
-        },
+    recipe, config, command = _parse(
+        arguments,
         prog="train.py",
         description="Train a ResNet V2 by a recipe; RECIPE --help lists every field.",
-        args=arguments,
     )
-    config = Config(**{name: getattr(command, name) for name in names})
-    # tyro takes an underscore for a hyphen.
-    words = [word.replace("_", "-") for word in arguments]
-    recipe = next(word for word in words if word in RECIPES)
 
     def work() -> None:
         process.tune()
@@ -73,6 +61,31 @@ def train(arguments: Sequence[str] | None = None) -> int:
         )
 
     return _guarded(work)
+
+
+def _parse(
+    arguments: list[str], prog: str, description: str
+) -> tuple[str, Config, TrainCommand]:
+    """Read a recipe and what changes it: its name, the run, all that was said."""
+    import tyro
+
+    names = [f.name for f in fields(Config)]
+    command = tyro.extras.overridable_config_cli(
+        {
+            name: (
+                recipe.description,
+                TrainCommand(**{n: getattr(recipe.config, n) for n in names}),
+            )
+            for name, recipe in RECIPES.items()
+        },
+        prog=prog,
+        description=description,
+        args=arguments,
+    )
+    config = Config(**{name: getattr(command, name) for name in names})
+    # tyro takes an underscore for a hyphen.
+    words = [word.replace("_", "-") for word in arguments]
+    return next(word for word in words if word in RECIPES), config, command
 
 
 def predict(arguments: Sequence[str] | None = None) -> int:
@@ -105,11 +118,15 @@ def predict(arguments: Sequence[str] | None = None) -> int:
     return _guarded(lambda: tyro.cli(main, prog="predict.py", args=arguments))
 
 
-def describe(arguments: Sequence[str] | None = None) -> int:
-    """Run ``python -m flax_resnetv2``: print a preset's units, and draw it."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``python -m flax_resnetv2``: ``show`` or ``doctor``."""
     import tyro
 
-    def main(
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["doctor"]:
+        return _doctor(arguments[1:])
+
+    def show(
         preset: tyro.conf.Positional[str],
         image_shape: tuple[int, int, int] | None = None,
         layers: bool = False,
@@ -151,8 +168,42 @@ def describe(arguments: Sequence[str] | None = None) -> int:
                 ) from error
             print(f"drawn in {svg}")
 
-    program = "python -m flax_resnetv2"
-    return _guarded(lambda: tyro.cli(main, prog=program, args=arguments))
+    def doctor() -> None:
+        """Say what train.py would find and do, and what stands in its way.
+
+        It takes what train.py takes: doctor [RECIPE] [--field value ...].
+        """
+
+    commands = {"show": show, "doctor": doctor}
+    return _guarded(
+        lambda: tyro.extras.subcommand_cli_from_dict(
+            commands, prog="python -m flax_resnetv2", args=arguments
+        )
+    )
+
+
+def _doctor(arguments: list[str]) -> int:
+    """Run ``python -m flax_resnetv2 doctor``: print findings; 1 if one is a problem."""
+    from flax_resnetv2.doctor import examine
+    from flax_resnetv2.installed import tell
+
+    # Flags without a recipe are for quickstart.
+    if not arguments or re.match(r"--(?!help$)", arguments[0]):
+        arguments = ["quickstart", *arguments]
+    _, config, command = _parse(
+        arguments,
+        prog="python -m flax_resnetv2 doctor",
+        description="Say what train.py with the same words would find and do.",
+    )
+    return tell(
+        examine(
+            config,
+            shlex.join(["train.py", *arguments]),
+            None if command.workdir is None else Path(command.workdir),
+            command.compilation_cache,
+            command.profile,
+        )
+    )
 
 
 def _guarded(work: Callable[[], None]) -> int:

@@ -34,6 +34,10 @@ from flax_resnetv2.errors import RunError, UsageError
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 """The official address."""
+ARCHIVE_BYTES = 170_052_171
+"""Of what is there."""
+VERSIONS = {"cifar10": "3.0.2", embedded.NAME: "1.0.0"}
+"""Of the data sets that are written here."""
 CIFAR10_SHA256 = {
     "cifar-10-binary.tar.gz": (
         "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
@@ -76,18 +80,9 @@ def prepare_cifar10(
         UsageError: the archive is missing, another one, or damaged.
         RunError: the download failed; what has arrived is kept and gone on with.
     """
+    check_source(archive, url)
     url = url or CIFAR10_URL
-    if archive is not None and not Path(archive).expanduser().is_file():
-        raise UsageError(
-            f"data.archive={archive} is not a file; give a local copy of "
-            f"{' or '.join(CIFAR10_SHA256)}"
-        )
-    if not url.startswith(("http://", "https://")):
-        raise UsageError(
-            f"data.url={url} is no address to download from; give one that begins "
-            "with http:// or https://, or a local file by --data.archive PATH"
-        )
-    with _alone(root / "cifar10" / "3.0.2") as wanted:
+    with _alone(root / "cifar10" / VERSIONS["cifar10"]) as wanted:
         if not wanted:
             return
         if archive is not None:
@@ -105,7 +100,7 @@ def prepare_cifar10(
         _write(
             root,
             name="cifar10",
-            version="3.0.2",
+            version=VERSIONS["cifar10"],
             description=(
                 "CIFAR-10: 60,000 colour images of 32x32 pixels, 6,000 in each of ten "
                 "classes; 50,000 to train on and 10,000 to test."
@@ -125,15 +120,46 @@ def prepare_cifar10(
             path.unlink()
 
 
+def check_source(archive: str | None, url: str | None) -> None:
+    """Refuse what CIFAR-10 cannot come from; arguments as of ``prepare_cifar10``.
+
+    Raises:
+        UsageError: no such file, or no address.
+    """
+    if archive is not None and not Path(archive).expanduser().is_file():
+        raise UsageError(
+            f"data.archive={archive} is not a file; give a local copy of "
+            f"{' or '.join(CIFAR10_SHA256)}"
+        )
+    if url and not url.startswith(("http://", "https://")):
+        raise UsageError(
+            f"data.url={url} is no address to download from; give one that begins "
+            "with http:// or https://, or a local file by --data.archive PATH"
+        )
+
+
+def check_place(directory: Path) -> None:
+    """Refuse a directory root/name/version that holds something else.
+
+    Raises:
+        UsageError: it exists and has no description of a data set.
+    """
+    if directory.exists() and not (directory / "dataset_info.json").exists():
+        raise UsageError(
+            f"{directory} holds no dataset_info.json, so it is no data set; remove "
+            "it to have the data set prepared, or give another --data.dir"
+        )
+
+
 def prepare_embedded(root: Path) -> None:
     """Write ``root/embedded_shapes/1.0.0``: the images of ``embedded.draw``."""
-    with _alone(root / embedded.NAME / "1.0.0") as wanted:
+    with _alone(root / embedded.NAME / VERSIONS[embedded.NAME]) as wanted:
         if not wanted:
             return
         _write(
             root,
             name=embedded.NAME,
-            version="1.0.0",
+            version=VERSIONS[embedded.NAME],
             description="Ten shapes on 32x32 pixels, drawn by flax_resnetv2.embedded.",
             homepage="",
             citation="",
@@ -166,11 +192,7 @@ def _alone(directory: Path) -> Iterator[bool]:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # some network file systems have no locks
             pass
-        if directory.exists() and not (directory / "dataset_info.json").exists():
-            raise UsageError(
-                f"{directory} holds no dataset_info.json, so it is no data set; remove "
-                "it to have the data set prepared, or give another --data.dir"
-            )
+        check_place(directory)
         yield not directory.exists()
 
 

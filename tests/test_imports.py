@@ -43,9 +43,12 @@ OURS = {
     "weights": "architecture augment model errors",
     "inference": "architecture augment checkpoint model rundir training errors",
     "drawing": "architecture counting planning",
-    "cli": "config counting drawing inference loop presets process rundir tracing "
-    "errors",
-    "__main__": "cli",
+    "installed": "",
+    "doctor": "config data decoded embedded installed loop model preflight preparation "
+    "process records rundir tracing training errors",
+    "cli": "config counting doctor drawing inference installed loop presets process "
+    "rundir tracing errors",
+    "__main__": "cli doctor installed",
 }
 """What each module may import of ours, anywhere in it."""
 
@@ -70,7 +73,9 @@ THEIRS = {
     "analysis": "jax flax",
     "weights": "jax flax numpy h5py safetensors",
     "inference": "jax numpy PIL",
+    "doctor": "jax numpy",
     "cli": "numpy tyro",
+    "__main__": "tyro",
 }
 """The same for other people's packages; a module that is not here needs none."""
 
