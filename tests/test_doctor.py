@@ -29,6 +29,8 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # What the machine of the tests has beside its CPU is not the matter.
+    monkeypatch.setattr(doctor.devices, "__defaults__", (tmp_path / "dev",))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path
