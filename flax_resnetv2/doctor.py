@@ -38,7 +38,7 @@ from flax_resnetv2.installed import (
 from flax_resnetv2.model import create_model
 from flax_resnetv2.preflight import amount, memory_limit, needs, size_of
 from flax_resnetv2.records import class_names, find_prepared, split_sizes
-from flax_resnetv2.training import create_train_state
+from flax_resnetv2.training import train_state_shapes
 
 _ACCELERATORS = {
     "an NVIDIA GPU": ("nvidia[0-9]*", "cuda", "cuda13"),
@@ -197,17 +197,15 @@ def run(
     try:  # in the order of fit
         check_config(config)
         dataset = _stand_in(config.data)
-        shape = dataset.image_shape
+        shape = config.augment.input_shape(dataset.image_shape)
         model = create_model(config.architecture, config.execution, shape)
-        loop._check_devices(config, len(devices))
+        loop.check_devices(config, len(devices))
         rundir.check_same(place, config)
         loop.resolve(config, dataset)
         steps = len(dataset.splits["train"].label) // train.batch_size
         # How far a run in workdir has come, only opening its checkpoints would say.
         tracing.check_steps(tracing.parse_steps(profile), 0, steps * train.epochs)
-        state = jax.eval_shape(
-            lambda: create_train_state(model, train, jax.random.key(0), shape, steps)
-        )
+        state = train_state_shapes(model, train, shape)
         needed = needs(config.architecture, config.execution, shape)
         needed = needed.beside(state, dataset.splits)
         limit = memory_limit(devices[0])
