@@ -2,7 +2,8 @@
 ``python -m flax_resnetv2 show PRESET``, ``python -m flax_resnetv2 doctor [RECIPE]``.
 
 Every flag is a field of ``Config`` and every help text its docstring. Exit codes: 0
-done, 2 bad use, 1 failed run; the last two with one message and no traceback.
+done, 2 bad use, 1 failed run, 75 stopped by a signal with all of it saved, 130 ended by
+Ctrl-C before there was anything to save; with one message and no traceback.
 """
 
 import re
@@ -12,12 +13,14 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from flax_resnetv2 import process
 from flax_resnetv2.config import RECIPES, Config
-from flax_resnetv2.errors import RunError, UsageError
+from flax_resnetv2.errors import RunError, Stopped, UsageError
+from flax_resnetv2.parallel import Executor
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,20 @@ class TrainCommand(Config):
     user's cache directory, as ~/.cache/flax_resnetv2/xla, which may be deleted."""
     profile: str | None = None
     """FIRST:END, as 20:30: write a trace of these steps to WORKDIR/profile."""
+    deterministic: bool = False
+    """The same bits run to run on GPUs too, which costs speed; see
+    docs/reliability.md."""
+    executor: Executor = "pmap"
+    """What maps a step over the devices; both compute the same."""
+    distributed: bool = False
+    """This is one of several processes that SLURM, Open MPI, Kubernetes or a TPU pod
+    started; elsewhere the three flags below say what these know."""
+    coordinator: str | None = None
+    """HOST:PORT of the first process."""
+    processes: int | None = None
+    """How many there are."""
+    process: int | None = None
+    """Which one this is, from 0."""
 
 
 def train(arguments: Sequence[str] | None = None) -> int:
@@ -43,24 +60,59 @@ def train(arguments: Sequence[str] | None = None) -> int:
     )
 
     def work() -> None:
-        process.tune()
-        if command.compilation_cache:
-            process.cache_compilations()
-        from flax_resnetv2.loop import fit
-        from flax_resnetv2.rundir import new_workdir
         from flax_resnetv2.tracing import parse_steps
 
-        profile = parse_steps(command.profile)
+        profile, chosen = parse_steps(command.profile), command.workdir
+        many = _check_processes(command)
+        process.tune()
+        if command.deterministic:
+            process.make_deterministic()
+        if command.compilation_cache:
+            process.cache_compilations()
+        if many:
+            process.join(command.coordinator, command.processes, command.process)
+        from flax_resnetv2.loop import fit
+        from flax_resnetv2.rundir import new_workdir
 
-        chosen = command.workdir
         with nullcontext(chosen) if chosen else new_workdir(recipe) as workdir:
-            result = fit(config, workdir, profile=profile)
-        print(
-            f"test accuracy {result['accuracy']:.4f} of {result['count']:,} images; "
-            f"{result['seconds']:.0f} s; in {workdir}"
-        )
+            result = fit(config, workdir, profile=profile, executor=command.executor)
+        if process.is_first():
+            print(
+                f"test accuracy {result['accuracy']:.4f} of {result['count']:,} images;"
+                f" {result['seconds']:.0f} s; in {workdir}"
+            )
 
-    return _guarded(work)
+    code = _guarded(work)
+    if code in (1, 2):
+        process.leave_others(code)
+    return code
+
+
+def _check_processes(command: TrainCommand) -> bool:
+    """Whether there are several processes; all of them must be told the same run."""
+    said = [command.coordinator, command.processes, command.process]
+    if said.count(None) not in (0, 3):
+        raise UsageError(
+            f"coordinator={said[0]}, processes={said[1]} and process={said[2]} are "
+            "given all or not at all; without them --distributed asks the cluster"
+        )
+    many = command.distributed or command.processes is not None
+    if many and command.workdir is None:
+        raise UsageError(
+            "several processes need one workdir=None that all of them see; give "
+            "--workdir DIR"
+        )
+    if command.processes is not None:
+        if command.processes < 1 or not 0 <= command.process < command.processes:
+            raise UsageError(
+                f"process={command.process} must be from 0 to below processes="
+                f"{command.processes}, which must be 1 or above"
+            )
+        if not re.fullmatch(r".+:\d+", command.coordinator):
+            raise UsageError(
+                f"coordinator={command.coordinator} must be HOST:PORT, as 10.0.0.1:1234"
+            )
+    return many
 
 
 def _parse(
@@ -96,6 +148,7 @@ def predict(arguments: Sequence[str] | None = None) -> int:
         run: tyro.conf.Positional[str],
         images: tyro.conf.Positional[tuple[str, ...]],
         top: int = 3,
+        checkpoint: Literal["newest", "best"] = "newest",
     ) -> None:
         """Say what is on images.
 
@@ -103,12 +156,15 @@ def predict(arguments: Sequence[str] | None = None) -> int:
             run: A run directory that train.py made.
             images: Image files.
             top: How many classes to print for each.
+            checkpoint: The newest, or the best on the split "validation".
         """
         from flax_resnetv2.inference import Predictor
 
         if not images:
             raise UsageError("no image given; name at least one PNG or JPEG file")
-        predictor = Predictor.from_run(run)
+        if top < 1:
+            raise UsageError(f"top={top} must be 1 or above")
+        predictor = Predictor.from_run(run, checkpoint)
         pixels = np.stack([predictor.load(path) for path in images])
         for path, row in zip(images, predictor(pixels), strict=True):
             best = np.argsort(-row)[:top]
@@ -207,7 +263,8 @@ def _doctor(arguments: list[str]) -> int:
 
 
 def _guarded(work: Callable[[], None]) -> int:
-    """Turn the project's two errors into a message and an exit code."""
+    """Turn the project's errors into a message and an exit code."""
+    process.quieten()
     try:
         work()
     except UsageError as error:
@@ -216,4 +273,10 @@ def _guarded(work: Callable[[], None]) -> int:
     except RunError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        return 75
+    except KeyboardInterrupt:
+        print("ended by Ctrl-C; nothing that was done is lost", file=sys.stderr)
+        return 130
     return 0

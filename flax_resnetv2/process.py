@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from flax_resnetv2.errors import RunError, UsageError
+
 _kept = False
 """Whether ``keep_memory`` took effect in this process."""
 
@@ -140,6 +142,70 @@ class Stop:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+HEARTBEAT = 30
+"""Seconds without a sign of life after which a process counts as gone."""
+
+
+def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Become one of several processes; call it before JAX's backend starts.
+
+    Where one of them dies, the others fail at their next exchange, or are ended by JAX
+    after ``HEARTBEAT``.
+
+    Args:
+        coordinator: HOST:PORT of the first; None, with the others: what SLURM, Open
+            MPI, Kubernetes or a TPU pod say.
+        processes: how many there are.
+        process: which one this is.
+
+    Raises:
+        UsageError: nothing says what the arguments leave out.
+        RunError: the others do not answer.
+    """
+    import jax
+
+    try:
+        jax.distributed.initialize(
+            coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT
+        )
+    except ValueError as error:
+        raise UsageError(
+            f"no cluster was found that says who the processes are ({error}); give "
+            "--coordinator HOST:PORT --processes N --process K"
+        ) from error
+    except RuntimeError as error:
+        raise RunError(
+            f"the processes did not come together ({str(error).splitlines()[0]}); "
+            "start all of them within five minutes, with the same --coordinator"
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes what is written once."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def leave_others(code: int) -> None:
+    """End this process at once if it is one of several; else do nothing.
+
+    Leaving in order would wait for the others, who may be gone, or wait for this one.
+    """
+    jax = sys.modules.get("jax")
+    if jax and jax.distributed.is_initialized() and jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def quieten() -> None:
+    """Leave it to this project to say what went wrong, not to orbax's log."""
+    import absl.logging
+
+    absl.logging.set_verbosity(absl.logging.FATAL)
 
 
 def make_deterministic() -> None:

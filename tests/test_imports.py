@@ -46,8 +46,8 @@ OURS = {
     "installed": "",
     "doctor": "config data decoded embedded installed loop model preflight preparation "
     "process records rundir tracing training errors",
-    "cli": "config counting doctor drawing inference installed loop presets process "
-    "rundir tracing errors",
+    "cli": "config counting doctor drawing inference installed loop parallel presets "
+    "process rundir tracing errors",
     "__main__": "cli doctor installed",
 }
 """What each module may import of ours, anywhere in it."""
@@ -60,7 +60,7 @@ THEIRS = {
     "model": "jax flax numpy",
     "embedded": "numpy",
     "preparation": "numpy tensorflow_datasets PIL rich",
-    "process": "jax",
+    "process": "jax absl",
     "records": "numpy tensorflow_datasets PIL",
     "decoded": "numpy",
     "data": "jax numpy",
