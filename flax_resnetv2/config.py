@@ -32,6 +32,9 @@ class Config:
     """Which images."""
     augment: AugmentConfig = AugmentConfig()
     """What is done to them."""
+    weights: str | None = None
+    """Start from this file of weights that others published (.keras, .h5, .safetensors,
+    .npz), under a classifier drawn anew; None: all is drawn from the seed."""
     train: TrainConfig = TrainConfig()
     """How the net learns."""
     seed: int = 0
@@ -42,8 +45,11 @@ class Config:
     """Epochs between two evaluations; the last epoch always has one."""
     checkpoint_every: int = 1
     """Epochs between two checkpoints; the last epoch always has one."""
+    checkpoint_steps: int | None = None
+    """Steps between two checkpoints, beside those at the ends of epochs; None: none."""
     keep_checkpoints: int = 2
-    """How many of the newest stay."""
+    """How many of the newest stay; with data.validation, the one that did best on it
+    stays too."""
 
 
 def check_config(config: Config) -> None:
@@ -56,12 +62,18 @@ def check_config(config: Config) -> None:
     for name in ("log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
         if getattr(config, name) < 1:
             raise UsageError(f"{name}={getattr(config, name)} must be 1 or above")
+    if config.checkpoint_steps is not None and config.checkpoint_steps < 1:
+        raise UsageError(
+            f"checkpoint_steps={config.checkpoint_steps} must be 1 or above, or None"
+        )
     if not 0 <= config.seed < 2**32:
         raise UsageError(f"seed={config.seed} must be from 0 to 4294967295")
     if config.augment.crop_padding < 0:
         raise UsageError(
             f"augment.crop_padding={config.augment.crop_padding} must be 0 or above"
         )
+    if config.augment.resize is not None and config.augment.resize < 1:
+        raise UsageError(f"augment.resize={config.augment.resize} must be 1 or above")
     if config.architecture.head != "classifier":
         raise UsageError(
             f"architecture.head={config.architecture.head!r} gives no logits to train "
@@ -112,8 +124,8 @@ def from_json(text: str) -> Config:
     return _build(Config, values, "")
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """Say which fields differ, one "train.epochs: 10 -> 20" each."""
+def differences(old: Config, new: Config) -> dict[str, str]:
+    """Say which fields differ: {"train.epochs": "train.epochs: 10 -> 20"}."""
 
     def flat(value: Any, path: str) -> dict[str, Any]:
         if not dataclasses.is_dataclass(value):
@@ -124,7 +136,11 @@ def differences(old: Config, new: Config) -> list[str]:
         return leaves
 
     before, after = flat(old, ""), flat(new, "")
-    return [f"{k}: {before[k]} -> {after[k]}" for k in before if before[k] != after[k]]
+    return {
+        field: f"{field}: {value} -> {after[field]}"
+        for field, value in before.items()
+        if value != after[field]
+    }
 
 
 def _build(kind: Any, value: Any, path: str) -> Any:
@@ -169,6 +185,26 @@ _QUICKSTART = Config(
     train=replace(_ONE_CYCLE, epochs=8, batch_size=64, learning_rate=0.2),
 )
 
+# Big Transfer's recipe in small: a low rate, no decay, images scaled up (its 128 crops
+# of 160), and few epochs.
+_TRANSFER = Config(
+    augment=AugmentConfig(resize=128, crop_padding=16),
+    train=TrainConfig(
+        epochs=10,
+        learning_rate=0.01,
+        weight_decay=0.0,
+        schedule="cosine",
+        warmup_epochs=0.5,
+        nesterov=False,
+    ),
+)
+_PUBLISHED = {
+    "keras-resnet50v2": "resnet50v2_weights_tf_dim_ordering_tf_kernels_notop.h5",
+    "timm-resnetv2-50": "model.safetensors",
+    "bit-r50x1": "BiT-M-R50x1.npz",
+}
+"""Names under which the weights are published."""
+
 
 def _recipes() -> dict[str, Recipe]:
     recipes = {
@@ -186,6 +222,16 @@ def _recipes() -> dict[str, Recipe]:
             recipes[f"cifar10-{name}-paper"] = Recipe(
                 replace(config, train=_PAPER), f"{about}; CIFAR-10, as He et al. train"
             )
+    for name in ("keras-resnet50v2", "timm-resnetv2-50", "bit-r50x1"):
+        preset = PRESETS[name]
+        recipes[f"cifar10-transfer-{name}"] = Recipe(
+            replace(
+                _TRANSFER,
+                architecture=replace(preset.architecture, num_classes=10),
+                weights=_PUBLISHED[name],
+            ),
+            "from published weights (--weights FILE) to CIFAR-10, scaled to 128x128",
+        )
     return recipes
 
 

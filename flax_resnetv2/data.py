@@ -108,7 +108,7 @@ def open_dataset(config: DataConfig) -> Dataset:
             f"{', '.join(IMAGE_SHAPES)}"
         )
     given = _sources(config)
-    root = _data_dir(config)
+    root = data_dir(config)
     directory = find_prepared(config.name, root)
     if directory is not None and given:
         print(f"{directory} is prepared already and used; not used: {given}")
@@ -127,16 +127,50 @@ def open_dataset(config: DataConfig) -> Dataset:
         directory = find_prepared(config.name, root)
     arrays, class_names = read_dataset(directory)
     splits = {name: Split(*pair) for name, pair in arrays.items()}
+    return Dataset(config.name, class_names, hold_out(splits, config))
+
+
+def hold_out(splits: dict[str, Split], config: DataConfig) -> dict[str, Split]:
+    """Take the split "validation" out of "train", if ``config`` asks for it.
+
+    Raises:
+        UsageError: nothing is left to train on.
+    """
     train, held_out = splits["train"], config.validation
     if not 0 <= held_out < len(train.label):
         raise UsageError(
             f"data.validation={held_out} must leave images to train on; {config.name} "
             f"has {len(train.label)}; choose from 0 to {len(train.label) - 1}"
         )
-    if held_out:
-        splits["train"] = Split(train.image[:-held_out], train.label[:-held_out])
-        splits["validation"] = Split(train.image[-held_out:], train.label[-held_out:])
-    return Dataset(config.name, class_names, splits)
+    if not held_out:
+        return splits
+    kept = Split(train.image[:-held_out], train.label[:-held_out])
+    taken = Split(train.image[-held_out:], train.label[-held_out:])
+    return {**splits, "train": kept, "validation": taken}
+
+
+def data_dir(config: DataConfig) -> Path:
+    """Where to look. A directory that was said must exist; a default may be made.
+
+    Raises:
+        UsageError: it is said, and no directory.
+    """
+    said = config.dir
+    source = "data.dir"
+    if said is None and config.name == "embedded_shapes":
+        return user_cache() / "tensorflow_datasets"
+    if said is None:
+        said, source = os.environ.get("TFDS_DATA_DIR") or None, "TFDS_DATA_DIR"
+    if said is None:
+        return Path.home() / "tensorflow_datasets"
+    root = Path(os.path.expanduser(said))
+    if not said or not root.is_dir():
+        raise UsageError(
+            f"{source}={said} is not a directory; give a directory that holds (or is "
+            f"to hold) TFDS data sets; to have {config.name} prepared there, create it "
+            f"first: mkdir -p {said}"
+        )
+    return root
 
 
 def epoch_order(count: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
@@ -183,23 +217,3 @@ def _sources(config: DataConfig) -> str:
             "it out, or choose --data.name cifar10"
         )
     return " and ".join(given)
-
-
-def _data_dir(config: DataConfig) -> Path:
-    """Where to look. A directory that was said must exist; a default is made."""
-    said = config.dir
-    source = "data.dir"
-    if said is None and config.name == "embedded_shapes":
-        return user_cache() / "tensorflow_datasets"
-    if said is None:
-        said, source = os.environ.get("TFDS_DATA_DIR") or None, "TFDS_DATA_DIR"
-    if said is None:
-        return Path.home() / "tensorflow_datasets"
-    root = Path(os.path.expanduser(said))
-    if not said or not root.is_dir():
-        raise UsageError(
-            f"{source}={said} is not a directory; give a directory that holds (or is "
-            f"to hold) TFDS data sets; to have {config.name} prepared there, create it "
-            f"first: mkdir -p {said}"
-        )
-    return root

@@ -53,6 +53,13 @@ def read_dataset(directory: Path) -> tuple[Arrays, tuple[str, ...]]:
     return arrays, names
 
 
+def find_decoded(directory: Path) -> Path | None:
+    """Find the file that ``read_dataset`` would use; None: it would decode."""
+    source = _fingerprint(directory)
+    places = _places(directory)
+    return next((path for path in places if _load(path, source) is not None), None)
+
+
 def _fingerprint(directory: Path) -> str:
     """Name, size and time of every file, in one line."""
     files = [

@@ -16,6 +16,8 @@ from flax_resnetv2.errors import RunError, UsageError
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 """The official address."""
+ARCHIVE_BYTES = 170_052_171
+"""Of what is there."""
 TIMEOUT = 8
 """Seconds without a byte after which a download gives up."""
 LARGEST = 256 << 20

@@ -8,17 +8,23 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
+from flax_resnetv2.architecture import check_choice
 from flax_resnetv2.augment import AugmentConfig, normalise
 from flax_resnetv2.checkpoint import Checkpointer
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.model import ResNetV2, create_model
-from flax_resnetv2.rundir import load_config, load_dataset_facts
-from flax_resnetv2.training import create_train_state
+from flax_resnetv2.rundir import (
+    best_step,
+    load_config,
+    load_dataset_facts,
+    read_metrics,
+)
+from flax_resnetv2.training import train_state_shapes
 
 LONGEST_SIDE = 65_535
 """Pixels, as of JPEG. Scaling a longer one would take gigabytes, however narrow it is;
@@ -50,38 +56,51 @@ class Predictor:
         self._apply = jax.jit(partial(_probabilities, model, normalisation))
 
     @classmethod
-    def from_run(cls, workdir: str | Path) -> "Predictor":
-        """Load the newest checkpoint of a run that ``train.py`` made.
+    def from_run(
+        cls, workdir: str | Path, checkpoint: Literal["newest", "best"] = "newest"
+    ) -> "Predictor":
+        """Load a checkpoint of a run that ``train.py`` made, or is making.
+
+        Args:
+            workdir: the run's directory.
+            checkpoint: the newest whole one, or the best on the split "validation".
 
         Raises:
-            UsageError: ``workdir`` is no run directory, or holds no checkpoint.
+            UsageError: ``workdir`` is no run directory, or has no such checkpoint.
+            RunError: the checkpoints are damaged.
         """
+        check_choice("checkpoint", checkpoint, ("newest", "best"))
         config, facts = load_config(workdir), load_dataset_facts(workdir)
         image_shape = tuple(facts["image_shape"])
-        model = create_model(config.architecture, config.execution, image_shape)
-        shapes = jax.eval_shape(
-            partial(
-                create_train_state,
-                model,
-                config.train,
-                image_shape=image_shape,
-                steps_per_epoch=1,  # shapes do not depend on it
-            ),
-            key=jax.random.key(0),
-        )
+        input_shape = config.augment.input_shape(image_shape)
+        model = create_model(config.architecture, config.execution, input_shape)
+        shapes = train_state_shapes(model, config.train, input_shape)
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         like = jax.tree.map(
             lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes
         )
-        with Checkpointer(Path(workdir) / "checkpoints") as checkpoints:
-            step = checkpoints.latest()
-            if step is None:
-                raise UsageError(
-                    f"{workdir} holds no checkpoint yet; train at least one epoch"
-                )
-            variables = checkpoints.restore(step, like).variables()
+        directory = Path(workdir) / "checkpoints"
+        missing = UsageError(
+            f"{workdir} holds no checkpoint yet; train at least one epoch"
+        )
+        if not directory.is_dir():
+            raise missing
+        with Checkpointer(directory) as checkpoints:
+            if checkpoint == "best":
+                best = best_step(read_metrics(workdir), checkpoints.steps())
+                if best is None:
+                    raise UsageError(
+                        f"{workdir} has no best checkpoint, as it had no split "
+                        "'validation'; choose the newest, or train with "
+                        "--data.validation"
+                    )
+                state, _ = checkpoints.restore(best, like)
+            elif (found := checkpoints.restore_newest(like)) is None:
+                raise missing
+            else:
+                _, state, _ = found
         names = facts["class_names"]
-        return cls(model, variables, config.augment, names, image_shape)
+        return cls(model, state.variables(), config.augment, names, image_shape)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Give probabilities [N, classes] for uint8 images [N, H, W, C].

@@ -27,6 +27,9 @@ from flax_resnetv2.archive import (
 )
 from flax_resnetv2.errors import RunError, UsageError
 
+VERSIONS = {"cifar10": "3.0.2", embedded.NAME: "1.0.0"}
+"""Of the data sets that are written here."""
+
 _NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 
 
@@ -52,9 +55,9 @@ def prepare_cifar10(
             the disk is full.
     """
     url = download.CIFAR10_URL if url is None else url
-    download.check_url(url)
-    local = None if archive is None else find_archive(archive)
-    with _writing(root, "cifar10"), _alone(root / "cifar10" / "3.0.2") as wanted:
+    local = check_source(archive, url)
+    directory = root / "cifar10" / VERSIONS["cifar10"]
+    with _writing(root, "cifar10"), _alone(directory) as wanted:
         if not wanted:
             return
         path = local or download.fetch(url, root / "downloads")
@@ -69,7 +72,7 @@ def prepare_cifar10(
         _write(
             root,
             name="cifar10",
-            version="3.0.2",
+            version=VERSIONS["cifar10"],
             description=(
                 "CIFAR-10: 60,000 colour images of 32x32 pixels, 6,000 in each of ten "
                 "classes; 50,000 to train on and 10,000 to test."
@@ -89,6 +92,32 @@ def prepare_cifar10(
             path.unlink()
 
 
+def check_source(archive: str | None, url: str) -> Path | None:
+    """Refuse what CIFAR-10 cannot come from; arguments as of ``prepare_cifar10``.
+
+    Returns:
+        The path of the local archive.
+
+    Raises:
+        UsageError: no such file, or no address.
+    """
+    download.check_url(url)
+    return None if archive is None else find_archive(archive)
+
+
+def check_place(directory: Path) -> None:
+    """Refuse a directory root/name/version that holds something else.
+
+    Raises:
+        UsageError: it exists and has no description of a data set.
+    """
+    if directory.exists() and not (directory / "dataset_info.json").exists():
+        raise UsageError(
+            f"{directory} holds no dataset_info.json, so it is no data set; remove "
+            "it to have the data set prepared, or give another --data.dir"
+        )
+
+
 def prepare_embedded(root: Path) -> None:
     """Write ``root/embedded_shapes/1.0.0``: the images of ``embedded.draw``.
 
@@ -96,14 +125,14 @@ def prepare_embedded(root: Path) -> None:
         UsageError: ``root`` cannot be written.
         RunError: the disk is full.
     """
-    directory = root / embedded.NAME / "1.0.0"
+    directory = root / embedded.NAME / VERSIONS[embedded.NAME]
     with _writing(root, embedded.NAME), _alone(directory) as wanted:
         if not wanted:
             return
         _write(
             root,
             name=embedded.NAME,
-            version="1.0.0",
+            version=VERSIONS[embedded.NAME],
             description="Ten shapes on 32x32 pixels, drawn by flax_resnetv2.embedded.",
             homepage="",
             citation="",
@@ -150,12 +179,7 @@ def _alone(directory: Path) -> Iterator[bool]:
     # The kernel opens the lock of a process that is killed.
     with _locked(lock, f"waiting for another process that prepares {directory}"):
         try:
-            if directory.exists() and not (directory / "dataset_info.json").exists():
-                raise UsageError(
-                    f"{directory} holds no dataset_info.json, so it is no data set; "
-                    "remove it to have the data set prepared, or give another "
-                    "--data.dir"
-                )
+            check_place(directory)
             yield not directory.exists()
         finally:
             lock.unlink(missing_ok=True)

@@ -160,8 +160,14 @@ def _in_words(kind: tuple[str, int, int]) -> str:
     return f"{mode} of {width}x{height} pixels"
 
 
-def _described(directory: Path) -> tuple[str, dict[str, int]]:
-    """Read format and number of files of each split from ``dataset_info.json``."""
+def split_sizes(directory: Path) -> dict[str, int]:
+    """Count the images of each split, as the description does."""
+    _, shards = _described(directory)
+    return {split: sum(lengths) for split, lengths in shards.items()}
+
+
+def _described(directory: Path) -> tuple[str, dict[str, list[int]]]:
+    """Read format and lengths of the files of each split from ``dataset_info.json``."""
     path = directory / "dataset_info.json"
     try:
         # TFDS leaves the format out where it is its old default.
@@ -170,7 +176,10 @@ def _described(directory: Path) -> tuple[str, dict[str, int]]:
             "splits": [],
             **json.loads(path.read_text()),
         }
-        shards = {s["name"]: len(s["shardLengths"]) for s in fields["splits"]}
+        shards = {
+            s["name"]: [int(length) for length in s["shardLengths"]]
+            for s in fields["splits"]
+        }
         return fields["fileFormat"], shards
     except OSError as error:
         raise UsageError(
@@ -184,9 +193,10 @@ def _described(directory: Path) -> tuple[str, dict[str, int]]:
         ) from error
 
 
-def _check_files(directory: Path, shards: dict[str, int]) -> None:
+def _check_files(directory: Path, shards: dict[str, list[int]]) -> None:
     """Refuse a directory that lacks a record file its description counts."""
-    for split, expected in shards.items():
+    for split, lengths in shards.items():
+        expected = len(lengths)
         pattern = f"*-{split}.array_record-*-of-{expected:05d}"
         present = len(list(directory.glob(pattern)))
         if present != expected:

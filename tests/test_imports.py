@@ -39,16 +39,19 @@ OURS = {
     "preflight": "counting architecture errors",
     "rundir": "config data errors",
     "tracing": "errors",
-    "parallel": "augment config data model training",
+    "parallel": "augment config data model training weights",
     "loop": "checkpoint config data model parallel preflight process report rundir "
-    "tracing training errors",
+    "tracing training weights errors",
     "analysis": "model",
-    "weights": "architecture model errors",
-    "inference": "augment checkpoint model rundir training errors",
+    "weights": "architecture augment model errors",
+    "inference": "architecture augment checkpoint model rundir training errors",
     "drawing": "architecture counting planning",
-    "cli": "config counting drawing inference loop presets process rundir tracing "
-    "errors",
-    "__main__": "cli",
+    "installed": "",
+    "doctor": "config data decoded download embedded installed loop model preflight "
+    "preparation process records rundir tracing training errors",
+    "cli": "config counting doctor drawing inference installed loop parallel presets "
+    "process rundir tracing errors",
+    "__main__": "cli doctor installed",
 }
 """What each module may import of ours, anywhere in it."""
 
@@ -56,14 +59,14 @@ THEIRS = {
     "ops": "jax",
     "augment": "jax",
     "report": "rich",
-    "checkpoint": "jax orbax",
+    "checkpoint": "jax numpy orbax",
     "model": "jax flax numpy",
     "embedded": "numpy",
     "unpickling": "numpy",
     "archive": "numpy",
     "download": "rich",
     "preparation": "numpy tensorflow_datasets PIL",
-    "process": "jax",
+    "process": "jax absl",
     "records": "numpy tensorflow_datasets array_record PIL",
     "decoded": "numpy",
     "data": "jax numpy",
@@ -76,7 +79,9 @@ THEIRS = {
     "analysis": "jax flax",
     "weights": "jax flax numpy h5py safetensors",
     "inference": "jax numpy PIL",
+    "doctor": "jax numpy",
     "cli": "numpy tyro",
+    "__main__": "tyro",
 }
 """The same for other people's packages; a module that is not here needs none."""
 

@@ -37,7 +37,7 @@ def test_probabilities_are_those_of_the_averaged_net(run):
         config.augment.std
     )
     with Checkpointer(run / "checkpoints") as checkpoints:
-        saved = checkpoints._manager.restore(checkpoints.latest())
+        saved = checkpoints._manager.restore(checkpoints.latest())["state"]
     logits = model.apply(saved["ema"], jnp.asarray(pixels, jnp.float32), train=False)
     np.testing.assert_allclose(probabilities, jax.nn.softmax(logits), rtol=1e-3)
 
