@@ -206,6 +206,14 @@ def quieten() -> None:
     import absl.logging
 
     absl.logging.set_verbosity(absl.logging.FATAL)
+    show = sys.unraisablehook
+
+    def known(about: Any) -> None:
+        # Reads that orbax began and left when another one failed.
+        if str(about.exc_value) != "Event loop is closed":
+            show(about)
+
+    sys.unraisablehook = known
 
 
 def make_deterministic() -> None:
