@@ -49,7 +49,9 @@ if TYPE_CHECKING:
         make_train_step,
     )
     from flax_resnetv2.weights import (
+        NORMALISATION,
         from_bit,
+        from_file,
         from_keras,
         from_timm,
         to_bit,
@@ -88,7 +90,16 @@ _HOME = {
         "make_eval_step",
         "make_train_step",
     ),
-    "weights": ("from_bit", "from_keras", "from_timm", "to_bit", "to_keras", "to_timm"),
+    "weights": (
+        "NORMALISATION",
+        "from_bit",
+        "from_file",
+        "from_keras",
+        "from_timm",
+        "to_bit",
+        "to_keras",
+        "to_timm",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

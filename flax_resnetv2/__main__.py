@@ -1,8 +1,28 @@
-"""``python -m flax_resnetv2 PRESET``: what a net consists of; see ``cli.describe``."""
+"""``python -m flax_resnetv2 show PRESET``, ``python -m flax_resnetv2 doctor [RECIPE]``.
+
+The doctor says what is wrong with the packages where these keep ``cli`` from loading.
+"""
 
 import sys
 
-from flax_resnetv2.cli import describe
+from flax_resnetv2 import installed
+
+
+def main() -> int:
+    """Run the command that the arguments name."""
+    if sys.argv[1:2] == ["doctor"]:
+        try:
+            import tyro  # noqa: F401  cli imports it later
+
+            from flax_resnetv2 import doctor  # noqa: F401  and this
+        except Exception as error:
+            text = f"cannot be loaded ({installed.reason(error)}); repair what is above"
+            last = installed.Finding("problem", "commands", text)
+            return installed.tell([*installed.python(), *installed.packages(), last])
+    from flax_resnetv2 import cli
+
+    return cli.main()
+
 
 if __name__ == "__main__":
-    sys.exit(describe())
+    sys.exit(main())

@@ -11,7 +11,6 @@ from typing import Annotated, Literal
 
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.fields import Range, check_dataclass, shown
-from flax_resnetv2.fields import check_choice as check_choice
 from flax_resnetv2.semantics import ARTICLE, SEMANTICS, Kernel, Semantics, Size
 
 MAX_STACKS = 5

@@ -4,11 +4,13 @@
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from flax_resnetv2.fields import Range
 
 
 class Batch(NamedTuple):
@@ -26,25 +28,37 @@ class Batch(NamedTuple):
 class AugmentConfig:
     """What is done to images: normalisation always, the random parts in training."""
 
+    resize: Annotated[int, Range(1, 1024)] | None = None
+    """Scale images to squares of this side first, as for nets that others trained on
+    larger images; None: as stored."""
     crop_padding: int = 4
     """Pad by so many pixels on each side, then crop to the old size; 0: no crop."""
     flip: bool = True
     """Mirror every second image, by chance."""
     mean: tuple[float, ...] | None = None
-    """Channel means in [0, 1]; None: those of the training split (saved with the
-    run)."""
+    """Channel means in [0, 1]; None: those that belong to the weights, or else those of
+    the training split (saved with the run)."""
     std: tuple[float, ...] | None = None
     """Channel standard deviations in [0, 1]; None: as mean."""
+
+    def input_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(height, width, channels) of what the net sees of stored images."""
+        if self.resize is None:
+            return image_shape
+        return (self.resize, self.resize, image_shape[2])
 
 
 def normalise(images: jax.Array, config: AugmentConfig, dtype: str) -> jax.Array:
     """uint8 [B, H, W, C] -> ``dtype`` [B, H, W, C] of mean 0 and variance 1 a channel.
 
-    The arithmetic is float32, or float64 where that is ``dtype``.
+    Scaled (bilinear) to ``config.input_shape``. The arithmetic is float32, or float64
+    where that is ``dtype``.
     """
     wide = "float64" if dtype == "float64" else "float32"
     mean, std = jnp.asarray(config.mean, wide), jnp.asarray(config.std, wide)
-    return ((images.astype(wide) / 255 - mean) / std).astype(dtype)
+    images = (images.astype(wide) / 255 - mean) / std
+    shape = (len(images), *config.input_shape(images.shape[1:]))
+    return jax.image.resize(images, shape, "bilinear").astype(dtype)
 
 
 def positions(size: int, axis_name: str | None) -> jax.Array:

@@ -1,21 +1,26 @@
 """The commands ``train.py RECIPE [--field value ...]``, ``predict.py RUN IMAGE ...``,
-``python -m flax_resnetv2 PRESET``.
+``python -m flax_resnetv2 show PRESET``, ``python -m flax_resnetv2 doctor [RECIPE]``.
 
 Every flag is a field of ``Config`` and every help text its docstring. Exit codes: 0
-done, 2 bad use, 1 failed run; the last two with one message and no traceback.
+done, 2 bad use, 1 failed run, 75 stopped by a signal with all of it saved, 130 ended by
+Ctrl-C before there was anything to save; with one message and no traceback.
 """
 
+import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from flax_resnetv2 import process
 from flax_resnetv2.config import RECIPES, Config
-from flax_resnetv2.errors import RunError, UsageError
+from flax_resnetv2.errors import RunError, Stopped, UsageError
+from flax_resnetv2.parallel import Executor
 
 
 @dataclass(frozen=True)
@@ -29,13 +34,93 @@ class TrainCommand(Config):
     user's cache directory, as ~/.cache/flax_resnetv2/xla, which may be deleted."""
     profile: str | None = None
     """FIRST:END, as 20:30: write a trace of these steps to WORKDIR/profile."""
+    deterministic: bool = False
+    """The same bits run to run on GPUs too, which costs speed; see
+    docs/reliability.md."""
+    executor: Executor = "pmap"
+    """What maps a step over the devices; both compute the same."""
+    distributed: bool = False
+    """This is one of several processes that SLURM, Open MPI, Kubernetes or a TPU pod
+    started; elsewhere the three flags below say what these know."""
+    coordinator: str | None = None
+    """HOST:PORT of the first process."""
+    processes: int | None = None
+    """How many there are."""
+    process: int | None = None
+    """Which one this is, from 0."""
 
 
 def train(arguments: Sequence[str] | None = None) -> int:
     """Run ``train.py``: a recipe, changed by flags, trained by ``fit``."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    recipe, config, command = _parse(
+        arguments,
+        prog="train.py",
+        description="Train a ResNet V2 by a recipe; RECIPE --help lists every field.",
+    )
+
+    def work() -> None:
+        from flax_resnetv2.tracing import parse_steps
+
+        profile, chosen = parse_steps(command.profile), command.workdir
+        many = _check_processes(command)
+        process.tune()
+        if command.deterministic:
+            process.make_deterministic()
+        if command.compilation_cache:
+            process.cache_compilations()
+        if many:
+            process.join(command.coordinator, command.processes, command.process)
+        from flax_resnetv2.loop import fit
+        from flax_resnetv2.rundir import new_workdir
+
+        with nullcontext(chosen) if chosen else new_workdir(recipe) as workdir:
+            result = fit(config, workdir, profile=profile, executor=command.executor)
+        if process.is_first():
+            print(
+                f"test accuracy {result['accuracy']:.4f} of {result['count']:,} images;"
+                f" {result['seconds']:.0f} s; in {workdir}"
+            )
+
+    code = _guarded(work)
+    if code in (1, 2):
+        process.leave_others(code)
+    return code
+
+
+def _check_processes(command: TrainCommand) -> bool:
+    """Whether there are several processes; all of them must be told the same run."""
+    said = [command.coordinator, command.processes, command.process]
+    if said.count(None) not in (0, 3):
+        raise UsageError(
+            f"coordinator={said[0]}, processes={said[1]} and process={said[2]} are "
+            "given all or not at all; without them --distributed asks the cluster"
+        )
+    many = command.distributed or command.processes is not None
+    if many and command.workdir is None:
+        raise UsageError(
+            "several processes need one workdir=None that all of them see; give "
+            "--workdir DIR"
+        )
+    if command.processes is not None:
+        if command.processes < 1 or not 0 <= command.process < command.processes:
+            raise UsageError(
+                f"process={command.process} must be from 0 to below processes="
+                f"{command.processes}, which must be 1 or above"
+            )
+        if not re.fullmatch(r".+:\d+", command.coordinator):
+            raise UsageError(
+                f"coordinator={command.coordinator} must be HOST:PORT, as 10.0.0.1:1234"
+            )
+    return many
+
+
+def _parse(
+    arguments: list[str], prog: str, description: str
+) -> tuple[str, Config, TrainCommand]:
+    """Read a recipe and what changes it: its name, the run, all that was said."""
     import tyro
 
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
     names = [f.name for f in fields(Config)]
     command = tyro.extras.overridable_config_cli(
         {
@@ -45,34 +130,14 @@ def train(arguments: Sequence[str] | None = None) -> int:
             )
             for name, recipe in RECIPES.items()
         },
-        prog="train.py",
-        description="Train a ResNet V2 by a recipe; RECIPE --help lists every field.",
+        prog=prog,
+        description=description,
         args=arguments,
     )
     config = Config(**{name: getattr(command, name) for name in names})
     # tyro takes an underscore for a hyphen.
     words = [word.replace("_", "-") for word in arguments]
-    recipe = next(word for word in words if word in RECIPES)
-
-    def work() -> None:
-        process.tune()
-        if command.compilation_cache:
-            process.cache_compilations()
-        from flax_resnetv2.loop import fit
-        from flax_resnetv2.rundir import new_workdir
-        from flax_resnetv2.tracing import parse_steps
-
-        profile = parse_steps(command.profile)
-
-        chosen = command.workdir
-        with nullcontext(chosen) if chosen else new_workdir(recipe) as workdir:
-            result = fit(config, workdir, profile=profile)
-        print(
-            f"test accuracy {result['accuracy']:.4f} of {result['count']:,} images; "
-            f"{result['seconds']:.0f} s; in {workdir}"
-        )
-
-    return _guarded(work)
+    return next(word for word in words if word in RECIPES), config, command
 
 
 def predict(arguments: Sequence[str] | None = None) -> int:
@@ -83,6 +148,7 @@ def predict(arguments: Sequence[str] | None = None) -> int:
         run: tyro.conf.Positional[str],
         images: tyro.conf.Positional[tuple[str, ...]],
         top: int = 3,
+        checkpoint: Literal["newest", "best"] = "newest",
     ) -> None:
         """Say what is on images.
 
@@ -90,12 +156,15 @@ def predict(arguments: Sequence[str] | None = None) -> int:
             run: A run directory that train.py made.
             images: Image files.
             top: How many classes to print for each.
+            checkpoint: The newest, or the best on the split "validation".
         """
         from flax_resnetv2.inference import Predictor
 
         if not images:
             raise UsageError("no image given; name at least one PNG or JPEG file")
-        predictor = Predictor.from_run(run)
+        if top < 1:
+            raise UsageError(f"top={top} must be 1 or above")
+        predictor = Predictor.from_run(run, checkpoint)
         pixels = np.stack([predictor.load(path) for path in images])
         for path, row in zip(images, predictor(pixels), strict=True):
             best = np.argsort(-row)[:top]
@@ -105,11 +174,15 @@ def predict(arguments: Sequence[str] | None = None) -> int:
     return _guarded(lambda: tyro.cli(main, prog="predict.py", args=arguments))
 
 
-def describe(arguments: Sequence[str] | None = None) -> int:
-    """Run ``python -m flax_resnetv2``: print a preset's units, and draw it."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``python -m flax_resnetv2``: ``show`` or ``doctor``."""
     import tyro
 
-    def main(
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["doctor"]:
+        return _doctor(arguments[1:])
+
+    def show(
         preset: tyro.conf.Positional[str],
         image_shape: tuple[int, int, int] | None = None,
         layers: bool = False,
@@ -151,12 +224,47 @@ def describe(arguments: Sequence[str] | None = None) -> int:
                 ) from error
             print(f"drawn in {svg}")
 
-    program = "python -m flax_resnetv2"
-    return _guarded(lambda: tyro.cli(main, prog=program, args=arguments))
+    def doctor() -> None:
+        """Say what train.py would find and do, and what stands in its way.
+
+        It takes what train.py takes: doctor [RECIPE] [--field value ...].
+        """
+
+    commands = {"show": show, "doctor": doctor}
+    return _guarded(
+        lambda: tyro.extras.subcommand_cli_from_dict(
+            commands, prog="python -m flax_resnetv2", args=arguments
+        )
+    )
+
+
+def _doctor(arguments: list[str]) -> int:
+    """Run ``python -m flax_resnetv2 doctor``: print findings; 1 if one is a problem."""
+    from flax_resnetv2.doctor import examine
+    from flax_resnetv2.installed import tell
+
+    # Flags without a recipe are for quickstart.
+    if not arguments or re.match(r"--(?!help$)", arguments[0]):
+        arguments = ["quickstart", *arguments]
+    _, config, command = _parse(
+        arguments,
+        prog="python -m flax_resnetv2 doctor",
+        description="Say what train.py with the same words would find and do.",
+    )
+    return tell(
+        examine(
+            config,
+            shlex.join(["train.py", *arguments]),
+            None if command.workdir is None else Path(command.workdir),
+            command.compilation_cache,
+            command.profile,
+        )
+    )
 
 
 def _guarded(work: Callable[[], None]) -> int:
-    """Turn the project's two errors into a message and an exit code."""
+    """Turn the project's errors into a message and an exit code."""
+    process.quieten()
     try:
         work()
     except UsageError as error:
@@ -165,4 +273,10 @@ def _guarded(work: Callable[[], None]) -> int:
     except RunError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        return 75
+    except KeyboardInterrupt:
+        print("ended by Ctrl-C; nothing that was done is lost", file=sys.stderr)
+        return 130
     return 0

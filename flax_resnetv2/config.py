@@ -33,18 +33,24 @@ class Config:
     """Which images."""
     augment: AugmentConfig = AugmentConfig()
     """What is done to them."""
+    weights: str | None = None
+    """Start from this file of weights that others published (.keras, .h5, .safetensors,
+    .npz), under a classifier drawn anew; None: all is drawn from the seed."""
     train: TrainConfig = TrainConfig()
     """How the net learns."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Of initial parameters, data order and augmentation."""
-    log_every: int = 50
+    log_every: Count = 50
     """Steps between two lines of training metrics."""
-    evaluate_every: int = 1
+    evaluate_every: Count = 1
     """Epochs between two evaluations; the last epoch always has one."""
-    checkpoint_every: int = 1
+    checkpoint_every: Count = 1
     """Epochs between two checkpoints; the last epoch always has one."""
-    keep_checkpoints: int = 2
-    """How many of the newest stay."""
+    checkpoint_steps: Count | None = None
+    """Steps between two checkpoints, beside those at the ends of epochs; None: none."""
+    keep_checkpoints: Count = 2
+    """How many of the newest stay; with data.validation, the one that did best on it
+    stays too."""
 
 
 def check_config(config: Config) -> None:
@@ -55,11 +61,7 @@ def check_config(config: Config) -> None:
     """
     check_dataclass(config, Config)
     check_train(config.train)
-    for name in ("log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
-        check(name, getattr(config, name), Count)
-    check("seed", config.seed, Annotated[int, Range(0, 2**32 - 1)])
-    check("data.validation", config.data.validation, Annotated[int, Range(0, 2**31)])
-    side = min(IMAGE_SHAPES[config.data.name][:2])
+    side = min(config.augment.input_shape(IMAGE_SHAPES[config.data.name])[:2])
     padding = Annotated[int, Range(0, side)]
     check("augment.crop_padding", config.augment.crop_padding, padding)
     if config.architecture.head != "classifier":
@@ -123,8 +125,8 @@ def from_json(text: str) -> Config:
     return config
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """Say which fields differ, one "train.epochs: 10 -> 20" each."""
+def differences(old: Config, new: Config) -> dict[str, str]:
+    """Say which fields differ: {"train.epochs": "train.epochs: 10 -> 20"}."""
 
     def flat(value: Any, path: str) -> dict[str, Any]:
         if not dataclasses.is_dataclass(value):
@@ -135,7 +137,11 @@ def differences(old: Config, new: Config) -> list[str]:
         return leaves
 
     before, after = flat(old, ""), flat(new, "")
-    return [f"{k}: {before[k]} -> {after[k]}" for k in before if before[k] != after[k]]
+    return {
+        field: f"{field}: {value} -> {after[field]}"
+        for field, value in before.items()
+        if value != after[field]
+    }
 
 
 def _build(kind: Any, value: Any, path: str) -> Any:
@@ -185,6 +191,26 @@ _QUICKSTART = Config(
     train=replace(_ONE_CYCLE, epochs=8, batch_size=64, learning_rate=0.2),
 )
 
+# Big Transfer's recipe in small: a low rate, no decay, images scaled up (its 128 crops
+# of 160), and few epochs.
+_TRANSFER = Config(
+    augment=AugmentConfig(resize=128, crop_padding=16),
+    train=TrainConfig(
+        epochs=10,
+        learning_rate=0.01,
+        weight_decay=0.0,
+        schedule="cosine",
+        warmup_epochs=0.5,
+        nesterov=False,
+    ),
+)
+_PUBLISHED = {
+    "keras-resnet50v2": "resnet50v2_weights_tf_dim_ordering_tf_kernels_notop.h5",
+    "timm-resnetv2-50": "model.safetensors",
+    "bit-r50x1": "BiT-M-R50x1.npz",
+}
+"""Names under which the weights are published."""
+
 
 def _recipes() -> dict[str, Recipe]:
     recipes = {
@@ -202,6 +228,16 @@ def _recipes() -> dict[str, Recipe]:
             recipes[f"cifar10-{name}-paper"] = Recipe(
                 replace(config, train=_PAPER), f"{about}; CIFAR-10, as He et al. train"
             )
+    for name in ("keras-resnet50v2", "timm-resnetv2-50", "bit-r50x1"):
+        preset = PRESETS[name]
+        recipes[f"cifar10-transfer-{name}"] = Recipe(
+            replace(
+                _TRANSFER,
+                architecture=replace(preset.architecture, num_classes=10),
+                weights=_PUBLISHED[name],
+            ),
+            "from published weights (--weights FILE) to CIFAR-10, scaled to 128x128",
+        )
     return recipes
 
 

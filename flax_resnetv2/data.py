@@ -8,7 +8,7 @@ a batch inside the compiled step.
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import numpy as np
 from flax_resnetv2.augment import Batch
 from flax_resnetv2.decoded import read_dataset
 from flax_resnetv2.errors import UsageError
+from flax_resnetv2.fields import Range
 from flax_resnetv2.process import user_cache
 from flax_resnetv2.records import find_prepared
 
@@ -43,7 +44,7 @@ class DataConfig:
     """Download CIFAR-10 from this mirror of cifar-10-binary.tar.gz."""
     accept_checksum: bool = False
     """Accept an archive whose SHA-256 is not the official one."""
-    validation: int = 0
+    validation: Annotated[int, Range(0, 2**31)] = 0
     """Take the last so many training images out of training, as the split
     "validation"."""
 
@@ -98,48 +99,79 @@ def open_dataset(config: DataConfig) -> Dataset:
 
     Raises:
         UsageError: a directory does not exist or cannot be read without TensorFlow, an
-            archive is not CIFAR-10, ``validation`` leaves nothing to train on.
-        RunError: the download failed.
+            archive is not CIFAR-10, fields contradict each other, ``validation`` leaves
+            nothing to train on.
+        RunError: the download failed, the disk is full.
     """
     if config.name not in IMAGE_SHAPES:
         raise UsageError(
             f"data.name={config.name!r} is unknown; choose one of "
             f"{', '.join(IMAGE_SHAPES)}"
         )
-    root = _data_dir(config)
+    given = _sources(config)
+    root = data_dir(config)
     directory = find_prepared(config.name, root)
+    if directory is not None and given:
+        print(f"{directory} is prepared already and used; not used: {given}")
     if directory is None:
         from flax_resnetv2 import preparation
 
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            if config.name == "cifar10":
-                preparation.prepare_cifar10(
-                    root,
-                    archive=config.archive,
-                    url=config.url,
-                    accept_checksum=config.accept_checksum,
-                )
-            else:
-                preparation.prepare_embedded(root)
-        except PermissionError as error:
-            raise UsageError(
-                f"{config.name} is not prepared in {root}, and cannot be written there "
-                f"({error.strerror}); choose a writable --data.dir"
-            ) from error
+        if config.name == "cifar10":
+            preparation.prepare_cifar10(
+                root,
+                archive=config.archive,
+                url=config.url,
+                accept_checksum=config.accept_checksum,
+            )
+        else:
+            preparation.prepare_embedded(root)
         directory = find_prepared(config.name, root)
     arrays, class_names = read_dataset(directory)
     splits = {name: Split(*pair) for name, pair in arrays.items()}
+    return Dataset(config.name, class_names, hold_out(splits, config))
+
+
+def hold_out(splits: dict[str, Split], config: DataConfig) -> dict[str, Split]:
+    """Take the split "validation" out of "train", if ``config`` asks for it.
+
+    Raises:
+        UsageError: nothing is left to train on.
+    """
     train, held_out = splits["train"], config.validation
     if not 0 <= held_out < len(train.label):
         raise UsageError(
             f"data.validation={held_out} must leave images to train on; {config.name} "
             f"has {len(train.label)}; choose from 0 to {len(train.label) - 1}"
         )
-    if held_out:
-        splits["train"] = Split(train.image[:-held_out], train.label[:-held_out])
-        splits["validation"] = Split(train.image[-held_out:], train.label[-held_out:])
-    return Dataset(config.name, class_names, splits)
+    if not held_out:
+        return splits
+    kept = Split(train.image[:-held_out], train.label[:-held_out])
+    taken = Split(train.image[-held_out:], train.label[-held_out:])
+    return {**splits, "train": kept, "validation": taken}
+
+
+def data_dir(config: DataConfig) -> Path:
+    """Where to look. A directory that was said must exist; a default may be made.
+
+    Raises:
+        UsageError: it is said, and no directory.
+    """
+    said = config.dir
+    source = "data.dir"
+    if said is None and config.name == "embedded_shapes":
+        return user_cache() / "tensorflow_datasets"
+    if said is None:
+        said, source = os.environ.get("TFDS_DATA_DIR") or None, "TFDS_DATA_DIR"
+    if said is None:
+        return Path.home() / "tensorflow_datasets"
+    root = Path(os.path.expanduser(said))
+    if not said or not root.is_dir():
+        raise UsageError(
+            f"{source}={said} is not a directory; give a directory that holds (or is "
+            f"to hold) TFDS data sets; to have {config.name} prepared there, create it "
+            f"first: mkdir -p {said}"
+        )
+    return root
 
 
 def epoch_order(count: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
@@ -172,21 +204,17 @@ def fetch(split: Split, order: jax.Array, places: jax.Array) -> Batch:
     return Batch(split.image[index], split.label[index], mask)
 
 
-def _data_dir(config: DataConfig) -> Path:
-    """Where to look. A directory that was said must exist; a default is made."""
-    said = config.dir
-    source = "data.dir"
-    if said is None and config.name == "embedded_shapes":
-        return user_cache() / "tensorflow_datasets"
-    if said is None:
-        said, source = os.environ.get("TFDS_DATA_DIR"), "TFDS_DATA_DIR"
-    if said is None:
-        return Path.home() / "tensorflow_datasets"
-    root = Path(said).expanduser()
-    if not root.is_dir():
+def _sources(config: DataConfig) -> str:
+    """Name the fields that say what to prepare from, or refuse them together."""
+    fields = {"archive": config.archive, "url": config.url}
+    given = [f"data.{name}={said}" for name, said in fields.items() if said is not None]
+    if len(given) == 2:
+        raise UsageError(f"{' and '.join(given)} are two sources; give one of them")
+    if config.accept_checksum:
+        given.append("data.accept_checksum")
+    if given and config.name != "cifar10":
         raise UsageError(
-            f"{source}={said} is not a directory; give a directory that holds (or is "
-            f"to hold) TFDS data sets; to have {config.name} prepared there, create it "
-            f"first: mkdir -p {said}"
+            f"{' and '.join(given)}: {config.name} is drawn and has no archive; leave "
+            "it out, or choose --data.name cifar10"
         )
-    return root
+    return " and ".join(given)

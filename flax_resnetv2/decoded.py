@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from flax_resnetv2.process import user_cache
-from flax_resnetv2.records import class_names, read_split
+from flax_resnetv2.records import class_names, read_split, reading
 
 SPLITS = ("train", "test")
 FORMAT = 1
@@ -35,10 +35,11 @@ def read_dataset(directory: Path) -> tuple[Arrays, tuple[str, ...]]:
         Images uint8 [N, H, W, C] and labels int32 [N] by split, and the class names.
 
     Raises:
-        UsageError: a split does not exist, or its files are damaged.
+        UsageError: a split does not exist, or its files are damaged or gone.
     """
-    source = _fingerprint(directory)
-    places = _places(directory)
+    with reading(directory):
+        source = _fingerprint(directory)
+        places = _places(directory)
     for path in places:
         if (found := _load(path, source)) is not None:
             return found
@@ -50,6 +51,13 @@ def read_dataset(directory: Path) -> tuple[Arrays, tuple[str, ...]]:
             _save(path, source, arrays, names)
             break
     return arrays, names
+
+
+def find_decoded(directory: Path) -> Path | None:
+    """Find the file that ``read_dataset`` would use; None: it would decode."""
+    source = _fingerprint(directory)
+    places = _places(directory)
+    return next((path for path in places if _load(path, source) is not None), None)
 
 
 def _fingerprint(directory: Path) -> str:

@@ -4,10 +4,11 @@
 >>> predictor(images).argmax(-1)
 """
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -15,9 +16,19 @@ import numpy as np
 from flax_resnetv2.augment import AugmentConfig, normalise
 from flax_resnetv2.checkpoint import Checkpointer
 from flax_resnetv2.errors import UsageError
+from flax_resnetv2.fields import check_choice
 from flax_resnetv2.model import ResNetV2, create_model
-from flax_resnetv2.rundir import load_config, load_dataset_facts
-from flax_resnetv2.training import create_train_state
+from flax_resnetv2.rundir import (
+    best_step,
+    load_config,
+    load_dataset_facts,
+    read_metrics,
+)
+from flax_resnetv2.training import train_state_shapes
+
+LONGEST_SIDE = 65_535
+"""Pixels, as of JPEG. Scaling a longer one would take gigabytes, however narrow it is;
+PIL itself limits the number of pixels."""
 
 
 class Predictor:
@@ -45,38 +56,51 @@ class Predictor:
         self._apply = jax.jit(partial(_probabilities, model, normalisation))
 
     @classmethod
-    def from_run(cls, workdir: str | Path) -> "Predictor":
-        """Load the newest checkpoint of a run that ``train.py`` made.
+    def from_run(
+        cls, workdir: str | Path, checkpoint: Literal["newest", "best"] = "newest"
+    ) -> "Predictor":
+        """Load a checkpoint of a run that ``train.py`` made, or is making.
+
+        Args:
+            workdir: the run's directory.
+            checkpoint: the newest whole one, or the best on the split "validation".
 
         Raises:
-            UsageError: ``workdir`` is no run directory, or holds no checkpoint.
+            UsageError: ``workdir`` is no run directory, or has no such checkpoint.
+            RunError: the checkpoints are damaged.
         """
+        check_choice("checkpoint", checkpoint, ("newest", "best"))
         config, facts = load_config(workdir), load_dataset_facts(workdir)
         image_shape = tuple(facts["image_shape"])
-        model = create_model(config.architecture, config.execution, image_shape)
-        shapes = jax.eval_shape(
-            partial(
-                create_train_state,
-                model,
-                config.train,
-                image_shape=image_shape,
-                steps_per_epoch=1,  # shapes do not depend on it
-            ),
-            key=jax.random.key(0),
-        )
+        input_shape = config.augment.input_shape(image_shape)
+        model = create_model(config.architecture, config.execution, input_shape)
+        shapes = train_state_shapes(model, config.train, input_shape)
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         like = jax.tree.map(
             lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes
         )
-        with Checkpointer(Path(workdir) / "checkpoints") as checkpoints:
-            step = checkpoints.latest()
-            if step is None:
-                raise UsageError(
-                    f"{workdir} holds no checkpoint yet; train at least one epoch"
-                )
-            variables = checkpoints.restore(step, like).variables()
+        directory = Path(workdir) / "checkpoints"
+        missing = UsageError(
+            f"{workdir} holds no checkpoint yet; train at least one epoch"
+        )
+        if not directory.is_dir():
+            raise missing
+        with Checkpointer(directory) as checkpoints:
+            if checkpoint == "best":
+                best = best_step(read_metrics(workdir), checkpoints.steps())
+                if best is None:
+                    raise UsageError(
+                        f"{workdir} has no best checkpoint, as it had no split "
+                        "'validation'; choose the newest, or train with "
+                        "--data.validation"
+                    )
+                state, _ = checkpoints.restore(best, like)
+            elif (found := checkpoints.restore_newest(like)) is None:
+                raise missing
+            else:
+                _, state, _ = found
         names = facts["class_names"]
-        return cls(model, variables, config.augment, names, image_shape)
+        return cls(model, state.variables(), config.augment, names, image_shape)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Give probabilities [N, classes] for uint8 images [N, H, W, C].
@@ -94,23 +118,58 @@ class Predictor:
     def load(self, path: str | Path) -> np.ndarray:
         """Read an image file as uint8 [H, W, C], scaled to the size trained on.
 
+        Of an animation it is the first frame, turned as its camera says; what is
+        transparent has the colour that is stored there; 16 bits become 8.
+
         Raises:
-            UsageError: not a file, or not an image.
+            UsageError: not a file, not an image, cut short, or too large.
         """
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image, ImageOps, UnidentifiedImageError
 
         height, width, channels = self.image_shape
+        bombs = Image.DecompressionBombWarning, Image.DecompressionBombError
         try:
-            with Image.open(path) as image:
-                image = image.convert("RGB" if channels == 3 else "L")
-                image = image.resize((width, height), Image.Resampling.BICUBIC)
+            with warnings.catch_warnings():
+                # PIL speaks of oddities of a file that change no pixel.
+                warnings.simplefilter("ignore")
+                warnings.simplefilter("error", bombs[0])
+                with Image.open(path) as image:
+                    if max(image.size) > LONGEST_SIDE:
+                        raise UsageError(
+                            f"{path} is {image.width}x{image.height} pixels; the limit "
+                            f"of a side is {LONGEST_SIDE}; scale it down"
+                        )
+                    pixels = _eight_bits(ImageOps.exif_transpose(image), path)
+                    pixels = pixels.convert("RGB" if channels == 3 else "L")
+                    pixels = pixels.resize((width, height), Image.Resampling.BICUBIC)
+        except UsageError:
+            raise
         except UnidentifiedImageError as error:
             raise UsageError(
                 f"{path} is not an image; give a PNG or JPEG file"
             ) from error
-        except OSError as error:
-            raise UsageError(f"{path} cannot be read: {error}") from error
-        return np.asarray(image, np.uint8).reshape(self.image_shape)
+        except bombs as error:
+            raise UsageError(f"{path} is too large ({error}); scale it down") from error
+        except Exception as error:  # decoders raise anything where a file is damaged
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise UsageError(
+                f"{path} cannot be read ({reason}); give a whole PNG or JPEG file"
+            ) from error
+        return np.asarray(pixels, np.uint8).reshape(self.image_shape)
+
+
+def _eight_bits(image: Any, path: str | Path) -> Any:
+    """Scale 16 bits: PIL would cut all that is brighter than 255."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise UsageError(
+            f"{path} has pixels of mode {image.mode}, whose range is not known; give "
+            "an image of 8 or 16 bits a channel"
+        )
+    return image
 
 
 def _probabilities(

@@ -1,22 +1,32 @@
 """A run on its devices: the one place with ``pmap``.
 
 State and data set are whole on every device; each device takes its share of every batch
-(see ``augment.positions``).
+(see ``augment.positions``). Of many processes each places them on its own devices, and
+the mapped axis goes over the devices of all.
 """
 
+import operator
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import reduce
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_resnetv2.augment import positions
 from flax_resnetv2.config import Config
-from flax_resnetv2.data import Dataset, Split, evaluation_order, fetch
+from flax_resnetv2.data import (
+    Dataset,
+    Split,
+    epoch_order,
+    evaluation_order,
+    fetch,
+)
 from flax_resnetv2.model import ResNetV2, create_model
 from flax_resnetv2.training import (
     Metrics,
@@ -25,20 +35,38 @@ from flax_resnetv2.training import (
     make_eval_step,
     make_schedule,
     make_train_step,
+    train_state_shapes,
 )
+from flax_resnetv2.weights import from_file
 
 AXIS = "devices"
 """The mapped axis."""
+Executor = Literal["pmap", "jit"]
+"""What maps a step over the devices: ``jax.pmap``, or ``jax.jit`` of ``shard_map`` over
+arrays with a ``NamedSharding``. Both compute the same."""
 
 
 class Run:
-    """What a run holds besides its state: model, compiled steps, placed data."""
+    """What a run holds besides its state: model, compiled steps, placed data.
+
+    Args:
+        config, dataset: what is run.
+        devices: local ones; of many processes each gives all of its own.
+        executor: see ``Executor``.
+    """
 
     def __init__(
-        self, config: Config, dataset: Dataset, devices: list[jax.Device]
+        self,
+        config: Config,
+        dataset: Dataset,
+        devices: list[jax.Device],
+        executor: Executor = "pmap",
     ) -> None:
         train = config.train
         self.config, self.dataset, self.devices = config, dataset, devices
+        self.executor = executor
+        self.count = len(devices) * jax.process_count()
+        """Devices of all processes."""
         self.images = len(dataset.splits["train"].label)
         self.steps_per_epoch = self.images // train.batch_size
         self.schedule = jax.jit(make_schedule(train, self.steps_per_epoch))
@@ -46,20 +74,32 @@ class Run:
         """XLA's CPU convolutions take a slow path inside a loop; elsewhere one
         dispatch runs all steps up to the next line of metrics."""
         # Evaluation fills its batches up, so any device count divides them.
-        self.eval_batch = -(-train.eval_batch_size // len(devices)) * len(devices)
-        self.axis = AXIS if len(devices) > 1 else None
+        self.eval_batch = -(-train.eval_batch_size // self.count) * self.count
+        self.axis = AXIS if self.count > 1 else None
         """What is summed over; one device has nobody to sum with."""
         self.model = _model(config, dataset, self.axis)
-        self._replicated = NamedSharding(
-            Mesh(np.asarray(devices), (AXIS,)), PartitionSpec()
-        )
+        everyone = devices if jax.process_count() == 1 else jax.devices()
+        self._mesh = Mesh(np.asarray(everyone), (AXIS,))
+        here = Mesh(np.asarray(devices), (AXIS,))
+        self._everywhere = NamedSharding(self._mesh, PartitionSpec())
+        self._here = NamedSharding(here, PartitionSpec())
         self._splits: dict[str, Split] = {}
+        self._order: tuple[int, Any] = (-1, None)
         self.train = self.parallel(self._train_chunk(), donate=True)
         self._eval = self.parallel(self._eval_batch())
 
     def place(self, tree: Any) -> Any:
-        """Put arrays whole on every device, as ``pmap`` gives them back."""
-        return jax.device_put(tree, self._replicated)
+        """Put arrays whole on every device, as the executor gives them back."""
+        tree = jax.device_put(tree, self._here)
+        return self.everywhere(tree) if self.executor == "jit" else tree
+
+    def everywhere(self, tree: Any) -> Any:
+        """The same arrays, known as lying on the devices of all processes; no copy."""
+        return _assemble(tree, self._everywhere)
+
+    def as_placed(self, tree: Any) -> Any:
+        """The way back from ``everywhere``."""
+        return tree if self.executor == "jit" else _assemble(tree, self._here)
 
     def split(self, name: str) -> Split:
         """The arrays of a split on the devices, placed once."""
@@ -67,53 +107,92 @@ class Run:
             self._splits[name] = self.place(self.dataset.splits[name])
         return self._splits[name]
 
+    def order(self, epoch: int) -> jax.Array:
+        """The order of an epoch on the devices, computed once."""
+        if self._order[0] != epoch:
+            batch, seed = self.config.train.batch_size, self.config.seed
+            placed = self.place(epoch_order(self.images, batch, seed, epoch))
+            self._order = epoch, placed
+        return self._order[1]
+
     def initial_state(self) -> TrainState:
-        """Initial state from the seed."""
+        """Initial state, from the seed and the weights that the run starts from."""
+        key, variables = jax.random.key(self.config.seed), None
+        if self.config.weights is not None:
+            variables = from_file(
+                self.config.weights, self.model, classifier="leave", key=key
+            )
         return self.place(
             create_train_state(
                 self.model,
                 self.config.train,
-                jax.random.key(self.config.seed),
-                self.dataset.image_shape,
+                key,
+                self.config.augment.input_shape(self.dataset.image_shape),
                 self.steps_per_epoch,
+                variables,
             )
+        )
+
+    def state_shapes(self) -> TrainState:
+        """What a state consists of, lying everywhere, without its numbers."""
+        shape = self.config.augment.input_shape(self.dataset.image_shape)
+        return jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self._everywhere),
+            train_state_shapes(self.model, self.config.train, shape),
         )
 
     def describe(self, state: TrainState) -> str:
         """Say in one line what is about to run."""
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        done, count = int(state.step), len(self.devices)
+        done, count = int(state.step), self.count
+        many = jax.process_count()
         return (
             f"{self.dataset.name}: {self.images:,} training images, {parameters:,} "
             f"parameters, {count} {self.devices[0].platform} "
             + ("device" if count == 1 else "devices")
+            + (f" of {many} processes" if many > 1 else "")
             + (f"; going on after step {done:,}" if done else "")
         )
 
-    def evaluate(self, state: TrainState, name: str) -> Metrics:
-        """Sums over a whole split."""
+    def evaluate(
+        self, state: TrainState, name: str, stop: Callable[[], bool] = lambda: False
+    ) -> Metrics | None:
+        """Sums over a whole split; None: ``stop`` became true on the way."""
         split = self.split(name)
         order = evaluation_order(len(split.label), self.eval_batch)
         placed, variables = self.place(order), state.variables()
-        return add_up(
-            [
-                self._eval(variables, split, placed, jnp.int32(start))
-                for start in range(0, len(order), self.eval_batch)
-            ]
-        )
+        found: list[Metrics] = []
+        for start in range(0, len(order), self.eval_batch):
+            if stop():
+                return None
+            at = self.place(jnp.int32(start))
+            found.append(self._eval(variables, split, placed, at))
+            # No further ahead of the devices, or ``stop`` would come late.
+            jax.block_until_ready(found[-2:-1])
+        return add_up(found)
 
     def parallel(self, function: Callable, donate: bool = False) -> Callable:
         """The seam: run ``function(first, *rest)`` on all devices at once.
 
         Arguments and results are whole on every device; ``first`` may be given away.
         """
+        if self.executor == "jit":
+            whole = PartitionSpec()
+            mapped = jax.shard_map(
+                function,
+                mesh=self._mesh,
+                in_specs=whole,
+                out_specs=whole,
+                check_vma=False,  # as pmap: sums make the results equal
+            )
+            return jax.jit(mapped, donate_argnums=(0,) if donate else ())
         mapped = jax.pmap(
             # pmap wants one argument with a mapped axis: each device gets its number.
             lambda number, first, rest: function(first, *rest),
             axis_name=AXIS,
             in_axes=(0, None, None),
             out_axes=None,
-            devices=self.devices,
+            devices=self.devices if jax.process_count() == 1 else None,
             donate_argnums=(1,) if donate else (),
         )
         numbers = np.arange(len(self.devices))
@@ -121,7 +200,7 @@ class Run:
 
     def _train_chunk(self) -> Callable:
         config = self.config
-        share = config.train.batch_size // len(self.devices)
+        share = config.train.batch_size // self.count
         step = make_train_step(
             self.model,
             config.train,
@@ -152,7 +231,7 @@ class Run:
 
     def _eval_batch(self) -> Callable:
         step = make_eval_step(self.model, self.config.augment, axis_name=self.axis)
-        share = self.eval_batch // len(self.devices)
+        share = self.eval_batch // self.count
 
         def one(variables, split, order, start):
             places = start + positions(share, self.axis)
@@ -161,14 +240,38 @@ class Run:
         return one
 
 
-def add_up(metrics: list[Metrics]) -> Metrics:
-    """Sum trees of device numbers on the host, in float64: the one place that waits."""
+def add_up(metrics: list[Metrics], before: Metrics | None = None) -> Metrics:
+    """Sum trees of device numbers on the host, in float64: the one place that waits.
+
+    One after the other, and after ``before``: a run that was stopped between two of
+    them gives the same bits.
+    """
     return jax.tree.map(
-        lambda *leaves: np.asarray(leaves, np.float64).sum(), *jax.device_get(metrics)
+        lambda *leaves: reduce(operator.add, map(float, leaves)),
+        *([] if before is None else [before]),
+        *jax.device_get(metrics),
+    )
+
+
+def one_of_all(flag: bool) -> bool:
+    """Whether ``flag`` is true in any process; all must ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def _assemble(tree: Any, sharding: NamedSharding) -> Any:
+    """Replicated arrays under another sharding of the same copies."""
+    return jax.tree.map(
+        lambda x: jax.make_array_from_single_device_arrays(
+            x.shape, sharding, [shard.data for shard in x.addressable_shards]
+        ),
+        tree,
     )
 
 
 def _model(config: Config, dataset: Dataset, axis: str | None) -> ResNetV2:
     axis = axis if config.train.sync_batch_norm else None
     execution = replace(config.execution, batch_norm_axis=axis)
-    return create_model(config.architecture, execution, dataset.image_shape)
+    shape = config.augment.input_shape(dataset.image_shape)
+    return create_model(config.architecture, execution, shape)

@@ -53,9 +53,8 @@ class Needs:
     """The way of running that this is for."""
 
     def beside(self, *trees: Any) -> "Needs":
-        """The same with arrays that lie on each device all the time."""
-        more = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
-        return replace(self, fixed_bytes=self.fixed_bytes + more)
+        """The same with arrays (or shapes) that lie on each device all the time."""
+        return replace(self, fixed_bytes=self.fixed_bytes + size_of(trees))
 
     def bytes(self, share: int) -> int:
         """Predict the memory of a device that takes ``share`` images of a batch.
@@ -148,6 +147,11 @@ def _kept(row: LayerRow, architecture: Architecture, execution: Execution) -> bo
         again = execution.remat == "norms" and execution.derivatives == "by_hand"
         return not again and execution.remat != "units"
     return True
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of all arrays of a tree, or of what ``jax.eval_shape`` gives for them."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def memory_limit(device: jax.Device) -> int | None:

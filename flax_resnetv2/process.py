@@ -5,11 +5,15 @@ Called by the commands. Whoever imports the package decides about his own proces
 
 import ctypes
 import os
+import signal
 import sys
 import threading
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+from flax_resnetv2.errors import RunError, UsageError
 
 _kept = False
 """Whether ``keep_memory`` took effect in this process."""
@@ -106,6 +110,121 @@ def choose_convolutions() -> bool:
     return True
 
 
+class Stop:
+    """Notes that SIGTERM or SIGINT asks the process to stop; a second one ends it.
+
+    Only from ``listen`` on: before, there is nothing that a signal could lose. Outside
+    the main thread signals stay as they are.
+    """
+
+    def __init__(self) -> None:
+        self.asked: str | None = None
+        """Name of the signal that came."""
+        self._before: dict[int, Any] = {}
+
+    def listen(self) -> None:
+        """Begin to note signals; again: nothing."""
+        if self._before or threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, _: object) -> None:
+        if self.asked is not None:
+            os._exit(128 + number)
+        self.asked = signal.Signals(number).name
+        # print and logging may be in the middle of a line, and may wait for it.
+        os.write(2, f"\n{self.asked}: saving; a second one ends at once\n".encode())
+
+    def __enter__(self) -> "Stop":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+HEARTBEAT = 30
+"""Seconds without a sign of life after which a process counts as gone."""
+
+
+def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Become one of several processes; call it before JAX's backend starts.
+
+    Where one of them dies, the others fail at their next exchange, or are ended by JAX
+    after ``HEARTBEAT``.
+
+    Args:
+        coordinator: HOST:PORT of the first; None, with the others: what SLURM, Open
+            MPI, Kubernetes or a TPU pod say.
+        processes: how many there are.
+        process: which one this is.
+
+    Raises:
+        UsageError: nothing says what the arguments leave out.
+        RunError: the others do not answer.
+    """
+    import jax
+
+    try:
+        jax.distributed.initialize(
+            coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT
+        )
+    except ValueError as error:
+        raise UsageError(
+            f"no cluster was found that says who the processes are ({error}); give "
+            "--coordinator HOST:PORT --processes N --process K"
+        ) from error
+    except RuntimeError as error:
+        raise RunError(
+            f"the processes did not come together ({str(error).splitlines()[0]}); "
+            "start all of them within five minutes, with the same --coordinator"
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes what is written once."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def leave_others(code: int) -> None:
+    """End this process at once if it is one of several; else do nothing.
+
+    Leaving in order would wait for the others, who may be gone, or wait for this one.
+    """
+    jax = sys.modules.get("jax")
+    if jax and jax.distributed.is_initialized() and jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def quieten() -> None:
+    """Leave it to this project to say what went wrong, not to orbax's log."""
+    import absl.logging
+
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    show = sys.unraisablehook
+
+    def known(about: Any) -> None:
+        # Reads that orbax began and left when another one failed.
+        if str(about.exc_value) != "Event loop is closed":
+            show(about)
+
+    sys.unraisablehook = known
+
+
+def make_deterministic() -> None:
+    """Have GPUs give the same bits run to run; call it before JAX's backend starts.
+
+    CPUs and TPUs do so in any case.
+    """
+    chosen = "--xla_gpu_deterministic_ops=true"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {chosen}".strip()
+
+
 def _accelerated() -> bool:
     """JAX would find an accelerator's plugin or a TPU, and was not told to leave it."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
@@ -114,18 +233,26 @@ def _accelerated() -> bool:
     return bool(found or entry_points(group="jax_plugins"))
 
 
-def cache_compilations() -> Path | None:
-    """Keep compiled programs in the user's cache directory, for the next process.
+def program_cache() -> Path:
+    """Where compiled programs are kept: where JAX was told to, or in the user's cache.
 
-    A directory that JAX was told (``JAX_COMPILATION_CACHE_DIR``) stays.
+    JAX is told by ``JAX_COMPILATION_CACHE_DIR``.
+    """
+    import jax
+
+    return Path(jax.config.jax_compilation_cache_dir or user_cache() / "xla")
+
+
+def cache_compilations() -> Path | None:
+    """Keep compiled programs in ``program_cache()``, for the next process.
 
     Returns:
         Where they are kept; None: the directory cannot be written.
     """
     import jax
 
+    directory = program_cache()
     if jax.config.jax_compilation_cache_dir is None:
-        directory = user_cache() / "xla"
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError:
@@ -135,4 +262,4 @@ def cache_compilations() -> Path | None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
         # A start is also many small programs.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    return Path(jax.config.jax_compilation_cache_dir)
+    return directory

@@ -1,6 +1,7 @@
 """What a person sees of a run while it goes, and the lines it leaves behind."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeRemainingColumn as Remaining
 
-from flax_resnetv2.rundir import write_whole
+from flax_resnetv2.rundir import read_metrics, write_whole
 
 
 class Reporter:
@@ -24,6 +25,7 @@ class Reporter:
         batch_size: images in a step.
         flops: of training on one image.
         peak: FLOP/s of all devices together; None: unknown.
+        silent: only remember: another process shows and writes.
     """
 
     def __init__(
@@ -35,26 +37,31 @@ class Reporter:
         batch_size: int,
         flops: float = 0.0,
         peak: float | None = None,
+        silent: bool = False,
     ) -> None:
         """Open the file and the bar."""
         self._flops, self._peak = flops, peak
         self.last: dict[str, dict[str, float]] = {}
+        """The newest line of each split."""
+        self.validation: list[dict[str, float]] = []
+        """All lines of the split "validation"."""
         self._began, self._total, self._batch = began, total, batch_size
         self._step, self._time, self._compiled = done, time.perf_counter(), False
-        path = workdir / "metrics.jsonl"
-        text = path.read_text() if path.exists() else ""
-        kept = [line for line in _read(text) if line["step"] <= done]
-        wanted = "".join(json.dumps(line) + "\n" for line in kept)
-        if wanted != text:
-            write_whole(path, wanted)
+        kept = [line for line in read_metrics(workdir) if line["step"] <= done]
         for line in kept:
-            self.last[line["split"]] = line
+            self._remember(line)
             # Seconds of training count on.
             self._began = began - line["seconds"]
-        self._file = path.open("a", buffering=1)
-        self._console = Console(highlight=False)
+        self._file = None
+        if not silent:
+            path = workdir / "metrics.jsonl"
+            wanted = "".join(json.dumps(line) + "\n" for line in kept)
+            if not path.exists() or path.read_bytes() != wanted.encode():
+                write_whole(path, wanted)
+            self._file = path.open("a", buffering=1)
+        self._console = Console(highlight=False, quiet=silent)
         self._bar = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and not silent:
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
@@ -75,11 +82,17 @@ class Reporter:
         """Take the bar away and close the file."""
         if self._bar:
             self._bar.stop()
-        self._file.close()
+        if self._file:
+            self._file.close()
 
     def say(self, text: str) -> None:
         """Print one line above the bar."""
         self._console.print(text, soft_wrap=True, markup=False)
+
+    def sync(self) -> None:
+        """Have all lines on disk, as a checkpoint that follows them will be."""
+        if self._file:
+            os.fsync(self._file.fileno())
 
     def dispatched(self) -> None:
         """Rates count from the first time on: then the step is compiled."""
@@ -139,20 +152,15 @@ class Reporter:
             **more,
             "seconds": round(time.perf_counter() - self._began, 3),
         }
-        self._file.write(json.dumps(line) + "\n")
-        self.last[split] = line
+        if self._file:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._remember(line)
         return line
 
-
-def _read(text: str) -> list[dict[str, Any]]:
-    """Lines of an earlier run; the last may have been cut off with it."""
-    lines = []
-    for line in text.splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+    def _remember(self, line: dict[str, Any]) -> None:
+        self.last[line["split"]] = line
+        if line["split"] == "validation":
+            self.validation.append(line)
 
 
 def _clock(seconds: float) -> str:

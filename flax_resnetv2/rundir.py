@@ -1,16 +1,19 @@
 """The directory of a run: what lies in it, written whole, and read again.
 
-``config.json``, ``dataset.json``, ``environment.json``, ``metrics.jsonl`` (``report``),
+``config.json``, ``dataset.json``, ``environment.json`` (each start of the run),
+``.lock``, ``metrics.jsonl`` (``report``),
 ``checkpoints/`` (``checkpoint``) and, if asked for, ``profile/`` (``tracing``).
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -94,60 +97,146 @@ def load_dataset_facts(workdir: str | Path) -> dict[str, Any]:
     path = Path(workdir) / "dataset.json"
     if not path.is_file():
         raise UsageError(f"{workdir} has no dataset.json; train there once more")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UsageError(
+            f"{path} is damaged ({error}); remove it and train there once more"
+        ) from error
 
 
-def check_same(workdir: Path, config: Config) -> None:
+def has_begun(workdir: Path) -> bool:
+    """Whether a run has something there to go on with, or began to have."""
+    return (workdir / "checkpoints").exists()
+
+
+def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
+    """Read the lines of ``metrics.jsonl``; a damaged one is left out.
+
+    The last is when its writing was cut off.
+    """
+    path, lines = Path(workdir) / "metrics.jsonl", []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines
+
+
+def best_step(lines: list[dict[str, Any]], steps: list[int]) -> int | None:
+    """Of ``steps`` the one with the highest accuracy on "validation", the first of
+    equals; None: there is none."""
+    scored = {
+        line["step"]: line["accuracy"]
+        for line in lines
+        if line["split"] == "validation" and line["step"] in steps
+    }
+    return max(sorted(scored), key=scored.__getitem__, default=None)
+
+
+MAY_CHANGE = {
+    *("data.dir", "data.archive", "data.url", "data.accept_checksum"),
+    *("log_every", "evaluate_every", "train.eval_batch_size"),
+    *("checkpoint_every", "checkpoint_steps", "keep_checkpoints"),
+}
+"""Fields of ``Config`` that decide no number that a run learns."""
+
+
+def check_same(workdir: Path, config: Config) -> list[str]:
     """Refuse to go on with a run as another; None means "as the data set says".
 
+    Returns:
+        What differs and may.
+
     Raises:
-        UsageError: with every field that differs.
+        UsageError: with every field that differs and must not.
     """
     if not (workdir / "config.json").exists():
-        return
+        return []
     old = load_config(workdir)
     if config.augment.mean is None:
         mean, std = old.augment.mean, old.augment.std
         config = replace(config, augment=replace(config.augment, mean=mean, std=std))
-    if changed := differences(old, config):
+    free = MAY_CHANGE | (
+        # The other schedules bend towards the end.
+        {"train.epochs"} if config.train.schedule == "constant" else set()
+    )
+    found = differences(old, config)
+    if changed := [text for field, text in found.items() if field not in free]:
         raise UsageError(
             f"{workdir} holds a run of another configuration ({'; '.join(changed)}); "
             "give the same flags to go on with it, or another --workdir"
         )
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keep other processes out of a run's directory.
+
+    Raises:
+        UsageError: one is in it.
+    """
+    # The kernel opens the lock of a process that is killed.
+    with (workdir / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UsageError(
+                f"workdir={workdir} is in use by {file.read().strip()}; wait for it, "
+                "or choose another --workdir"
+            ) from error
+        except OSError:  # some network file systems have no locks
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
 
 
 def write_records(
-    workdir: Path, config: Config, dataset: Dataset, devices: list[jax.Device]
+    workdir: Path,
+    config: Config,
+    dataset: Dataset,
+    devices: list[jax.Device],
+    done: int,
 ) -> None:
-    """Write what a run is, where that is not written yet."""
+    """Write what a run is, and that it starts after step ``done``."""
     facts = {
         "name": dataset.name,
         "image_shape": dataset.image_shape,
         "class_names": dataset.class_names,
         "images": {name: len(s.label) for name, s in dataset.splits.items()},
     }
+    path = workdir / "environment.json"
+    starts = json.loads(path.read_text()) if path.exists() else []
+    starts.append({"step": done, **_environment(devices)})
     records = {
         "dataset.json": json.dumps(facts, indent=2) + "\n",
-        "environment.json": json.dumps(_environment(devices), indent=2) + "\n",
+        "environment.json": json.dumps(starts, indent=2) + "\n",
         # The last one: where it is, the others are.
         "config.json": to_json(config),
     }
     for name, text in records.items():
-        if not (workdir / name).exists():
-            write_whole(workdir / name, text)
+        if not (path := workdir / name).exists() or path.read_text() != text:
+            write_whole(path, text)
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     new = path.with_name(f"{path.name}.part")
-    new.write_text(text)
+    with new.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # or a crash of the machine could leave it empty
     os.replace(new, path)
 
 
 def _environment(devices: list[jax.Device]) -> dict[str, Any]:
-    """Commit, versions and devices at the start of a run."""
+    """Date, commit, versions and devices at the start of a run, or of its rest."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in packages},

@@ -6,7 +6,7 @@ leave a step as sums and counts, so that they can be added up.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import flax.struct
@@ -54,6 +54,9 @@ class TrainConfig:
     """Nesterov's momentum in sgd."""
     weight_decay: Annotated[float, Range(0, 1e6)] = 1e-4
     """As the optimizer says."""
+    learn: Literal["all", "classifier"] = "all"
+    """What learns: everything, or the classifier alone, behind a backbone whose
+    parameters and statistics stay as they came."""
     decay: Literal["kernels", "all"] = "kernels"
     """What decays: kernels only, or scales and biases too."""
     schedule: Literal["steps", "cosine", "one_cycle", "linear", "constant"] = "steps"
@@ -158,6 +161,9 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The gradient transformation that ``config`` describes."""
     c, rate = config, make_schedule(config, steps_per_epoch)
+    if c.learn == "classifier":
+        rest = make_optimizer(replace(c, learn="all"), steps_per_epoch)
+        return optax.masked(rest, _learns)
 
     def decays(params: Any) -> Any:
         return jax.tree.map_with_path(
@@ -173,15 +179,32 @@ def make_optimizer(
     return optax.chain(l2, optax.sgd(rate, c.momentum, c.nesterov))
 
 
+def _learns(params: Any) -> Any:
+    """Where ``learn="classifier"`` is true: a tree of bool."""
+    return jax.tree.map_with_path(
+        lambda path, _: [key.key for key in path[:2]] == ["head", "classifier"], params
+    )
+
+
 def create_train_state(
     model: "ResNetV2",
     config: TrainConfig,
     key: jax.Array,
     image_shape: tuple[int, int, int],
     steps_per_epoch: int,
+    variables: dict[str, Any] | None = None,
 ) -> TrainState:
-    """Initial parameters, statistics and optimiser state; pure, fastest outside jit."""
-    variables = model.init_in_one_draw(key, image_shape)
+    """Initial parameters, statistics and optimiser state; pure, fastest outside jit.
+
+    Args:
+        model, config: the net and how it is trained.
+        key: of what is drawn.
+        image_shape: (height, width, channels) of what the net sees.
+        steps_per_epoch: the schedule's epoch.
+        variables: ``params`` and ``batch_stats`` to start from; None: drawn.
+    """
+    if variables is None:
+        variables = model.init_in_one_draw(key, image_shape)
     params = variables["params"]
     stats = variables.get("batch_stats", {})
     return TrainState(
@@ -194,6 +217,19 @@ def create_train_state(
         if config.ema
         else None,
     )
+
+
+def train_state_shapes(
+    model: "ResNetV2", config: TrainConfig, image_shape: tuple[int, int, int]
+) -> TrainState:
+    """``create_train_state`` without its numbers: a state of jax.ShapeDtypeStruct."""
+
+    def create() -> TrainState:
+        # Shapes do not depend on how many steps an epoch has.
+        key = jax.random.key(0)
+        return create_train_state(model, config, key, image_shape, steps_per_epoch=1)
+
+    return jax.eval_shape(create)
 
 
 def make_train_step(
@@ -215,7 +251,8 @@ def make_train_step(
         axis_name: the mapped axis that shares the batch; None: there is none.
 
     The metrics are sums over the images (``loss``, ``correct``) with their ``count``,
-    and over the steps (``gradient_norm`` by part of the net) with ``steps``.
+    and over the steps (``gradient_norm`` by part of the net) with ``steps``, of which
+    ``finite_steps`` had a finite loss and gradient.
     """
     optimizer = make_optimizer(train, steps_per_epoch)
 
@@ -230,10 +267,15 @@ def make_train_step(
         count = total(batch.mask.sum())
 
         def loss_of(params: Any) -> tuple[jax.Array, Any]:
+            if train.learn == "classifier":
+                params = jax.tree.map(
+                    lambda p, learns: p if learns else lax.stop_gradient(p),
+                    *(params, _learns(params)),
+                )
             logits, updated = model.apply(
                 {"params": params, "batch_stats": state.batch_stats},
                 images,
-                train=True,
+                train=train.learn == "all",
                 mutable=["batch_stats"],
             )
             loss, correct = score(logits, batch, train.label_smoothing)
@@ -253,12 +295,15 @@ def make_train_step(
             )
         params = optax.apply_updates(state.params, updates)
         averaged = _average(state, {"params": params, "batch_stats": stats}, train.ema)
+        norms = {k: optax.tree.norm(g) for k, g in gradient.items()}
+        finite = jnp.isfinite(jnp.stack([loss, *norms.values()])).all()
         metrics = {
             "loss": loss,
             "correct": correct,
             "count": count,
             "steps": jnp.ones([], jnp.int32),
-            "gradient_norm": {k: optax.tree.norm(g) for k, g in gradient.items()},
+            "finite_steps": finite.astype(jnp.int32),
+            "gradient_norm": norms,
         }
         new = TrainState(state.step + 1, params, stats, opt_state, averaged)
         return new, metrics

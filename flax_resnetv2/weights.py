@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_resnetv2.architecture import check_choice
+from flax_resnetv2.augment import AugmentConfig
 from flax_resnetv2.errors import UsageError
+from flax_resnetv2.fields import check_choice
 from flax_resnetv2.model import ResNetV2
 
 Tensors = dict[str, np.ndarray]
@@ -33,6 +34,11 @@ Leaf = tuple[str, ...]
 HEAD = "head/classifier"
 SHOWN = 4
 """Names of each kind that an error lists."""
+NORMALISATION = AugmentConfig(
+    crop_padding=0, flip=False, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+)
+"""What the published weights expect of images: from -1 to 1. For ``normalise`` and
+``Predictor``."""
 
 _logger = logging.getLogger(__name__)
 
@@ -205,8 +211,40 @@ def _bit_dialect(_: ResNetV2) -> _Dialect:
     )
 
 
+def from_file(
+    path: str | Path,
+    model: ResNetV2,
+    *,
+    classifier: Literal["read", "leave"] = "read",
+    key: jax.Array | None = None,
+) -> dict[str, Any]:
+    """Read weights by the kind of their file: Keras's, timm's or Big Transfer's.
+
+    Args:
+        path: as ``from_keras``, ``from_timm`` or ``from_bit`` reads it.
+        model, classifier, key, and the rest: as ``from_keras``.
+    """
+    check_file(path)
+    read = next(f for f, kinds in _KINDS.items() if Path(path).suffix in kinds)
+    return read(path, model, classifier=classifier, key=key)
+
+
+def check_file(path: str | Path) -> None:
+    """Refuse what ``from_file`` would not open, without opening it.
+
+    Raises:
+        UsageError: no file, or one of another kind.
+    """
+    kinds = tuple(kind for some in _KINDS.values() for kind in some)
+    _check_file(Path(path), kinds, _CONVERT)
+
+
 def from_keras(
-    path: str | Path, model: ResNetV2, *, classifier: Literal["read", "leave"] = "read"
+    path: str | Path,
+    model: ResNetV2,
+    *,
+    classifier: Literal["read", "leave"] = "read",
+    key: jax.Array | None = None,
 ) -> dict[str, Any]:
     """Read weights of ``keras.applications.ResNet50V2``, ``101V2`` or ``152V2``.
 
@@ -214,6 +252,7 @@ def from_keras(
         path: ``.keras``, ``.weights.h5``, or the ``.h5`` of keras.applications.
         model: of a preset keras-*, or with another head.
         classifier: "leave" the file's out: the model keeps its own head, drawn anew.
+        key: of that head; None: key 0.
 
     Returns:
         ``params`` and ``batch_stats``, in the model's dtype of parameters.
@@ -221,33 +260,56 @@ def from_keras(
     Raises:
         UsageError: not such a file, a damaged one, or one of another net.
     """
-    return _import(_read_keras(Path(path)), path, model, _keras_dialect, classifier)
+    found = _read_keras(Path(path))
+    return _import(found, path, model, _keras_dialect, classifier, key)
 
 
 def from_timm(
-    path: str | Path, model: ResNetV2, *, classifier: Literal["read", "leave"] = "read"
+    path: str | Path,
+    model: ResNetV2,
+    *,
+    classifier: Literal["read", "leave"] = "read",
+    key: jax.Array | None = None,
 ) -> dict[str, Any]:
     """Read weights of timm's ``resnetv2_*``, Big Transfer's among them.
 
     Args:
         path: ``.safetensors``.
         model: of a preset timm-* or bit-*, or with another head.
-        classifier, and the rest: as ``from_keras``.
+        classifier, key, and the rest: as ``from_keras``.
     """
-    return _import(_read_timm(Path(path)), path, model, _timm_dialect, classifier)
+    found = _read_timm(Path(path))
+    return _import(found, path, model, _timm_dialect, classifier, key)
 
 
 def from_bit(
-    path: str | Path, model: ResNetV2, *, classifier: Literal["read", "leave"] = "read"
+    path: str | Path,
+    model: ResNetV2,
+    *,
+    classifier: Literal["read", "leave"] = "read",
+    key: jax.Array | None = None,
 ) -> dict[str, Any]:
     """Read weights that Big Transfer published.
 
     Args:
         path: ``.npz``, as BiT-M-R50x1.npz.
         model: of a preset bit-*, or with another head.
-        classifier, and the rest: as ``from_keras``.
+        classifier, key, and the rest: as ``from_keras``.
     """
-    return _import(_read_npz(Path(path)), path, model, _bit_dialect, classifier)
+    found = _read_npz(Path(path))
+    return _import(found, path, model, _bit_dialect, classifier, key)
+
+
+_KINDS = {
+    from_keras: (".keras", ".h5"),
+    from_timm: (".safetensors",),
+    from_bit: (".npz",),
+}
+_CONVERT = (
+    "a .pth is a pickle, which may run code; convert it where torch is: python -c "
+    "\"import torch, safetensors.torch as s; s.save_file(torch.load('x.pth', "
+    "weights_only=True), 'x.safetensors')\""
+)
 
 
 def to_keras(variables: dict[str, Any], model: ResNetV2) -> Tensors:
@@ -281,6 +343,7 @@ def _import(
     model: ResNetV2,
     dialect_of: Callable[[ResNetV2], _Dialect],
     classifier: Literal["read", "leave"],
+    key: jax.Array | None,
 ) -> dict[str, Any]:
     """Our variables from their tensors, all of them or an error."""
     check_choice("classifier", classifier, ("read", "leave"))
@@ -316,7 +379,8 @@ def _import(
         for name, (leaf, _) in wanted.items()
     }
     if left:
-        drawn = flatten_dict(model.init_in_one_draw(jax.random.key(0), _IMAGE))
+        key = jax.random.key(0) if key is None else key
+        drawn = flatten_dict(model.init_in_one_draw(key, _IMAGE))
         leaves |= {leaf: drawn[leaf] for leaf in left}
     return unflatten_dict(leaves)
 
@@ -375,7 +439,8 @@ def _read_keras(path: Path) -> Tensors:
     """{"layer/variable": array} of any file that Keras writes."""
     import h5py
 
-    _check_file(path, (".keras", ".h5"), "save it in Keras as .keras or .weights.h5")
+    save = "save it in Keras as .keras or .weights.h5"
+    _check_file(path, _KINDS[from_keras], save)
     try:
         if path.suffix == ".keras":
             with (
@@ -440,12 +505,7 @@ def _read_timm(path: Path) -> Tensors:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    convert = (
-        "a .pth is a pickle, which may run code; convert it where torch is: python -c "
-        "\"import torch, safetensors.torch as s; s.save_file(torch.load('x.pth', "
-        "weights_only=True), 'x.safetensors')\""
-    )
-    _check_file(path, (".safetensors",), convert)
+    _check_file(path, _KINDS[from_timm], _CONVERT)
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -454,7 +514,8 @@ def _read_timm(path: Path) -> Tensors:
 
 
 def _read_npz(path: Path) -> Tensors:
-    _check_file(path, (".npz",), "take the .npz that Big Transfer published")
+    published = "take the .npz that Big Transfer published"
+    _check_file(path, _KINDS[from_bit], published)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}

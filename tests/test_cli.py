@@ -26,7 +26,7 @@ def captured(monkeypatch, tmp_path):
     """The calls of ``fit`` that a command leads to; nothing is trained."""
     calls = []
 
-    def fit(config, workdir, profile=None):
+    def fit(config, workdir, profile=None, executor="pmap"):
         calls.append((config, workdir))
         calls.extend([profile] if profile else [])
         return {"accuracy": 0.5, "count": 2000, "seconds": 12.0}
@@ -265,7 +265,7 @@ def test_the_help_of_a_recipe_lists_every_field_with_its_docstring(
 
 def described(arguments):
     try:
-        return cli.describe(arguments)
+        return cli.main(["show", *arguments])
     except SystemExit as error:
         return error.code
 
@@ -279,6 +279,14 @@ def test_a_preset_is_described_and_drawn(tmp_path, capsys):
     assert "total 1,703,258 244,500,992" in said
     assert "stack3: sees 255 x 255 pixels, one value every 4" in said
     assert drawing.read_text().startswith("<svg")
+
+
+def test_both_commands_of_the_package_are_listed(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    said = flat(capsys.readouterr().out)
+    assert "show Say what a net consists of" in said
+    assert "doctor Say what train.py would find and do" in said
 
 
 def test_layers_of_a_preset_are_listed(capsys):

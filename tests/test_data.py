@@ -100,6 +100,78 @@ def test_the_validation_images_are_the_last_training_images(prepared):
     np.testing.assert_array_equal(splits["validation"].image[:, 0, 0, 0], range(26, 30))
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"archive": "/no/such"}, "data.archive=/no/such"),
+        ({"url": "http://a/b"}, "data.url=http://a/b"),
+        ({"accept_checksum": True}, "data.accept_checksum"),
+        (
+            {"archive": "a", "accept_checksum": True},
+            "data.archive=a and data.accept_checksum",
+        ),
+        ({}, None),
+    ],
+)
+def test_a_source_that_is_not_needed_is_told(prepared, capsys, given, said):
+    open_dataset(DataConfig(dir=prepared, **given))
+    expected = (
+        f"{prepared} is prepared already and used; not used: {said}\n" if said else ""
+    )
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize("name", ["cifar10", "embedded_shapes"])
+def test_two_sources_are_refused(prepared, name):
+    config = DataConfig(name=name, dir=prepared, archive="a", url="http://b")
+    message = r"data.archive=a and data.url=http://b are two sources; give one of them$"
+    with pytest.raises(UsageError, match=message):
+        open_dataset(config)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"archive": "a"}, "data.archive=a"),
+        ({"url": ""}, "data.url="),
+        ({"accept_checksum": True}, "data.accept_checksum"),
+    ],
+)
+def test_what_is_drawn_has_no_source(prepared, given, said):
+    config = DataConfig(name="embedded_shapes", dir=prepared, **given)
+    with pytest.raises(
+        UsageError, match=f"^{said}: embedded_shapes is drawn .* cifar10"
+    ):
+        open_dataset(config)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"archive": "/no/such"}, "data.archive=/no/such cannot be read"),
+        ({"url": ""}, "data.url= is no address"),
+        ({"url": "file:///etc/passwd"}, "data.url=file:///etc/passwd is no address"),
+    ],
+)
+def test_a_wrong_source_is_named_before_anything_is_written(tmp_path, given, message):
+    with pytest.raises(UsageError, match=message):
+        open_dataset(DataConfig(dir=str(tmp_path), **given))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("said", ["", "~no-such-user/data"])
+def test_what_is_no_directory_at_all_is_named(said):
+    with pytest.raises(UsageError, match=f"data.dir={said} is not a directory"):
+        open_dataset(DataConfig(dir=said))
+
+
+def test_an_empty_variable_says_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UsageError, match="cannot be read"):
+        open_dataset(DataConfig(archive="/no/such"))
+
+
 def test_there_is_no_validation_split_unless_asked_for(prepared):
     assert set(open_dataset(DataConfig(dir=prepared)).splits) == {"train", "test"}
 

@@ -83,5 +83,5 @@ def test_the_pictures_in_the_docs_are_of_now(name):
     expected = draw(PRESETS[name].architecture, (32, 32, 3))
     path = DOCS / f"{name}.svg"
     assert re.sub(r"\s+", " ", path.read_text()) == re.sub(r"\s+", " ", expected), (
-        f"draw it again: python -m flax_resnetv2 {name} --svg {path}"
+        f"draw it again: python -m flax_resnetv2 show {name} --svg {path}"
     )

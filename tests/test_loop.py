@@ -58,7 +58,7 @@ def _compiled_once(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", old)
 
 
-def ready_state(model, train, key, image_shape, steps_per_epoch):
+def ready_state(model, train, key, image_shape, steps_per_epoch, _):
     """``create_train_state`` with constants, whose compilation takes no time."""
     dtype = jax.numpy.dtype(model.execution.param_dtype)
     variables = jax.tree.map(lambda x: x.astype(dtype), tiny.variables_of(model))
@@ -77,7 +77,7 @@ def run_fit(directory, config, devices=2, dataset=None, create=None, profile=Non
 
     def keep(run, state, *rest):
         states.append(jax.tree.map(shards, state))
-        evaluate(run, state, *rest)
+        return evaluate(run, state, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "open_dataset", lambda _: dataset)
@@ -149,7 +149,8 @@ def test_a_run_leaves_its_files(finished):
     saved = load_config(directory)
     mean, std = VALIDATED.channel_statistics()
     assert saved == replace(CONFIG, augment=replace(CONFIG.augment, mean=mean, std=std))
-    environment = json.loads((directory / "environment.json").read_text())
+    (environment,) = json.loads((directory / "environment.json").read_text())
+    assert environment["step"] == 0
     assert environment["versions"]["jax"] == jax.__version__
     assert len(environment["devices"]) == 2
     facts = json.loads((directory / "dataset.json").read_text())
@@ -263,7 +264,7 @@ def test_a_run_killed_while_it_wrote_a_line_goes_on(fit, copied, finished):
 
 
 def test_a_finished_run_gives_its_result_again(fit, copied, finished, monkeypatch):
-    monkeypatch.setattr(loop, "_train_epoch", None)
+    monkeypatch.setattr(parallel.Run, "evaluate", None)
     again, same, _ = fit(CONFIG, dataset=VALIDATED)
     assert again == finished[1]
     assert same == finished[2]
@@ -358,17 +359,14 @@ def test_chunks_of_steps_give_what_single_steps_give(fit, monkeypatch, finished)
 
     monkeypatch.setattr(loop, "Run", Chunked)
     calls = []
-    epoch = loop._train_epoch
+    train = loop._train
 
     def counted(run, *rest):
-        train = run.train
-        run.train = lambda *given: (calls.append(given), train(*given))[1]
-        try:
-            return epoch(run, *rest)
-        finally:
-            run.train = train
+        original = run.train
+        run.train = lambda *given: (calls.append(given), original(*given))[1]
+        return train(run, *rest)
 
-    monkeypatch.setattr(loop, "_train_epoch", counted)
+    monkeypatch.setattr(loop, "_train", counted)
     chunked = fit(CONFIG, dataset=VALIDATED)
     assert [int(given[-1]) for given in calls] == [4, 2, 2, 4]
     for a, b in zip(single[1], chunked[1], strict=True):
@@ -411,23 +409,19 @@ def test_a_batch_that_cannot_fit_is_refused_with_one_that_can(fit, monkeypatch):
 
 
 def test_the_second_epoch_has_its_own_order_and_compiles_nothing(fit, monkeypatch):
-    events, epochs = [], []
-    train = loop._train_epoch
+    events, epochs, asked, order = [], [], [], parallel.epoch_order
 
-    def noted(*arguments):
+    def noted(*given):
         epochs.append(len(events))
-        return train(*arguments)
+        asked.append(given)
+        return order(*given)
 
-    order, asked = loop.epoch_order, []
-    monkeypatch.setattr(
-        loop, "epoch_order", lambda *given: (asked.append(given), order(*given))[1]
-    )
+    monkeypatch.setattr(parallel, "epoch_order", noted)
 
     def listen(name, *_, **__):
         if name == "/jax/core/compile/backend_compile_duration":
             events.append(name)
 
-    monkeypatch.setattr(loop, "_train_epoch", noted)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         fit(CONFIG, dataset=VALIDATED)

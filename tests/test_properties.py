@@ -188,6 +188,7 @@ FIELDS = {
         "momentum": SHARE,
         "nesterov": FLAG,
         "weight_decay": number(0, 1e6),
+        "learn": word("all", "classifier"),
         "decay": word("kernels", "all"),
         "schedule": word("steps", "cosine", "one_cycle", "linear", "constant"),
         # Of the 200 epochs of TrainConfig().
@@ -202,6 +203,7 @@ FIELDS = {
         "sync_batch_norm": FLAG,
     },
     AugmentConfig: {
+        "resize": either(NONE, whole(1, 1024)),
         "crop_padding": whole(0, 32),
         "flip": FLAG,
         "mean": tuples(number(0, 1), 3, 3),
@@ -216,10 +218,12 @@ FIELDS = {
         "validation": whole(0, 2**31),
     },
     Config: {
+        "weights": either(NONE, TEXT),
         "seed": whole(0, 2**32 - 1),
         "log_every": POSITIVE,
         "evaluate_every": POSITIVE,
         "checkpoint_every": POSITIVE,
+        "checkpoint_steps": either(NONE, POSITIVE),
         "keep_checkpoints": POSITIVE,
     },
 }

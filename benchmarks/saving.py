@@ -1,0 +1,132 @@
+"""What saving costs while a net trains.
+
+    python -m benchmarks.saving
+    python -m benchmarks.saving --table
+
+One process trains a net as ``fit`` does, in intervals of fifty steps that take turns:
+one begins with saving a checkpoint, the next does not. A row says how long a save
+blocks the loop (the checksums, and handing the arrays over), as a share of the
+interval, and the throughput of both kinds of interval. Rows go to
+``benchmarks/results/saving.jsonl``.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from benchmarks.cpu import read_rows
+from benchmarks.measure import RESULTS, append, provenance
+from flax_resnetv2 import process
+from flax_resnetv2.checkpoint import Checkpointer
+from flax_resnetv2.config import RECIPES
+from flax_resnetv2.data import DataConfig, open_dataset
+from flax_resnetv2.loop import resolve
+from flax_resnetv2.parallel import Run
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    recipes: tuple[str, ...] = ("quickstart", "cifar10-he2016-resnet20")
+    """Nets, by their recipes; all train on the embedded shapes."""
+    steps: int = 50
+    """Of an interval."""
+    saves: int = 25
+    """Intervals that begin with one; as many do not."""
+    out: Path = RESULTS / "saving.jsonl"
+    """Receives the rows."""
+    table: bool = False
+    """Measure nothing; print the table of the rows that are there."""
+
+
+def measure(recipe: str, options: Options) -> dict:
+    """Train, and save in every second interval."""
+    config = replace(RECIPES[recipe].config, data=DataConfig("embedded_shapes"))
+    dataset = open_dataset(config.data)
+    run = Run(resolve(config, dataset), dataset, jax.local_devices())
+    state, split, order = run.initial_state(), run.split("train"), run.order(0)
+    one = run.place(jnp.int32(1))
+    blocked, seconds = [], {True: [], False: []}
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        Checkpointer(directory, keep=2) as checkpoints,
+    ):
+        for interval in range(2 * options.saves + 1):
+            saving = interval % 2 == 1
+            began = time.perf_counter()
+            if saving:
+                checkpoints.save(interval, run.everywhere(state), {"metrics": None})
+                blocked.append(time.perf_counter() - began)
+            for _ in range(options.steps if run.one_by_one else 1):
+                steps = one if run.one_by_one else run.place(jnp.int32(options.steps))
+                state, metrics = run.train(state, split, order, steps)
+                jax.block_until_ready(metrics)
+            jax.block_until_ready(state)
+            if interval:  # the first one compiles
+                seconds[saving].append(time.perf_counter() - began)
+    without = statistics.median(seconds[False])
+    p95 = statistics.quantiles(blocked, n=20)[-1]
+    return {
+        "recipe": recipe,
+        "bytes": sum(x.nbytes for x in jax.tree.leaves(state)),
+        "batch": config.train.batch_size,
+        "steps": options.steps,
+        "saves": len(blocked),
+        "interval_s": without,
+        "blocked_median_s": statistics.median(blocked),
+        "blocked_p95_s": p95,
+        "blocked_p95_share": p95 / without,
+        "images_per_second": {
+            "saving": options.steps
+            * config.train.batch_size
+            / statistics.median(seconds[True]),
+            "not_saving": options.steps * config.train.batch_size / without,
+        },
+    }
+
+
+def format_row(row: dict) -> str:
+    """A line of the table."""
+    rate = row["images_per_second"]
+    cells = [
+        row["recipe"],
+        f"{row['bytes'] / 1e6:.1f} MB",
+        f"{row['interval_s']:.1f} s",
+        f"{1e3 * row['blocked_median_s']:.0f} ms",
+        f"{1e3 * row['blocked_p95_s']:.0f} ms",
+        f"{row['blocked_p95_share']:.2%}",
+        f"{rate['saving']:.0f}",
+        f"{rate['not_saving']:.0f}",
+        f"{rate['saving'] / rate['not_saving']:.3f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> int:
+    """Measure, or print the table."""
+    options = tyro.cli(Options, prog="python -m benchmarks.saving")
+    if not options.table:
+        process.tune()
+        process.cache_compilations()
+        for recipe in options.recipes:
+            row = measure(recipe, options) | provenance()
+            append(options.out, row)
+    print(
+        "| net | state | 50 steps | a save blocks | p95 | of the interval | images/s "
+        "saving | not saving | ratio |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+    )
+    for row in read_rows(options.out):
+        print(format_row(row))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

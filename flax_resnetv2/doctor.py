@@ -1,0 +1,314 @@
+"""What a run would find and do, without doing it: the findings of the doctor.
+
+Every part may be broken, so each is looked at by itself, and what it raises becomes a
+finding.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_resnetv2 import (
+    download,
+    embedded,
+    loop,
+    preparation,
+    process,
+    rundir,
+    tracing,
+)
+from flax_resnetv2.config import Config, check_config
+from flax_resnetv2.data import (
+    IMAGE_SHAPES,
+    DataConfig,
+    Dataset,
+    Split,
+    data_dir,
+    hold_out,
+)
+from flax_resnetv2.decoded import SPLITS, find_decoded
+from flax_resnetv2.errors import UsageError
+from flax_resnetv2.installed import (
+    Finding,
+    packages,
+    plugins,
+    python,
+    reason,
+    requirements,
+)
+from flax_resnetv2.model import create_model
+from flax_resnetv2.preflight import amount, memory_limit, needs, size_of
+from flax_resnetv2.records import class_names, find_prepared, split_sizes
+from flax_resnetv2.training import train_state_shapes
+
+_ACCELERATORS = {
+    "an NVIDIA GPU": ("nvidia[0-9]*", "cuda", "cuda13"),
+    "a TPU": ("accel[0-9]*", "tpu", "tpu"),
+}
+"""What the driver puts into /dev, JAX's name, and the extra of the package jax."""
+
+
+def examine(
+    config: Config,
+    command: str,
+    workdir: Path | None = None,
+    keep_programs: bool = True,
+    profile: str | None = None,
+) -> Iterator[Finding]:
+    """Look at everything that a run needs, and then at the run.
+
+    Args:
+        config: the run.
+        command: that would start it, as "train.py quickstart".
+        workdir: its directory; None: a new one below runs/.
+        keep_programs: whether it keeps compiled programs.
+        profile: the steps that it traces, as "20:30".
+    """
+    # The accelerator's memory stays with a run that goes on beside this process.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    problems = set()
+    for about, look, *arguments in (
+        ("python", python),
+        ("packages", packages),
+        ("devices", devices),
+        ("programs", programs, keep_programs),
+        ("data", data, config.data),
+    ):
+        for finding in _safely(about, look, *arguments):
+            yield finding
+            if finding.level == "problem":
+                problems.add(finding.about)
+    if missing := sorted(problems & {"data", "devices"}):
+        text = f"{command} would not start: see {' and '.join(missing)} above"
+        yield Finding("problem", "run", text)
+    else:
+        yield from _safely("run", run, config, command, workdir, profile)
+
+
+def devices(dev: Path = Path("/dev")) -> Iterator[Finding]:
+    """Do the devices of JAX work, and does the machine have others?"""
+    try:
+        found = jax.local_devices()
+        for device in found:
+            jax.block_until_ready(jax.device_put(np.zeros(1, np.float32), device))
+    except Exception as error:
+        told = os.environ.get("JAX_PLATFORMS")
+        text = f"JAX cannot use its devices ({reason(error)}; {plugins()})"
+        repair = "install the plugin in the version of jax, and look at the driver"
+        if told:
+            text += f" where JAX_PLATFORMS={told}"
+            repair += ", or unset JAX_PLATFORMS"
+        yield Finding("problem", "devices", f"{text}; {repair}")
+        return
+    name, kind = found[0].platform, found[0].device_kind
+    name += f" ({kind})" if kind != name else ""
+    limit = memory_limit(found[0])
+    memory = f", {amount(limit, 'B')} of memory for each" if limit else ""
+    yield Finding("ok", "devices", f"{len(found)} {name}{memory}; {plugins()}")
+    if found[0].platform == "cpu":
+        yield from _unused(dev)
+
+
+def _unused(dev: Path) -> Iterator[Finding]:
+    """Accelerators of the machine, where JAX computes on the CPU."""
+    hiding = [
+        f"{name}={os.environ[name]}"
+        for name, pattern in (
+            ("JAX_PLATFORMS", "cpu.*"),
+            ("CUDA_VISIBLE_DEVICES", "|-1"),
+        )
+        if re.fullmatch(pattern, os.environ.get(name, "unset"))
+    ]
+    versions = next((r[3:] for r in requirements() if re.match(r"jax\W", r)), "")
+    for device, (pattern, backend, extra) in _ACCELERATORS.items():
+        if not any(dev.glob(pattern)):
+            continue
+        text = f"the machine has {device}, but JAX computes on the CPU"
+        if hiding:
+            text += f", as {' and '.join(hiding)} says; unset it to use {device}"
+            yield Finding("note", "accelerator", text)
+            continue
+        try:
+            jax.devices(backend)
+        except RuntimeError as error:
+            text += f" ({reason(error)}; {plugins()})"
+        text += f'; pip install --upgrade "jax[{extra}]{versions}"'
+        if extra == "cuda13":
+            text += ", or cuda12 where nvidia-smi names a driver before 580"
+        yield Finding("problem", "accelerator", text)
+
+
+def programs(keep: bool) -> Iterator[Finding]:
+    """Can compiled programs be kept?"""
+    if not keep:
+        yield Finding("note", "programs", "are not kept: --no-compilation-cache")
+        return
+    directory, size = process.program_cache(), 0
+    for path in directory.glob("*"):
+        with contextlib.suppress(OSError):  # another run may clear it meanwhile
+            size += path.stat().st_size
+    if _writable(directory):
+        text = f"compiled programs are kept in {directory}: {amount(size, 'B')}"
+        yield Finding("ok", "programs", text)
+    else:
+        text = f"{directory} cannot be written, so every run compiles again"
+        repair = "make it writable, or name another in JAX_COMPILATION_CACHE_DIR"
+        yield Finding("note", "programs", f"{text}; {repair}")
+
+
+def data(config: DataConfig) -> Iterator[Finding]:
+    """Where is the data set, or how would it come there?"""
+    root = data_dir(config)
+    if directory := find_prepared(config.name, root):
+        sizes = split_sizes(directory).items()
+        counts = ", ".join(f"{count:,} {split}" for split, count in sizes)
+        yield Finding("ok", "data", f"{directory}: array_record; images: {counts}")
+        if kept := find_decoded(directory):
+            text = f"decoded images are kept in {kept}"
+            yield Finding("ok", "data", f"{text}: {amount(kept.stat().st_size, 'B')}")
+        else:
+            yield Finding("note", "data", "the images will be decoded, once")
+        return
+    # The records are no larger than the pixels, and these are kept decoded, too.
+    size = 2 * size_of(_stand_in(config).splits)
+    source = "draws it"
+    if config.name == "cifar10":
+        url = download.CIFAR10_URL if config.url is None else config.url
+        preparation.check_source(config.archive, url)
+        source = f"prepares it from {config.archive}"
+        if config.archive is None:
+            source = f"downloads {amount(download.ARCHIVE_BYTES, 'B')} from {url}"
+            size += download.ARCHIVE_BYTES
+    version = preparation.VERSIONS[config.name]
+    preparation.check_place(root / config.name / version)
+    if not _writable(root):
+        text = f"{config.name} is not in {root}, which cannot be written"
+        yield Finding("problem", "data", f"{text}; choose a writable --data.dir")
+        return
+    text = f"{config.name} is not in {root}: the run {source} and keeps it there"
+    yield Finding("note", "data", text)
+    yield _room("data", root, size, config.name, "--data.dir")
+
+
+def run(
+    config: Config, command: str, workdir: Path | None, profile: str | None = None
+) -> Iterator[Finding]:
+    """What would the run take, and do, or why would it be refused?"""
+    devices, train, place = jax.local_devices(), config.train, workdir or Path("runs")
+    try:  # in the order of fit
+        check_config(config)
+        dataset = _stand_in(config.data)
+        shape = config.augment.input_shape(dataset.image_shape)
+        model = create_model(config.architecture, config.execution, shape)
+        loop.check_devices(config, len(devices))
+        rundir.check_same(place, config)
+        loop.resolve(config, dataset)
+        steps = len(dataset.splits["train"].label) // train.batch_size
+        # How far a run in workdir has come, only opening its checkpoints would say.
+        tracing.check_steps(tracing.parse_steps(profile), 0, steps * train.epochs)
+        state = train_state_shapes(model, train, shape)
+        needed = needs(config.architecture, config.execution, shape)
+        needed = needed.beside(state, dataset.splits)
+        limit = memory_limit(devices[0])
+        needed.check(train.batch_size, len(devices), limit)
+    except UsageError as error:
+        yield Finding("problem", "run", f"{command} would be refused: {error}")
+        return
+    text = needed.describe(train.batch_size, len(devices), limit)
+    free, share = _free_memory(), train.batch_size // len(devices)
+    if devices[0].platform != "cpu" or free is None:
+        yield Finding("ok", "memory", text)
+    elif needed.bytes(share) * len(devices) <= free:
+        yield Finding("ok", "memory", f"{text}; {amount(free, 'B')} are free")
+    else:
+        text += f", but only {amount(free, 'B')} are free; end other programs, or "
+        yield Finding("problem", "memory", f"{text}choose a smaller --train.batch-size")
+    if _writable(place):
+        # A new checkpoint is written before the oldest one goes.
+        count = config.keep_checkpoints + 1
+        what = f"{count} checkpoints in {place}"
+        yield _room("disk", place, count * size_of(state), what, "--workdir")
+    else:
+        text = f"{place} cannot be written; choose another --workdir"
+        yield Finding("problem", "disk", text)
+    each = f", {share} on each of {len(devices)} devices" if len(devices) > 1 else ""
+    where = f"in a new directory of {place}"
+    if workdir is not None:
+        new = not (workdir / "config.json").exists()
+        where = f"in {workdir}" + ("" if new else ", going on with the run there")
+    yield Finding(
+        "ok",
+        "run",
+        f"{command}: {needed.parameters:,} parameters, {train.epochs} epochs of "
+        f"{steps:,} steps, {train.batch_size} images a step{each}; {where}",
+    )
+
+
+def _safely(
+    about: str, look: Callable[..., Iterable[Finding]], *arguments: Any
+) -> Iterator[Finding]:
+    """Turn whatever is raised into a finding."""
+    try:
+        yield from look(*arguments)
+    except UsageError as error:
+        yield Finding("problem", about, str(error))
+    except Exception as error:
+        text = f"cannot be looked at ({reason(error)}); repair what is said above"
+        yield Finding("problem", about, text)
+
+
+def _stand_in(config: DataConfig) -> Dataset:
+    """The data set as to sizes and classes: its arrays are views of one number."""
+    directory = find_prepared(config.name, data_dir(config))
+    if directory:
+        sizes, names = split_sizes(directory), class_names(directory)
+    else:  # both data sets have ten classes
+        sizes, names = {"train": 50_000, "test": 10_000}, embedded.CLASSES
+        if config.name == embedded.NAME:
+            sizes = {k: n * len(names) for k, n in embedded.PER_CLASS.items()}
+    shape = IMAGE_SHAPES[config.name]
+    splits = {
+        split: Split(
+            np.broadcast_to(np.uint8(0), (sizes[split], *shape)),
+            np.broadcast_to(np.int32(0), sizes[split]),
+        )
+        for split in SPLITS
+    }
+    return Dataset(config.name, names, hold_out(splits, config))
+
+
+def _room(about: str, place: Path, size: int, what: str, flag: str) -> Finding:
+    """Compare the free part of a disk with what is to be written."""
+    free = shutil.disk_usage(_existing(place)).free
+    text = f"{what}: up to {amount(size, 'B')}; {amount(free, 'B')} are free"
+    if size <= free:
+        return Finding("ok", about, text)
+    return Finding("problem", about, f"{text}; make room, or choose another {flag}")
+
+
+def _existing(path: Path) -> Path:
+    """The path, or what exists already of the directories above it."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def _writable(path: Path) -> bool:
+    """Whether a directory can be written, or made."""
+    found = _existing(path)
+    return found.is_dir() and os.access(found, os.W_OK | os.X_OK)
+
+
+def _free_memory() -> int | None:
+    """Bytes that the system can give without taking them from others, where known."""
+    with contextlib.suppress(OSError):
+        found = re.search(
+            r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text()
+        )
+        return int(found[1]) * 1024 if found else None
+    return None

@@ -1,0 +1,112 @@
+"""Small archives of CIFAR-10, in each form there is, and a server for them."""
+
+import http.server
+import io
+import pickle
+import tarfile
+import time
+
+import numpy as np
+
+from flax_resnetv2 import preparation
+from flax_resnetv2.records import find_prepared
+
+BATCHES = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]
+
+
+def batch(name, count=4):
+    """Planes [count, 3072] and labels of one batch."""
+    rng = np.random.default_rng(BATCHES.index(name))
+    pixels = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
+    return pixels, rng.integers(0, 10, count, dtype=np.uint8)
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def binary_members(names=BATCHES):
+    members = {"cifar-10-batches-bin/readme.html": b"<html>"}
+    for name in names:
+        pixels, labels = batch(name)
+        records = np.concatenate([labels[:, None], pixels], axis=1)
+        members[f"cifar-10-batches-bin/{name}.bin"] = records.tobytes()
+    return members
+
+
+def python_members(protocol=2):
+    members = {"cifar-10-batches-py/batches.meta": b""}
+    for name in BATCHES:
+        pixels, labels = batch(name)
+        values = {b"data": pixels, b"labels": labels.tolist(), b"filenames": [b"a"]}
+        content = pickle.dumps(values, protocol)
+        members[f"cifar-10-batches-py/{name}"] = content
+    return members
+
+
+def python2_members():
+    """As the official archive is: pickled by Python 2, spelt out here."""
+    members = {}
+    for name in BATCHES:
+        pixels, labels = batch(name)
+        content = b"\x80\x02}(U\x06labels]("
+        content += b"".join(b"K" + bytes([label]) for label in labels)
+        content += b"eU\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n"
+        content += b"K\x00\x85U\x01b\x87R(K\x01K" + bytes([len(labels)])
+        content += b"M\x00\x0c\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNN"
+        content += b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T"
+        content += pixels.size.to_bytes(4, "little") + pixels.tobytes() + b"tbu."
+        members[f"cifar-10-batches-py/{name}"] = content
+    return members
+
+
+MEMBERS = {
+    "binary": binary_members,
+    "python": python_members,
+    "python2": python2_members,
+}
+
+
+def prepare(root, **where):
+    """Prepare CIFAR-10 from whatever checksum, and find it."""
+    root.mkdir(exist_ok=True)
+    preparation.prepare_cifar10(root, accept_checksum=True, **where)
+    return find_prepared("cifar10", root)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves one file; can break off, ignore ranges, and take its time."""
+
+    def __init__(self, content):
+        self.content, self.ranges, self.sent = content, True, 0
+        self.break_at, self.asked, self.delay = None, [], 0.0
+        self.kind = "application/gzip"
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/cifar-10-binary.tar.gz"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        s = self.server
+        asked = self.headers.get("Range", "bytes=0-")
+        s.asked.append(asked)
+        time.sleep(s.delay)
+        start = int(asked[len("bytes=") : -1]) if s.ranges else 0
+        self.send_response(206 if s.ranges else 200)
+        self.send_header("Content-Type", s.kind)
+        self.send_header("Content-Length", str(len(s.content) - start))
+        self.end_headers()
+        body = s.content[start : s.break_at]
+        s.sent += len(body)
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass

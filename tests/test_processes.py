@@ -1,0 +1,151 @@
+"""Several processes of one run, on loopback."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.test_loop import lines_of, untimed
+
+pytestmark = pytest.mark.slow
+
+MEMBER = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_enable_x64", True)
+from flax_resnetv2 import Execution, UsageError, cli, loop, process
+from flax_resnetv2.process import join
+coordinator, count, number, devices, workdir, executor, *more = sys.argv[1:]
+jax.config.update("jax_num_cpu_devices", int(devices))
+cache = str(Path(workdir).parent / "compiled")
+jax.config.update("jax_compilation_cache_dir", cache)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+if int(count) > 1:
+    join(coordinator, int(count), int(number))
+from tests.test_loop import CONFIG, VALIDATED, run_fit
+from tests.test_reliability import stop_after
+import pytest
+config = replace(CONFIG, execution=Execution(dtype="float64"), checkpoint_steps=5)
+with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, "open_dataset", lambda _: VALIDATED)
+    if more and number == more[1]:
+        stop_after(patch, int(more[0]))
+    code = cli._guarded(lambda: loop.fit(config, workdir, executor=executor))
+if code in (1, 2):
+    process.leave_others(code)
+sys.exit(code)
+"""
+"""A process of CONFIG in float64; more: after how many steps which process is asked to
+stop."""
+
+
+def start(workdir, count, devices=1, executor="pmap", more=()):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    words = [str(devices), str(workdir), executor, *more]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", MEMBER, coordinator, str(count), str(k), *words],
+            cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for k in range(count)
+    ]
+
+
+def end(processes, codes=(0,)):
+    """What they said, when all have left."""
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert {process.returncode for process in processes} <= set(codes), said
+    return said
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run on one device of one process."""
+    directory = tmp_path_factory.mktemp("processes")
+    end(start(directory / "alone", 1))
+    return directory
+
+
+def assert_same_losses(one, other):
+    a, b = lines_of(one), lines_of(other)
+    assert [(x["step"], x["split"], x["count"]) for x in a] == [
+        (x["step"], x["split"], x["count"]) for x in b
+    ]
+    for x, y in zip(a, b, strict=True):
+        assert y["loss"] == pytest.approx(x["loss"], rel=1e-10)
+        assert y["accuracy"] == x["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("count", "devices", "executor"), [(2, 2, "pmap"), (4, 1, "pmap"), (2, 1, "jit")]
+)
+def test_processes_together_do_what_one_does(alone, count, devices, executor):
+    """Each image counts once, one process writes, and the losses agree."""
+    workdir = alone / f"{count}-{devices}-{executor}"
+    said = end(start(workdir, count, devices, executor))
+    assert_same_losses(alone / "alone", workdir)
+    assert f"{count * devices} cpu devices of {count} processes" in said[0]
+    for other in said[1:]:
+        assert "step" not in other
+    starts = json.loads((workdir / "environment.json").read_text())
+    assert len(starts) == 1
+
+
+def test_a_signal_to_one_process_stops_all_and_all_go_on(alone):
+    workdir = alone / "stopped"
+    said = end(start(workdir, 2, more=["7", "1"]), codes=(75,))
+    # The signal is heard between two steps.
+    assert all("stopped: asked to" in text for text in said)
+    assert "SIGTERM" in said[1]
+    steps = [int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*")]
+    assert max(steps) == 7
+    end(start(workdir, 2))
+    assert_same_losses(alone / "alone", workdir)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_where_one_dies_the_others_leave_and_starting_again_goes_on(alone, victim):
+    workdir = alone / f"died-{victim}"
+    processes = start(workdir, 2)
+    checkpoints = workdir / "checkpoints"
+    until = time.monotonic() + 200
+    while not list(checkpoints.glob("[0-9]*")) and time.monotonic() < until:
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.01)
+    processes[victim].kill()
+    processes[victim].communicate()
+    survivor = processes[1 - victim]
+    survivor.communicate(timeout=90)
+    assert survivor.returncode not in (0, None)
+    end(start(workdir, 2))
+    assert_same_losses(alone / "alone", workdir)
+
+
+def test_another_number_of_processes_goes_on(alone):
+    workdir = alone / "changed"
+    end(start(workdir, 2, more=["7", "0"]), codes=(75,))
+    end(start(workdir, 1, devices=2))
+    assert_same_losses(alone / "alone", workdir)
+
+
+def test_the_last_window_is_the_same_bits_with_the_same_processes(alone):
+    """Stopped and gone on with as many processes: not only close."""
+    whole, stopped = alone / "whole-2", alone / "stopped-2"
+    end(start(whole, 2))
+    end(start(stopped, 2, more=["3", "1"]), codes=(75,))
+    end(start(stopped, 2))
+    assert untimed(lines_of(whole)) == untimed(lines_of(stopped))
+    shutil.rmtree(stopped)
