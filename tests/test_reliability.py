@@ -19,14 +19,19 @@ from flax_resnetv2 import (
     Execution,
     Predictor,
     RunError,
+    TrainState,
     UsageError,
     checkpoint,
+    create_model,
     loop,
     parallel,
     process,
     rundir,
 )
+from flax_resnetv2.augment import AugmentConfig, normalise, positions
+from flax_resnetv2.data import evaluation_order, fetch
 from flax_resnetv2.errors import Stopped
+from tests import tiny
 from tests.test_loop import (
     CONFIG,
     VALIDATED,
@@ -159,6 +164,88 @@ def test_lines_of_a_checkpoint_that_was_killed_with_its_evaluation_are_completed
     shutil.rmtree(copied / "checkpoints" / "12")
     go_on()
     assert_same_run(copied, whole)
+
+
+def test_chunks_of_steps_resume_as_single_steps_do(go_on, monkeypatch, tmp_path):
+    """As on accelerators: stopped between two chunks, the bits are the same."""
+
+    class Chunked(parallel.Run):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.one_by_one = False
+
+    monkeypatch.setattr(loop, "Run", Chunked)
+    go_on(workdir="straight")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)  # chunks: to the lines at 4, 8, ... and to 5, 6, 10
+        with pytest.raises(Stopped, match="after step 5 of 12"):
+            go_on()
+    go_on()
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
+
+
+# Evaluation counts each image once
+
+MANY = tiny.dataset(train=8, test=10_000)
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """Logits of 10,000 images by one device, without batches of a run."""
+    model = create_model(tiny.SMALL)
+    variables = tiny.variables_of(model)
+    pixels = AugmentConfig(mean=(0.4,) * 3, std=(0.25,) * 3)
+    images = normalise(jax.numpy.asarray(MANY.splits["test"].image), pixels, "float32")
+    apply = jax.jit(lambda images: model.apply(variables, images, train=False))
+    return variables, pixels, np.asarray(apply(images))
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 8])
+def test_any_devices_and_batches_count_ten_thousand_images(counted, devices):
+    """Batches that divide 10,000, and that do not."""
+    variables, pixels, logits = counted
+    for batch in (1000, 768):
+        config = configuration(batch_size=8, eval_batch_size=batch)
+        config = replace(config, augment=pixels)
+        run = parallel.Run(config, MANY, jax.devices()[:devices])
+        zeros = jax.tree.map(jax.numpy.zeros_like, variables)
+        state = run.place(TrainState(0, zeros["params"], {}, None, variables))
+        sums = run.evaluate(state, "test")
+        labels = MANY.splits["test"].label
+        right = int((logits.argmax(-1) == labels).sum())
+        assert sums["count"] == 10_000
+        assert abs(sums["correct"] - right) <= 1
+        log_p = jax.nn.log_softmax(logits.astype(np.float64))
+        loss = -np.asarray(log_p)[np.arange(10_000), labels].sum()
+        assert sums["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 8])
+def test_logits_do_not_depend_on_the_devices(counted, devices):
+    variables, pixels, logits = counted
+    config = replace(configuration(batch_size=8, eval_batch_size=1000), augment=pixels)
+    run = parallel.Run(config, MANY, jax.devices()[:devices])
+    share = run.eval_batch // devices
+
+    def gathered(variables, split, order, start):
+        places = start + positions(share, run.axis)
+        batch = fetch(split, order, places)
+        images = normalise(batch.image, pixels, "float32")
+        mine = run.model.apply(variables, images, train=False)
+        mine = jax.numpy.where(batch.mask[:, None], mine, 0)
+        if run.axis is None:
+            return mine
+        return jax.lax.all_gather(mine, run.axis, tiled=True)
+
+    whole = run.parallel(gathered)
+    order = run.place(evaluation_order(10_000, run.eval_batch))
+    found = [
+        np.asarray(whole(run.place(variables), run.split("test"), order, start))
+        for start in range(0, len(order), run.eval_batch)
+    ]
+    found = np.concatenate(found)
+    np.testing.assert_allclose(found[:10_000], logits, rtol=1e-5, atol=1e-5)
+    assert not found[10_000:].any()
 
 
 # Another number of devices, another executor
