@@ -96,12 +96,26 @@ def disturb(
     number: signal.Signals,
     longest: float,
     seed: int,
+    after_progress: bool = False,
 ) -> Faults:
-    """Kill one of the processes until that was done often enough; then let it end."""
+    """Kill one of the processes again and again, each time in another life.
+
+    Args:
+        workdir, epochs, processes: the run.
+        kills: how often.
+        number: the signal.
+        longest: seconds, of which a random part passes before the kill.
+        seed: of these parts.
+        after_progress: they count from the first checkpoint of a life on, not from its
+            start.
+    """
     rng, found = random.Random(seed), Faults()
     while found.kills < kills:
         before = steps_of(workdir)
         lives = start(workdir, epochs, processes)
+        if after_progress:
+            while steps_of(workdir) == before and None in wait(lives, 0):
+                time.sleep(0.01)
         codes = wait(lives, rng.uniform(0, longest))
         if None not in codes:
             if any(codes):
