@@ -22,6 +22,7 @@ from flax_resnetv2 import (
     Architecture,
     UsageError,
     create_model,
+    dialects,
     from_bit,
     from_keras,
     from_timm,
