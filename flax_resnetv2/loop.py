@@ -78,8 +78,9 @@ def fit(
     with (
         rundir.locked(workdir) if first else contextlib.nullcontext(),
         _explained(workdir),
-        Checkpointer(workdir / "checkpoints", config.keep_checkpoints) as checkpoints,
+        # Around the checkpoints: a signal does not cut the last one off.
         process.Stop() as stop,
+        Checkpointer(workdir / "checkpoints", config.keep_checkpoints) as checkpoints,
     ):
         changed = rundir.check_same(workdir, config)
         if begun:
