@@ -10,6 +10,7 @@ executed.
 """
 
 import logging
+import os
 import re
 import zipfile
 import zlib
@@ -529,7 +530,7 @@ def _check_file(path: Path, suffixes: tuple[str, ...], repair: str) -> None:
             f"{path} is not of the kind {' or '.join(suffixes)} that is read here; "
             f"{repair}"
         )
-    if not path.is_file():
+    if not os.path.isfile(path):  # also of a name that is too long
         raise UsageError(f"{path} is not there, or no file; give the path of one")
 
 
