@@ -349,7 +349,7 @@ def check_weights(config: Config, workdir: Path) -> None:
     try:
         weights.check_file(config.weights)
     except UsageError as error:
-        raise UsageError(f"weights={error}, by --weights FILE") from error
+        raise UsageError(f"weights={error}; name it by --weights FILE") from error
 
 
 def resolve(config: Config, dataset: Dataset) -> Config:

@@ -94,6 +94,12 @@ def snapshot(*roots):
     return found
 
 
+RULE_OR_REPAIR = (
+    r"\b(must|needs?|choose|give|given|name|say|set|add|make|remove|convert|fetch|bring|"
+    r"train|scale|leave|wait)\b"
+)
+
+
 def flat(text):
     """Without box, colour and line breaks."""
     return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", text).split())
@@ -103,7 +109,11 @@ def flat(text):
 
 
 def file(name, content=b"hello"):
-    return lambda _: Path(name).write_bytes(content)
+    def prepare(_):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(content)
+
+    return prepare
 
 
 def directories(*names):
@@ -503,9 +513,10 @@ CASES = {
         ),
         article(
             "unwritable",
-            "--data.dir /proc --data.archive {good} --data.accept-checksum",
-            "cifar10 is not prepared in /proc, and cannot be written there (",
+            "--data.dir d --data.archive {good} --data.accept-checksum",
+            "cifar10 is not prepared in d, and cannot be written there (",
             "choose a writable --data.dir",
+            prepare=file("d/downloads"),
         ),
         article(
             "something else in its place",
@@ -659,8 +670,8 @@ CASES = {
         transfer(
             "missing",
             "",
-            "weights=model.safetensors is not there, or no file; give the path of one, "
-            "by --weights FILE",
+            "weights=model.safetensors is not there, or no file; give the path of one; "
+            "name it by --weights FILE",
         ),
         transfer(
             "a directory",
@@ -1069,6 +1080,7 @@ def test_a_bad_use_is_told_in_a_line_and_changes_nothing(
     if not case.box:
         assert output.err.count("\n") == 1
         assert output.err.startswith("error: " if code == 2 else "failed: ")
+        assert re.search(RULE_OR_REPAIR, said)
 
 
 @pytest.mark.parametrize(
