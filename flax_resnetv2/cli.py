@@ -63,6 +63,8 @@ def train(arguments: Sequence[str] | None = None) -> int:
         from flax_resnetv2.tracing import parse_steps
 
         profile, chosen = parse_steps(command.profile), command.workdir
+        if chosen == "":
+            raise UsageError("workdir='' names no directory; give --workdir DIR")
         many = _check_processes(command)
         process.tune()
         if command.deterministic:
@@ -108,9 +110,11 @@ def _check_processes(command: TrainCommand) -> bool:
                 f"process={command.process} must be from 0 to below processes="
                 f"{command.processes}, which must be 1 or above"
             )
-        if not re.fullmatch(r".+:\d+", command.coordinator):
+        found = re.fullmatch(r".+:(\d+)", command.coordinator)
+        if not found or not 0 < int(found[1]) < 2**16:
             raise UsageError(
-                f"coordinator={command.coordinator} must be HOST:PORT, as 10.0.0.1:1234"
+                f"coordinator={command.coordinator} must be HOST:PORT with a PORT from "
+                "1 to 65535, as 10.0.0.1:1234"
             )
     return many
 

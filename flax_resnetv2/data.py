@@ -165,7 +165,8 @@ def data_dir(config: DataConfig) -> Path:
     if said is None:
         return Path.home() / "tensorflow_datasets"
     root = Path(os.path.expanduser(said))
-    if not said or not root.is_dir():
+    # os.path says of a name that is too long, too, that it is none.
+    if not said or not os.path.isdir(root):
         raise UsageError(
             f"{source}={said} is not a directory; give a directory that holds (or is "
             f"to hold) TFDS data sets; to have {config.name} prepared there, create it "

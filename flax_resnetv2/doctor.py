@@ -154,7 +154,7 @@ def programs(keep: bool) -> Iterator[Finding]:
     for path in directory.glob("*"):
         with contextlib.suppress(OSError):  # another run may clear it meanwhile
             size += path.stat().st_size
-    if _writable(directory):
+    if process.writable(directory):
         text = f"compiled programs are kept in {directory}: {amount(size, 'B')}"
         yield Finding("ok", "programs", text)
     else:
@@ -188,7 +188,7 @@ def data(config: DataConfig) -> Iterator[Finding]:
             size += download.ARCHIVE_BYTES
     version = preparation.VERSIONS[config.name]
     preparation.check_place(root / config.name / version)
-    if not _writable(root):
+    if not process.writable(root):
         text = f"{config.name} is not in {root}, which cannot be written"
         yield Finding("problem", "data", f"{text}; choose a writable --data.dir")
         return
@@ -209,6 +209,7 @@ def run(
         model = create_model(config.architecture, config.execution, shape)
         loop.check_devices(config, len(devices))
         rundir.check_same(place, config)
+        loop.check_weights(config, place)
         loop.resolve(config, dataset)
         steps = len(dataset.splits["train"].label) // train.batch_size
         # How far a run in workdir has come, only opening its checkpoints would say.
@@ -230,7 +231,7 @@ def run(
     else:
         text += f", but only {amount(free, 'B')} are free; end other programs, or "
         yield Finding("problem", "memory", f"{text}choose a smaller --train.batch-size")
-    if _writable(place):
+    if process.writable(place):
         # A new checkpoint is written before the oldest one goes.
         count = config.keep_checkpoints + 1
         what = f"{count} checkpoints in {place}"
@@ -286,22 +287,11 @@ def _stand_in(config: DataConfig) -> Dataset:
 
 def _room(about: str, place: Path, size: int, what: str, flag: str) -> Finding:
     """Compare the free part of a disk with what is to be written."""
-    free = shutil.disk_usage(_existing(place)).free
+    free = shutil.disk_usage(process.existing(place)).free
     text = f"{what}: up to {amount(size, 'B')}; {amount(free, 'B')} are free"
     if size <= free:
         return Finding("ok", about, text)
     return Finding("problem", about, f"{text}; make room, or choose another {flag}")
-
-
-def _existing(path: Path) -> Path:
-    """The path, or what exists already of the directories above it."""
-    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-
-
-def _writable(path: Path) -> bool:
-    """Whether a directory can be written, or made."""
-    found = _existing(path)
-    return found.is_dir() and os.access(found, os.W_OK | os.X_OK)
 
 
 def _free_memory() -> int | None:

@@ -71,7 +71,12 @@ class Predictor:
         """
         check_choice("checkpoint", checkpoint, ("newest", "best"))
         config, facts = load_config(workdir), load_dataset_facts(workdir)
-        image_shape = tuple(facts["image_shape"])
+        image_shape, names = tuple(facts["image_shape"]), facts["class_names"]
+        if len(names) != config.architecture.num_classes:
+            raise UsageError(
+                f"{workdir}/dataset.json names {len(names)} classes, but the net has "
+                f"{config.architecture.num_classes}; bring back the file of this run"
+            )
         input_shape = config.augment.input_shape(image_shape)
         model = create_model(config.architecture, config.execution, input_shape)
         shapes = train_state_shapes(model, config.train, input_shape)
@@ -99,7 +104,6 @@ class Predictor:
                 raise missing
             else:
                 _, state, _ = found
-        names = facts["class_names"]
         return cls(model, state.variables(), config.augment, names, image_shape)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:

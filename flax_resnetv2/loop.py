@@ -333,14 +333,24 @@ def agree(config: Config, workdir: Path, devices: int) -> tuple[Config, Dataset]
     shape = shape and config.augment.input_shape(shape)
     create_model(config.architecture, config.execution, shape)
     check_devices(config, devices)
+    if not process.writable(workdir):
+        raise UsageError(
+            f"workdir={workdir} cannot be written, or made; choose another --workdir"
+        )
     rundir.check_same(workdir, config)
-    if config.weights is not None and not (workdir / "config.json").exists():
-        try:
-            weights.check_file(config.weights)
-        except UsageError as error:
-            raise UsageError(f"weights={error} by --weights FILE") from error
+    check_weights(config, workdir)
     dataset = open_dataset(config.data)
     return resolve(config, dataset), dataset
+
+
+def check_weights(config: Config, workdir: Path) -> None:
+    """Refuse weights that a new run could not open."""
+    if config.weights is None or (workdir / "config.json").exists():
+        return
+    try:
+        weights.check_file(config.weights)
+    except UsageError as error:
+        raise UsageError(f"weights={error}; name it by --weights FILE") from error
 
 
 def resolve(config: Config, dataset: Dataset) -> Config:

@@ -57,18 +57,25 @@ def prepare_cifar10(
     url = download.CIFAR10_URL if url is None else url
     local = check_source(archive, url)
     directory = root / "cifar10" / VERSIONS["cifar10"]
+    check_place(directory)
+
+    def read(path: Path) -> dict[str, Examples]:
+        if not accept_checksum:
+            check_sum(path, archive or url)
+        return read_archive(path)
+
+    # A local one is read before anything is made: refused, it leaves nothing.
+    splits = None if local is None else read(local)
     with _writing(root, "cifar10"), _alone(directory) as wanted:
         if not wanted:
             return
-        path = local or download.fetch(url, root / "downloads")
-        try:
-            if not accept_checksum:
-                check_sum(path, archive or url)
-            splits = read_archive(path)
-        except UsageError:
-            if local is None:  # or every later run would meet the same file
-                path.unlink()
-            raise
+        if local is None:
+            path = download.fetch(url, root / "downloads")
+            try:
+                splits = read(path)
+            except UsageError:
+                path.unlink()  # or every later run would meet the same file
+                raise
         _write(
             root,
             name="cifar10",

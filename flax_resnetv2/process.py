@@ -25,6 +25,20 @@ def user_cache() -> Path:
     return Path(cache) / "flax_resnetv2"
 
 
+def existing(path: Path) -> Path:
+    """The path, or what exists already of the directories above it."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def writable(path: Path) -> bool:
+    """Whether a directory can be written, or made; it is not made."""
+    try:
+        found = existing(path)
+    except OSError:  # as of a name that is too long
+        return False
+    return found.is_dir() and os.access(found, os.W_OK | os.X_OK)
+
+
 def tune() -> None:
     """Make this process fast where the CPU trains; call it before JAX's backend starts.
 
@@ -253,11 +267,8 @@ def cache_compilations() -> Path | None:
 
     directory = program_cache()
     if jax.config.jax_compilation_cache_dir is None:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            return None
-        if not os.access(directory, os.W_OK):
+        # JAX makes it with its first program: a run that is refused leaves nothing.
+        if not writable(directory):
             return None
         jax.config.update("jax_compilation_cache_dir", str(directory))
         # A start is also many small programs.

@@ -80,12 +80,18 @@ def load_config(workdir: str | Path) -> Config:
         UsageError: there is none, or it is none.
     """
     path = Path(workdir) / "config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):  # also of a name that is too long
         raise UsageError(
             f"{workdir} is not a run directory (no config.json); give one that "
             "train.py made, as runs/quickstart-1"
         )
-    return from_json(path.read_text())
+    try:
+        return from_json(path.read_text())
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"{path} cannot be used ({error}); bring back a copy of it, or "
+            "give another directory"
+        ) from error
 
 
 def load_dataset_facts(workdir: str | Path) -> dict[str, Any]:
@@ -97,12 +103,28 @@ def load_dataset_facts(workdir: str | Path) -> dict[str, Any]:
     path = Path(workdir) / "dataset.json"
     if not path.is_file():
         raise UsageError(f"{workdir} has no dataset.json; train there once more")
+    facts = _load(path, dict)
+    names, shape = facts.get("class_names"), facts.get("image_shape")
+    if not isinstance(names, list) or not isinstance(shape, list) or len(shape) != 3:
+        raise _damaged(path, f"class_names={names!r}, image_shape={shape!r}")
+    return facts
+
+
+def _load(path: Path, kind: type) -> Any:
+    """Read a record of a run, or say that it is damaged."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UsageError(
-            f"{path} is damaged ({error}); remove it and train there once more"
-        ) from error
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(value, kind):
+        raise _damaged(path, f"a {type(value).__name__} in place of a {kind.__name__}")
+    return value
+
+
+def _damaged(path: Path, reason: str) -> UsageError:
+    return UsageError(
+        f"{path} is damaged ({reason}); remove it and train there once more"
+    )
 
 
 def has_begun(workdir: Path) -> bool:
@@ -209,7 +231,7 @@ def write_records(
         "images": {name: len(s.label) for name, s in dataset.splits.items()},
     }
     path = workdir / "environment.json"
-    starts = json.loads(path.read_text()) if path.exists() else []
+    starts = _load(path, list) if path.exists() else []
     starts.append({"step": done, **_environment(devices)})
     records = {
         "dataset.json": json.dumps(facts, indent=2) + "\n",

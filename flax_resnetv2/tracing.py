@@ -24,7 +24,12 @@ def parse_steps(text: str | None) -> Steps | None:
         raise UsageError(
             f"profile={text!r} must be FIRST:END, two step numbers, as 20:30"
         )
-    return int(found[1]), int(found[2])
+    first, end = int(found[1]), int(found[2])
+    if first >= end:
+        raise UsageError(
+            f"profile={text!r} must be FIRST:END with FIRST below END, as 20:30"
+        )
+    return first, end
 
 
 def check_steps(steps: Steps | None, done: int, total: int) -> None:

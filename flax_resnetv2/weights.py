@@ -8,6 +8,7 @@ an error lists both sides' rest. Nothing that a file contains is executed.
 """
 
 import logging
+import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -356,7 +357,7 @@ def _check_file(path: Path, suffixes: tuple[str, ...], repair: str) -> None:
             f"{path} is not of the kind {' or '.join(suffixes)} that is read here; "
             f"{repair}"
         )
-    if not path.is_file():
+    if not os.path.isfile(path):  # also of a name that is too long
         raise UsageError(f"{path} is not there, or no file; give the path of one")
 
 
