@@ -44,7 +44,8 @@ OURS = {
     "loop": "checkpoint config data model parallel preflight process report rundir "
     "tracing training weights errors",
     "analysis": "model",
-    "weights": "augment fields model errors",
+    "dialects": "model errors",
+    "weights": "augment dialects fields model errors",
     "inference": "augment checkpoint fields model rundir training errors",
     "drawing": "architecture counting planning",
     "installed": "",
@@ -78,6 +79,7 @@ THEIRS = {
     "parallel": "jax numpy",
     "loop": "jax",
     "analysis": "jax flax",
+    "dialects": "numpy",
     "weights": "jax flax numpy h5py safetensors",
     "inference": "jax numpy PIL",
     "doctor": "jax numpy",

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_resnetv2 import PRESETS, Execution, activations, create_model, weights
+from flax_resnetv2 import (
+    PRESETS,
+    Execution,
+    activations,
+    create_model,
+    dialects,
+    weights,
+)
 from tests import peers
 
 SHALLOWEST, DEEPEST = "keras-resnet50v2", "keras-resnet152v2"
@@ -31,9 +38,9 @@ TOLERANCE = 1e-9
 
 
 DIALECTS = {
-    "keras": weights._keras_dialect,
-    "timm": weights._timm_dialect,
-    "bit": weights._timm_dialect,
+    "keras": dialects.keras,
+    "timm": dialects.timm,
+    "bit": dialects.timm,
 }
 THEIRS = {"bit": {"standardise_epsilon": 1e-8}}
 """What timm has otherwise than the row of ``Semantics``."""

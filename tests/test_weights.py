@@ -22,6 +22,7 @@ from flax_resnetv2 import (
     Architecture,
     UsageError,
     create_model,
+    dialects,
     from_bit,
     from_keras,
     from_timm,
@@ -283,12 +284,11 @@ def names_of(preset, export):
         ),
         shapes,
     )
-    from flax_resnetv2 import weights
 
     dialect = {
-        to_keras: weights._keras_dialect,
-        to_timm: weights._timm_dialect,
-        to_bit: weights._bit_dialect,
+        to_keras: dialects.keras,
+        to_timm: dialects.timm,
+        to_bit: dialects.bit,
     }[export](model)
     return {
         dialect.tensor(leaf): list(dialect.theirs(leaf, array).shape)
