@@ -8,12 +8,14 @@ Orbax writes a checkpoint whole or not at all, but does not see a bit that flips
 afterwards. The checksums do.
 """
 
+import contextlib
+import errno
 import json
 import logging
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +78,11 @@ class Checkpointer:
         )
 
     def steps(self) -> list[int]:
-        """The steps of all complete checkpoints, rising."""
+        """The steps of all checkpoints, rising; the last may be on its way to disk."""
         return sorted(self._manager.all_steps())
 
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint; None: there is none."""
+        """The last of ``steps``; None: there is none."""
         return self._manager.latest_step()
 
     def save(
@@ -99,14 +101,20 @@ class Checkpointer:
         """
         self._best = best
         record = {"notes": notes, "arrays": _checksums(state)}
-        record["record"] = _checksum(json.dumps(record, sort_keys=True).encode())
+        record["record"] = _checksum_of(record)
         items = self._args.Composite(
             state=self._args.StandardSave(state), record=self._args.JsonSave(record)
         )
         try:
-            self._manager.save(step, args=items)
+            begun = self._manager.save(step, args=items)
         except Exception as error:  # of many kinds, from several libraries
             raise self._unwritten(error) from error
+        if not begun:
+            raise ValueError(f"step {step} is not newer than {self.latest()}")
+
+    def notes(self, step: int) -> Any:
+        """Read the notes of ``step`` alone; raises as ``restore``."""
+        return self._record(step)["notes"]
 
     def restore(self, step: int, like: Any) -> tuple[Any, Any]:
         """Read the state and the notes of ``step``.
@@ -118,26 +126,25 @@ class Checkpointer:
 
         Raises:
             DamagedError: it is not, bit for bit, what was saved.
+            RunError: it is of other arrays than ``like``.
         """
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
-        items = self._args.Composite(
-            state=self._args.StandardRestore(target), record=self._args.JsonRestore()
-        )
-        reason, state, record = None, None, {}
-        try:
-            restored = self._manager.restore(step, args=items)
-            state, record = restored.state, dict(restored.record)
-            reason = _difference(state, record)
-        except Exception as error:  # of as many kinds as files can be damaged
-            reason = _reason(error)
-        # All processes must go the same way.
-        if np.any(multihost_utils.process_allgather(np.asarray(reason is not None))):
-            where = self._directory / str(step)
-            raise DamagedError(
-                f"{where} is damaged ({reason or 'for another process'})"
+        record = self._record(step)
+        if other := sorted(set(record["arrays"]) ^ set(_paths(like))):
+            raise RunError(
+                f"{self._directory / str(step)} is of another net, or another version "
+                f"of this package: {', '.join(other[:3])} is on one side only; go on "
+                "with the version that wrote it, or train in another --workdir"
             )
+        items = self._args.Composite(state=self._args.StandardRestore(target))
+        state = None
+        with self._damaged(step):
+            state = self._manager.restore(step, args=items).state
+            found, said = _checksums(state), record["arrays"].items()
+            if other := [path for path, value in said if found[path] != value]:
+                raise ValueError(f"{', '.join(other[:3])}: another checksum")
         return state, record["notes"]
 
     def restore_newest(self, like: Any) -> tuple[int, Any, Any] | None:
@@ -148,13 +155,17 @@ class Checkpointer:
             Its step, state and notes; None: there is no checkpoint.
 
         Raises:
-            RunError: there are some, and none is whole.
+            RunError: there are some, and none is whole or of the same arrays.
         """
         damaged = {}
         for step in reversed(self.steps()):
             try:
                 state, notes = self.restore(step, like)
             except DamagedError as error:
+                if not self._writes and not (self._directory / str(step)).exists():
+                    # The run that goes on has a newer one.
+                    self._manager.reload()
+                    return self.restore_newest(like)
                 damaged[step] = error
                 continue
             for other, error in damaged.items():
@@ -166,7 +177,7 @@ class Checkpointer:
             reasons = "; ".join(map(str, damaged.values()))
             raise RunError(
                 f"no checkpoint of {self._directory} is whole: {reasons}; bring back a "
-                "copy, or remove the directory to train from the beginning"
+                "copy, or train in another --workdir"
             )
         return None
 
@@ -174,9 +185,14 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type | None, error: object, trace: object) -> None:
-        # Where another process has died, waiting for it would take minutes.
-        if kind is None or jax.process_count() == 1:
+        if kind is None:
             self.close()
+        elif jax.process_count() == 1:
+            try:
+                self.close()
+            except RunError as second:  # the first error is the cause
+                _logger.warning("%s", second)
+        # Where another process has died, waiting for it would take minutes.
 
     def close(self) -> None:
         """Wait until everything is on disk.
@@ -185,9 +201,9 @@ class Checkpointer:
             RunError: it cannot be written.
         """
         try:
+            self.wait()
+        finally:
             self._manager.close()
-        except Exception as error:
-            raise self._unwritten(error) from error
 
     def wait(self) -> None:
         """Wait until what was saved is on disk; raises as ``close``."""
@@ -195,6 +211,34 @@ class Checkpointer:
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._unwritten(error) from error
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """What lies beside the arrays, if it is what was written."""
+        items, record = self._args.Composite(record=self._args.JsonRestore()), {}
+        with self._damaged(step):
+            record = dict(self._manager.restore(step, args=items).record)
+            if record.pop("record", None) != _checksum_of(record):
+                raise ValueError("its record has another checksum")
+        return record
+
+    @contextlib.contextmanager
+    def _damaged(self, step: int) -> Iterator[None]:
+        """Turn what damaged files raise, in any process, into ``DamagedError``."""
+        reason = None
+        try:
+            yield
+        except (jax.errors.JaxRuntimeError, MemoryError):
+            raise  # not of the files
+        except OSError as error:
+            if error.errno not in (None, errno.ENOENT):
+                raise  # as of a disk that does not answer: the files may be whole
+            reason = _reason(error)
+        except Exception as error:  # of as many kinds as files can be damaged
+            reason = _reason(error)
+        # All processes must go the same way.
+        if np.any(multihost_utils.process_allgather(np.asarray(reason is not None))):
+            where, reason = self._directory / str(step), reason or "for another process"
+            raise DamagedError(f"{where} is damaged ({reason})")
 
     def _set_aside(self, step: int) -> None:
         """Take a directory out of the list; its bytes stay to be looked at."""
@@ -213,10 +257,24 @@ class Checkpointer:
         ]
         reason = _reason(error)
         newest = f"the newest is of step {max(whole):,}" if whole else "there is none"
+        room = re.search("No space|quota|File too large", reason)
         return RunError(
             f"a checkpoint cannot be written in {self._directory} ({reason}); "
-            f"{newest}; make room, and give the same command to go on from there"
+            f"{newest}; "
+            + ("make room" if room else "see to it")
+            + ", and give the same command to go on from there"
         )
+
+
+def best_step(scores: dict[str, float], steps: list[int]) -> int | None:
+    """Of ``steps`` the one with the highest score, the first of equals; None: none.
+
+    Args:
+        scores: by step, which is a text, as in JSON.
+        steps: to choose from.
+    """
+    known = [step for step in sorted(steps) if str(step) in scores]
+    return max(known, key=lambda step: scores[str(step)], default=None)
 
 
 def _reason(error: Exception) -> str:
@@ -231,21 +289,18 @@ def _checksum(data: Any) -> str:
     return f"{zlib.crc32(data):08x}"
 
 
+def _checksum_of(record: dict[str, Any]) -> str:
+    return _checksum(json.dumps(record, sort_keys=True).encode())
+
+
 def _checksums(state: Any) -> dict[str, str]:
     """CRC-32 of the bytes of each array."""
+    leaves = jax.tree.leaves(state)
     return {
-        jax.tree_util.keystr(path): _checksum(
-            np.ascontiguousarray(leaf.addressable_data(0))
-        )
-        for path, leaf in jax.tree.leaves_with_path(state)
+        path: _checksum(np.ascontiguousarray(leaf.addressable_data(0)))
+        for path, leaf in zip(_paths(state), leaves, strict=True)
     }
 
 
-def _difference(state: Any, record: dict[str, Any]) -> str | None:
-    """Why a state is not what its record says; None: it is."""
-    said = record.pop("record", None)
-    if said != _checksum(json.dumps(record, sort_keys=True).encode()):
-        return "its record has another checksum"
-    found = _checksums(state)
-    other = [path for path, value in record["arrays"].items() if found[path] != value]
-    return f"{', '.join(other[:3])}: another checksum" if other else None
+def _paths(state: Any) -> list[str]:
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state)]

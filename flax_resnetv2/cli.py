@@ -9,6 +9,7 @@ Ctrl-C before there was anything to save; with one message and no traceback.
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
@@ -84,8 +85,14 @@ def train(arguments: Sequence[str] | None = None) -> int:
                 f" {result['seconds']:.0f} s; in {workdir}"
             )
 
-    code = _guarded(work)
-    if code in (1, 2):
+    try:
+        code = _guarded(work)
+    except Exception:  # of this package's own: one of several must not leave in order
+        if not process.is_one_of_several():
+            raise
+        traceback.print_exc()
+        code = 1
+    if code not in (0, 75):
         process.leave_others(code)
     return code
 
@@ -101,8 +108,8 @@ def _check_processes(command: TrainCommand) -> bool:
     many = command.distributed or command.processes is not None
     if many and command.workdir is None:
         raise UsageError(
-            "several processes need one workdir=None that all of them see; give "
-            "--workdir DIR"
+            "workdir=None: several processes need one directory that all of them see; "
+            "give --workdir DIR"
         )
     if command.processes is not None:
         if command.processes < 1 or not 0 <= command.process < command.processes:
@@ -278,9 +285,9 @@ def _guarded(work: Callable[[], None]) -> int:
         print(f"failed: {error}", file=sys.stderr)
         return 1
     except Stopped as stopped:
-        print(f"stopped: {stopped}", file=sys.stderr)
+        print(f"stopped {stopped}", file=sys.stderr)
         return 75
     except KeyboardInterrupt:
-        print("ended by Ctrl-C; nothing that was done is lost", file=sys.stderr)
+        print("ended by Ctrl-C", file=sys.stderr)
         return 130
     return 0

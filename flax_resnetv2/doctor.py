@@ -233,7 +233,7 @@ def run(
         yield Finding("problem", "memory", f"{text}choose a smaller --train.batch-size")
     if process.writable(place):
         # A new checkpoint is written before the oldest one goes.
-        count = config.keep_checkpoints + 1
+        count = config.keep_checkpoints + 1 + (config.data.validation > 0)
         what = f"{count} checkpoints in {place}"
         yield _room("disk", place, count * size_of(state), what, "--workdir")
     else:

@@ -14,16 +14,11 @@ import jax
 import numpy as np
 
 from flax_resnetv2.augment import AugmentConfig, normalise
-from flax_resnetv2.checkpoint import Checkpointer
+from flax_resnetv2.checkpoint import Checkpointer, best_step
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.fields import check_choice
 from flax_resnetv2.model import ResNetV2, create_model
-from flax_resnetv2.rundir import (
-    best_step,
-    load_config,
-    load_dataset_facts,
-    read_metrics,
-)
+from flax_resnetv2.rundir import load_config, load_dataset_facts
 from flax_resnetv2.training import train_state_shapes
 
 LONGEST_SIDE = 65_535
@@ -92,7 +87,9 @@ class Predictor:
             raise missing
         with Checkpointer(directory) as checkpoints:
             if checkpoint == "best":
-                best = best_step(read_metrics(workdir), checkpoints.steps())
+                steps = checkpoints.steps()
+                scores = checkpoints.notes(steps[-1])["validation"] if steps else {}
+                best = best_step(scores, steps)
                 if best is None:
                     raise UsageError(
                         f"{workdir} has no best checkpoint, as it had no split "

@@ -1,23 +1,26 @@
 """The one impure loop: time, files, devices. ``fit`` trains what a ``Config`` says."""
 
 import contextlib
+import errno
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from flax_resnetv2 import process, rundir, weights
-from flax_resnetv2.checkpoint import Checkpointer
+from flax_resnetv2.checkpoint import Checkpointer, best_step
 from flax_resnetv2.config import Config, check_config
 from flax_resnetv2.data import IMAGE_SHAPES, Dataset, open_dataset
 from flax_resnetv2.errors import RunError, Stopped, UsageError
 from flax_resnetv2.model import create_model
-from flax_resnetv2.parallel import Executor, Run, add_up, one_of_all
+from flax_resnetv2.parallel import Executor, Run, add_up, one_of_all, the_first_says
 from flax_resnetv2.preflight import memory_limit, needs, peak_flops
+from flax_resnetv2.process import Stop
 from flax_resnetv2.report import Reporter
 from flax_resnetv2.tracing import Tracer, check_steps
 from flax_resnetv2.training import Metrics, TrainState
@@ -58,6 +61,11 @@ def fit(
     """
     began, workdir = time.perf_counter(), Path(workdir)
     devices = list(devices or jax.local_devices())
+    if jax.process_count() > 1 and len(devices) < jax.local_device_count():
+        raise UsageError(
+            f"devices={devices} are not all of this process; of several processes each "
+            "gives all of its own"
+        )
     batch, count = config.train.batch_size, len(devices) * jax.process_count()
     config, dataset = agree(config, workdir, count)
     input_shape = config.augment.input_shape(dataset.image_shape)
@@ -69,47 +77,53 @@ def fit(
     needed = needed.beside(run.state_shapes(), dataset.splits)
     needed.check(batch, count, limit)
     begun, total = rundir.has_begun(workdir), config.train.epochs * run.steps_per_epoch
-    if not begun:
-        # Whatever can be refused is refused before there is a directory.
-        check_steps(profile, 0, total)
-        state, done, window = run.initial_state(), 0, _Window()
     first = jax.process_index() == 0
-    rundir.make_directory(workdir)
-    with (
-        rundir.locked(workdir) if first else contextlib.nullcontext(),
-        _explained(workdir),
-        # Around the checkpoints: a signal does not cut the last one off.
-        process.Stop() as stop,
-        Checkpointer(workdir / "checkpoints", config.keep_checkpoints) as checkpoints,
-    ):
-        changed = rundir.check_same(workdir, config)
-        if begun:
-            found = checkpoints.restore_newest(like=run.state_shapes())
-            if found is None:
-                state, done, window = run.initial_state(), 0, _Window()
-            else:
-                done, state, notes = found
-                state, window = run.as_placed(state), _Window(notes["metrics"])
-            check_steps(profile, done, total)
-        if first:
-            rundir.write_records(workdir, config, dataset, devices, done)
-        with Reporter(
-            workdir,
-            began,
-            total,
-            done,
-            batch,
-            flops=needed.flops,
-            peak=peak and peak * count,
-            silent=not first,
-        ) as report:
-            report.say(f"{workdir}: {run.describe(state)}")
-            for change in changed:
-                report.say(f"changed: {change}")
-            report.say(needed.describe(batch, count, limit))
-            tracer = Tracer(profile, workdir / "profile")
-            _train(run, state, window, checkpoints, report, tracer, stop)
-            return report.last["test"]
+    with _explained(workdir):
+        training = None
+        if not begun:
+            # Whatever can be refused is refused before there is a directory.
+            check_steps(profile, 0, total)
+            training = _Training(run, run.initial_state())
+        rundir.make_directory(workdir)
+        with (
+            rundir.locked(workdir) if first else contextlib.nullcontext(),
+            # Around the checkpoints: a signal does not cut the last one off.
+            Stop() as stop,
+            Checkpointer(workdir / "checkpoints", config.keep_checkpoints) as kept,
+        ):
+            said = [f"changed: {x}" for x in rundir.check_same(workdir, config)]
+            if training is None:
+                training = _resumed(run, kept)
+                done = training.done
+                if profile and profile[0] < done < total:
+                    said.append(f"not traced: step {profile[0]} is done already")
+                    profile = None
+                check_steps(profile, done, total)
+                if done > total:
+                    raise UsageError(
+                        f"train.epochs={config.train.epochs} is less than this run has "
+                        f"done: {done // run.steps_per_epoch}; give that or more"
+                    )
+            if first:
+                rundir.write_records(workdir, config, dataset, devices, training.done)
+            with (
+                Reporter(
+                    workdir,
+                    began,
+                    total,
+                    training.done,
+                    batch,
+                    flops=needed.flops,
+                    peak=peak and peak * count,
+                    silent=not first,
+                ) as report,
+                Tracer(profile, workdir / "profile") as tracer,
+            ):
+                report.say(f"{workdir}: {run.describe(training.state)}")
+                for text in [*said, needed.describe(batch, count, limit)]:
+                    report.say(text)
+                training.go(kept, report, tracer, stop)
+                return report.last["test"]
 
 
 @contextlib.contextmanager
@@ -118,10 +132,11 @@ def _explained(workdir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:  # the data are in memory: only the run's files are left
+        room = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise RunError(
-            f"{error.filename or workdir} cannot be written ({error.strerror}); the "
-            f"newest checkpoint in {workdir} is whole; make room, and give the same "
-            "command to go on from there"
+            f"{error.filename or workdir} cannot be used ({error.strerror or error}); "
+            + ("make room" if room else "see to it")
+            + ", and give the same command to go on from the newest checkpoint"
         ) from error
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
@@ -133,145 +148,200 @@ def _explained(workdir: Path) -> Iterator[None]:
             ) from error
         if jax.process_count() > 1:
             raise RunError(
-                f"another process of this run is gone ({reason}); start all of them "
-                "again, and they go on from the newest checkpoint"
+                f"the processes cannot go on together ({reason}); if one of them is "
+                "gone, start all again, and they go on from the newest checkpoint"
             ) from error
         raise
 
 
-@dataclass
-class _Window:
-    """Training metrics since the last line of the log."""
+@dataclass(frozen=True)
+class Due:
+    """What is due after how many steps; never between them."""
 
-    sums: Metrics | None = None
-    """On the host."""
-    pending: list[Metrics] = field(default_factory=list)
-    """On the devices."""
+    config: Config
+    per_epoch: int
+    """Steps of an epoch."""
 
-    def add(self, metrics: Metrics) -> None:
-        self.pending.append(metrics)
-        # No further ahead of the devices: a signal or an error would come late.
-        jax.block_until_ready(self.pending[-2:-1])
+    @property
+    def total(self) -> int:
+        """Steps of the run."""
+        return self.config.train.epochs * self.per_epoch
 
-    def total(self) -> Metrics | None:
-        """Everything on the host; this waits for the devices."""
-        if self.pending:
-            self.sums, self.pending = add_up(self.pending, self.sums), []
-        return self.sums
+    def line(self, done: int) -> bool:
+        """Training metrics."""
+        return done % self.config.log_every == 0 or done % self.per_epoch == 0
+
+    def evaluation(self, done: int) -> bool:
+        """An evaluation of every split."""
+        return self._ended(done, self.config.evaluate_every)
+
+    def checkpoint(self, done: int) -> bool:
+        """A checkpoint."""
+        steps = self.config.checkpoint_steps
+        inside = steps is not None and done > 0 and done % steps == 0
+        return inside or self._ended(done, self.config.checkpoint_every)
+
+    def border(self, done: int) -> int:
+        """The next step after which something is due."""
+        every = [self.config.log_every, self.per_epoch]
+        if self.config.checkpoint_steps is not None:
+            every.append(self.config.checkpoint_steps)
+        return min((done // n + 1) * n for n in every)
+
+    def _ended(self, done: int, every: int) -> bool:
+        epoch, rest = divmod(done, self.per_epoch)
+        return done == self.total or (done > 0 and rest == 0 and epoch % every == 0)
 
 
-def _train(
-    run: Run,
-    state: TrainState,
-    window: _Window,
-    checkpoints: Checkpointer,
-    report: Reporter,
-    tracer: Tracer,
-    stop: process.Stop,
-) -> None:
-    """Go from ``state`` to the end of the run.
+class _Training:
+    """A run under way: its state, and what a checkpoint keeps beside it."""
 
-    What is due after a step depends on the step and on what is there already, so that a
-    run that goes on makes up for what the one before it could not do any more.
-    """
-    config, per_epoch = run.config, run.steps_per_epoch
-    total, done = config.train.epochs * per_epoch, int(state.step)
+    def __init__(self, run: Run, state: TrainState, notes: Any = None) -> None:
+        self.run, self.state, self.done = run, state, int(state.step)
+        self.due = Due(run.config, run.steps_per_epoch)
+        notes = notes or {"metrics": None, "validation": {}}
+        self._sums: Metrics | None = notes["metrics"]
+        """Training metrics since the last line, on the host."""
+        self._pending: list[Metrics] = []
+        """The same on the devices."""
+        self._validation: dict[str, float] = notes["validation"]
+        """Accuracy on that split by step (as JSON has it, a text)."""
 
-    def due(every: int) -> bool:
-        epoch, rest = divmod(done, per_epoch)
-        return done == total or (done > 0 and rest == 0 and epoch % every == 0)
+    def go(
+        self, checkpoints: Checkpointer, report: Reporter, tracer: Tracer, stop: Stop
+    ) -> None:
+        """Go to the end of the run.
 
-    while True:
-        stopping = one_of_all(stop.asked is not None)
-        if not stopping and due(config.evaluate_every):
-            stopping = not _evaluate_all(run, state, done, report, checkpoints, stop)
-        if stopping or due(config.checkpoint_every) or _inside(done, config):
-            _save(run, state, done, window, checkpoints, report)
-        if stopping:
-            checkpoints.wait()
-            raise Stopped(
-                f"asked to ({stop.asked or 'another process'}) after step {done:,} of "
-                f"{total:,}; all is saved, and the same command goes on"
-            )
-        if done == total:
-            return
-        border = _border(done, config, per_epoch)
-        tracer.before(done)
-        steps = 1 if run.one_by_one else tracer.border(done, border) - done
-        state, metrics = run.train(
-            state,
+        What is done after a step depends on the step and on what is there already, so
+        that a run that goes on makes up for what the one before it could not do.
+        """
+        while True:
+            stopping = one_of_all(stop.asked is not None)
+            if not stopping and self.due.evaluation(self.done):
+                stopping = not self._evaluate(checkpoints, report, stop)
+            if stopping or self.due.checkpoint(self.done):
+                self._save(checkpoints, report)
+            if stopping:
+                checkpoints.wait()
+                raise Stopped(
+                    f"by {stop.asked or 'a signal to another process'} after step "
+                    f"{self.done:,} of {self.due.total:,}; all is saved, and the same "
+                    "command goes on"
+                )
+            if self.done >= self.due.total:
+                return
+            self._step(report, tracer)
+            stop.listen()
+            if self.due.line(self.done):
+                self._log(checkpoints, report)
+            else:
+                report.progress(self.done)
+
+    def _step(self, report: Reporter, tracer: Tracer) -> None:
+        """One step, or as many as nothing is due between."""
+        run = self.run
+        tracer.before(self.done)
+        border = tracer.border(self.done, self.due.border(self.done))
+        steps = 1 if run.one_by_one else border - self.done
+        self.state, metrics = run.train(
+            self.state,
             run.split("train"),
-            run.order(done // per_epoch),
+            run.order(self.done // run.steps_per_epoch),
             run.place(jnp.int32(steps)),
         )
         report.dispatched()
-        stop.listen()
-        window.add(metrics)
-        done += steps
-        if said := tracer.after(done, state):
+        self._pending.append(metrics)
+        # No further ahead of the devices: a signal or an error would come late.
+        jax.block_until_ready(self._pending[-2:-1])
+        self.done += steps
+        if said := tracer.after(self.done, self.state):
             report.say(said)
-        if done % config.log_every == 0 or done % per_epoch == 0:
-            _log(run, done, window, checkpoints, report)
-            window = _Window()
-        else:
-            report.progress(done)
+
+    def _add_up(self, checkpoints: Checkpointer) -> Metrics | None:
+        """Training metrics since the last line; this waits for the devices."""
+        if self._pending:
+            self._sums, self._pending = add_up(self._pending, self._sums), []
+        sums = self._sums
+        if sums is not None and sums["finite_steps"] < sums["steps"]:
+            # Nothing is finite again after the first that is not.
+            bad = self.done - int(sums["steps"]) + int(sums["finite_steps"]) + 1
+            raise _diverged(f"the loss or its gradient at step {bad:,}", checkpoints)
+        return sums
+
+    def _log(self, checkpoints: Checkpointer, report: Reporter) -> None:
+        sums = dict(self._add_up(checkpoints))
+        self._sums = None
+        norms, steps = sums.pop("gradient_norm"), sums["steps"]
+        report.training(
+            self.done,
+            self.done / self.run.steps_per_epoch,
+            sums,
+            learning_rate=float(self.run.schedule(self.done - 1)),
+            gradient_norm={k: v / steps for k, v in norms.items()},
+        )
+
+    def _save(self, checkpoints: Checkpointer, report: Reporter) -> None:
+        """Save, unless that is done; a state that is not finite is never saved."""
+        if checkpoints.latest() == self.done:
+            return
+        notes = {"metrics": self._add_up(checkpoints), "validation": self._validation}
+        report.sync()
+        best = best_step(self._validation, [*checkpoints.steps(), self.done])
+        checkpoints.save(self.done, self.run.everywhere(self.state), notes, best)
+
+    def _evaluate(
+        self, checkpoints: Checkpointer, report: Reporter, stop: Stop
+    ) -> bool:
+        """Evaluate every split but the training one, unless that is done.
+
+        Returns:
+            False: a signal came on the way.
+        """
+
+        def stopping() -> bool:
+            # Many processes would have to agree, batch by batch.
+            return stop.asked is not None and jax.process_count() == 1
+
+        for name in ("validation", "test"):
+            there = report.last.get(name, {}).get("step") == self.done
+            if name not in self.run.dataset.splits or the_first_says(there):
+                continue
+            sums = self.run.evaluate(self.state, name, stopping)
+            if sums is None:
+                return False
+            if not math.isfinite(sums["loss"]):
+                what = f"the {name} loss after step {self.done:,}"
+                raise _diverged(what, checkpoints)
+            ratios = sums.pop("residual_ratio")
+            line = report.evaluation(
+                name,
+                self.done,
+                self.done / self.run.steps_per_epoch,
+                sums,
+                residual_ratio={
+                    stack: [
+                        float(units[f"unit{k}"] / sums["count"])
+                        for k in range(1, len(units) + 1)
+                    ]
+                    for stack, units in ratios.items()
+                },
+            )
+            if name == "validation":
+                self._validation[str(self.done)] = line["accuracy"]
+        return True
 
 
-def _inside(done: int, config: Config) -> bool:
-    """Whether a checkpoint is due that does not wait for the end of an epoch."""
-    every = config.checkpoint_steps
-    return every is not None and done > 0 and done % every == 0
-
-
-def _border(done: int, config: Config, per_epoch: int) -> int:
-    """The next step after which something is due."""
-    every = [config.log_every, per_epoch, config.checkpoint_steps or per_epoch]
-    return min((done // n + 1) * n for n in every)
-
-
-def _log(
-    run: Run, done: int, window: _Window, checkpoints: Checkpointer, report: Reporter
-) -> None:
-    sums = dict(window.total())
-    _check_finite(sums, done, checkpoints)
-    norms, steps = sums.pop("gradient_norm"), sums["steps"]
-    report.training(
-        done,
-        done / run.steps_per_epoch,
-        sums,
-        learning_rate=float(run.schedule(done - 1)),
-        gradient_norm={k: v / steps for k, v in norms.items()},
-    )
-
-
-def _save(
-    run: Run,
-    state: TrainState,
-    done: int,
-    window: _Window,
-    checkpoints: Checkpointer,
-    report: Reporter,
-) -> None:
-    """Save, unless that is done; a state that is not finite is never saved."""
-    if checkpoints.latest() == done:
-        return
-    sums = window.total()
-    if sums is not None:
-        _check_finite(sums, done, checkpoints)
-    report.sync()
-    notes = {"metrics": sums}
-    best = rundir.best_step(report.validation, [*checkpoints.steps(), done])
-    checkpoints.save(done, run.everywhere(state), notes, best)
-
-
-def _check_finite(sums: Metrics, done: int, checkpoints: Checkpointer) -> None:
-    if sums["finite_steps"] < sums["steps"]:
-        # Nothing is finite again after the first that is not.
-        bad = done - int(sums["steps"]) + int(sums["finite_steps"]) + 1
-        raise _diverged(f"the loss or its gradient at step {bad:,}", checkpoints)
+def _resumed(run: Run, checkpoints: Checkpointer) -> _Training:
+    """From the newest whole checkpoint, or from the beginning if there is none yet."""
+    found = checkpoints.restore_newest(like=run.state_shapes())
+    if found is None:
+        return _Training(run, run.initial_state())
+    _, state, notes = found
+    return _Training(run, run.as_placed(state), notes)
 
 
 def _diverged(what: str, checkpoints: Checkpointer) -> RunError:
+    checkpoints.wait()  # what is being saved counts when it is there
     last = checkpoints.latest()
     return RunError(
         f"{what} is not a finite number; "
@@ -279,50 +349,6 @@ def _diverged(what: str, checkpoints: Checkpointer) -> RunError:
         + " was saved before it; the same command would come to the same, so begin "
         "another run with a lower --train.learning-rate or more --train.warmup-epochs"
     )
-
-
-def _evaluate_all(
-    run: Run,
-    state: TrainState,
-    done: int,
-    report: Reporter,
-    checkpoints: Checkpointer,
-    stop: process.Stop,
-) -> bool:
-    """Evaluate every split but the training one, each image once, unless that is done.
-
-    Returns:
-        False: a signal came on the way.
-    """
-
-    def stopping() -> bool:
-        # Many processes would have to agree, batch by batch.
-        return stop.asked is not None and jax.process_count() == 1
-
-    for name in ("validation", "test"):
-        there = report.last.get(name, {}).get("step") == done
-        if name not in run.dataset.splits or not one_of_all(not there):
-            continue
-        sums = run.evaluate(state, name, stopping)
-        if sums is None:
-            return False
-        if not math.isfinite(sums["loss"]):
-            raise _diverged(f"the {name} loss after step {done:,}", checkpoints)
-        ratios = sums.pop("residual_ratio")
-        report.evaluation(
-            name,
-            done,
-            done / run.steps_per_epoch,
-            sums,
-            residual_ratio={
-                stack: [
-                    float(units[f"unit{k}"] / sums["count"])
-                    for k in range(1, len(units) + 1)
-                ]
-                for stack, units in ratios.items()
-            },
-        )
-    return True
 
 
 def agree(config: Config, workdir: Path, devices: int) -> tuple[Config, Dataset]:
@@ -340,6 +366,7 @@ def agree(config: Config, workdir: Path, devices: int) -> tuple[Config, Dataset]
     rundir.check_same(workdir, config)
     check_weights(config, workdir)
     dataset = open_dataset(config.data)
+    rundir.check_data(workdir, dataset)
     return resolve(config, dataset), dataset
 
 

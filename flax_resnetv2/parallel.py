@@ -260,6 +260,13 @@ def one_of_all(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
+def the_first_says(flag: bool) -> bool:
+    """What ``flag`` is in the first process; all must ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
+
+
 def _assemble(tree: Any, sharding: NamedSharding) -> Any:
     """Replicated arrays under another sharding of the same copies."""
     return jax.tree.map(

@@ -1,6 +1,7 @@
-"""Settings of a process that trains: memory, convolutions, compiled programs on disk.
+"""A process that trains: memory, convolutions, compiled programs; signals; others.
 
-Called by the commands. Whoever imports the package decides about his own process.
+What changes the process is called by the commands: whoever imports the package decides
+about his own. ``fit`` itself touches memory ahead and listens to signals.
 """
 
 import ctypes
@@ -180,6 +181,8 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     """
     import jax
 
+    # JAX's own notice of SIGTERM would take the signal until ``Stop`` listens.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT
@@ -203,13 +206,18 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def is_one_of_several() -> bool:
+    """Whether this process has joined others."""
+    jax = sys.modules.get("jax")
+    return bool(jax and jax.distributed.is_initialized() and jax.process_count() > 1)
+
+
 def leave_others(code: int) -> None:
     """End this process at once if it is one of several; else do nothing.
 
     Leaving in order would wait for the others, who may be gone, or wait for this one.
     """
-    jax = sys.modules.get("jax")
-    if jax and jax.distributed.is_initialized() and jax.process_count() > 1:
+    if is_one_of_several():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -43,13 +43,11 @@ class Reporter:
         self._flops, self._peak = flops, peak
         self.last: dict[str, dict[str, float]] = {}
         """The newest line of each split."""
-        self.validation: list[dict[str, float]] = []
-        """All lines of the split "validation"."""
         self._began, self._total, self._batch = began, total, batch_size
         self._step, self._time, self._compiled = done, time.perf_counter(), False
         kept = [line for line in read_metrics(workdir) if line["step"] <= done]
         for line in kept:
-            self._remember(line)
+            self.last[line["split"]] = line
             # Seconds of training count on.
             self._began = began - line["seconds"]
         self._file = None
@@ -129,8 +127,8 @@ class Reporter:
 
     def evaluation(
         self, split: str, done: int, epoch: float, sums: dict[str, Any], **more: Any
-    ) -> None:
-        """Record the metrics of a whole split."""
+    ) -> dict[str, Any]:
+        """Record the metrics of a whole split; give the line."""
         line = self._record(split, done, epoch, sums, **more)
         self.say(
             f"epoch {epoch:g}  {split} loss {line['loss']:.3f}  accuracy "
@@ -138,6 +136,7 @@ class Reporter:
         )
         # The next training line's rate is of training alone.
         self._time = time.perf_counter()
+        return line
 
     def _record(
         self, split: str, done: int, epoch: float, sums: dict[str, Any], **more: Any
@@ -154,13 +153,8 @@ class Reporter:
         }
         if self._file:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._remember(line)
+        self.last[split] = line
         return line
-
-    def _remember(self, line: dict[str, Any]) -> None:
-        self.last[line["split"]] = line
-        if line["split"] == "validation":
-            self.validation.append(line)
 
 
 def _clock(seconds: float) -> str:

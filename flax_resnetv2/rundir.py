@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import subprocess
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -139,20 +140,38 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     """
     path, lines = Path(workdir) / "metrics.jsonl", []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(text))
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            line = json.loads(text)
+            # What a run that goes on reads of it.
+            int(line["step"]), str(line["split"]), float(line["seconds"])
+            lines.append(line)
     return lines
 
 
-def best_step(lines: list[dict[str, Any]], steps: list[int]) -> int | None:
-    """Of ``steps`` the one with the highest accuracy on "validation", the first of
-    equals; None: there is none."""
-    scored = {
-        line["step"]: line["accuracy"]
-        for line in lines
-        if line["split"] == "validation" and line["step"] in steps
+def check_data(workdir: Path, dataset: Dataset) -> None:
+    """Refuse to go on with other images, or the same in another order.
+
+    Raises:
+        UsageError: with the splits that differ.
+    """
+    if not (workdir / "dataset.json").exists():
+        return
+    before, now = load_dataset_facts(workdir).get("checksums"), _checksums(dataset)
+    before = before if isinstance(before, dict) else {}
+    if other := [split for split, value in now.items() if before.get(split) != value]:
+        raise UsageError(
+            f"the images of {dataset.name} are not those that {workdir} began with "
+            f"(the splits {', '.join(other)}); give the --data.dir of then, or another "
+            "--workdir"
+        )
+
+
+def _checksums(dataset: Dataset) -> dict[str, str]:
+    """CRC-32 of images and labels of each split, in their order."""
+    return {
+        name: f"{zlib.crc32(split.label, zlib.crc32(split.image)):08x}"
+        for name, split in dataset.splits.items()
     }
-    return max(sorted(scored), key=scored.__getitem__, default=None)
 
 
 MAY_CHANGE = {
@@ -204,15 +223,17 @@ def locked(workdir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
+            who = file.read().strip() or "another process"
             raise UsageError(
-                f"workdir={workdir} is in use by {file.read().strip()}; wait for it, "
-                "or choose another --workdir"
+                f"workdir={workdir} is in use by {who}; wait for it, or choose another "
+                "--workdir"
             ) from error
         except OSError:  # some network file systems have no locks
             pass
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
         yield
 
 
@@ -229,6 +250,7 @@ def write_records(
         "image_shape": dataset.image_shape,
         "class_names": dataset.class_names,
         "images": {name: len(s.label) for name, s in dataset.splits.items()},
+        "checksums": _checksums(dataset),
     }
     path = workdir / "environment.json"
     starts = _load(path, list) if path.exists() else []

@@ -61,6 +61,13 @@ class Tracer:
         self._first, self._end = steps or (-1, -1)
         self._directory, self._running = directory, False
 
+    def __enter__(self) -> "Tracer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._running:  # or the next trace of this process could not begin
+            jax.profiler.stop_trace()
+
     def border(self, done: int, border: int) -> int:
         """The end of the chunk that begins at ``done``, at ``border`` at the latest."""
         ahead = [step for step in (self._first, self._end) if step > done]

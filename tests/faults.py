@@ -45,7 +45,7 @@ class Faults:
 
     kills: int = 0
     early: int = 0
-    """Kills before the first step of that life."""
+    """Lives without a new checkpoint."""
     whole: int = 0
     """Lives that ended with exit code 75: stopped and saved."""
     leaving: list[float] = field(default_factory=list)
@@ -132,6 +132,11 @@ def disturb(
             found.differences.append(f"hung after kill {found.kills + 1}")
             for life in lives:
                 life.kill()
+                life.wait()
+        # Heard before the first step it ends a process at once, later it is saved.
+        code = victim.returncode
+        if number != signal.SIGKILL and code not in (75, 130, -number):
+            found.differences.append(f"the one that was asked to stop left with {code}")
         found.kills += 1
         found.early += steps_of(workdir) == before
         found.whole += 75 in codes
@@ -153,7 +158,7 @@ def finish(workdir: Path, epochs: int, processes: int) -> None:
     """Let a run go to its end."""
     lives = start(workdir, epochs, processes)
     for life in lives:
-        life.wait()
+        life.wait(timeout=3600)
     if any(life.returncode for life in lives):
         raise SystemExit(f"a run that was left alone failed; see {workdir}.log")
 

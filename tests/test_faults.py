@@ -8,7 +8,7 @@ import pytest
 from tests import faults
 
 pytestmark = pytest.mark.slow
-EPOCHS = 3
+EPOCHS = 2
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def alone(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize(("name", "kills"), [("KILL", 3), ("TERM", 2)])
+@pytest.mark.parametrize(("name", "kills"), [("KILL", 2), ("TERM", 1)])
 def test_a_run_that_is_killed_ends_as_one_that_is_not(alone, name, kills):
     workdir = alone.with_name(name)
     number = signal.Signals[f"SIG{name}"]

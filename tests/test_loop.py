@@ -73,15 +73,15 @@ def ready_state(model, train, key, image_shape, steps_per_epoch, _):
 
 def run_fit(directory, config, devices=2, dataset=None, create=None, profile=None):
     """Run ``fit`` on a data set in memory; give result, lines and last state."""
-    dataset, states, evaluate = dataset or data(), [], loop._evaluate_all
+    dataset, states, evaluate = dataset or data(), [], loop._Training._evaluate
 
-    def keep(run, state, *rest):
-        states.append(jax.tree.map(shards, state))
-        return evaluate(run, state, *rest)
+    def keep(self, *rest):
+        states.append(jax.tree.map(shards, self.state))
+        return evaluate(self, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "open_dataset", lambda _: dataset)
-        patch.setattr(loop, "_evaluate_all", keep)
+        patch.setattr(loop._Training, "_evaluate", keep)
         if create:
             patch.setattr(parallel, "create_train_state", create)
         result = loop.fit(
@@ -359,14 +359,14 @@ def test_chunks_of_steps_give_what_single_steps_give(fit, monkeypatch, finished)
 
     monkeypatch.setattr(loop, "Run", Chunked)
     calls = []
-    train = loop._train
+    go = loop._Training.go
 
-    def counted(run, *rest):
-        original = run.train
-        run.train = lambda *given: (calls.append(given), original(*given))[1]
-        return train(run, *rest)
+    def counted(self, *rest):
+        train = self.run.train
+        self.run.train = lambda *given: (calls.append(given), train(*given))[1]
+        return go(self, *rest)
 
-    monkeypatch.setattr(loop, "_train", counted)
+    monkeypatch.setattr(loop._Training, "go", counted)
     chunked = fit(CONFIG, dataset=VALIDATED)
     assert [int(given[-1]) for given in calls] == [4, 2, 2, 4]
     for a, b in zip(single[1], chunked[1], strict=True):

@@ -29,7 +29,7 @@ from flax_resnetv2 import (
     rundir,
 )
 from flax_resnetv2.augment import AugmentConfig, normalise, positions
-from flax_resnetv2.data import evaluation_order, fetch
+from flax_resnetv2.data import Split, evaluation_order, fetch
 from flax_resnetv2.errors import Stopped
 from tests import tiny
 from tests.test_loop import (
@@ -102,7 +102,7 @@ def stop_after(monkeypatch, steps):
             if self.count == steps:
                 self.asked = "SIGTERM"
 
-    monkeypatch.setattr(loop.process, "Stop", Stop)
+    monkeypatch.setattr(loop, "Stop", Stop)
 
 
 # Exact resume
@@ -304,14 +304,16 @@ def files_of(directory):
     )
 
 
-def flip(path):
+def flip(path, at=None):
     bits = bytearray(path.read_bytes())
-    bits[len(bits) // 2] ^= 1
+    bits[len(bits) // 2 if at is None else at] ^= 1
     path.write_bytes(bits)
 
 
 DAMAGES = {
     "flipped": flip,
+    "flipped at the start": lambda path: flip(path, 0),
+    "flipped at the end": lambda path: flip(path, -1),
     "truncated": lambda path: path.write_bytes(
         path.read_bytes()[: path.stat().st_size // 2]
     ),
@@ -324,10 +326,13 @@ DAMAGES = {
 def test_no_damage_of_a_file_changes_what_is_restored(copied, damage):
     """Each file of a checkpoint in turn: refused, or the same bits as without it."""
     directory = copied / "checkpoints" / "10"
-    reference = stored(copied, 10)
     refused = 0
     with Checkpointer(copied / "checkpoints") as checkpoints:
         like = state_like(copied)
+        reference, notes = checkpoints.restore(10, like)
+        leaves = map(np.asarray, jax.tree.leaves(reference))
+        by_orbax = stored(copied, 10).values()
+        assert sorted(leaf.tobytes() for leaf in leaves) == sorted(by_orbax)
         for name in files_of(directory):
             path = directory / name
             original = path.read_bytes()
@@ -335,19 +340,15 @@ def test_no_damage_of_a_file_changes_what_is_restored(copied, damage):
                 continue
             DAMAGES[damage](path)
             try:
-                state, _ = checkpoints.restore(10, like)
+                found, said = checkpoints.restore(10, like)
             except checkpoint.DamagedError as error:
                 assert str(directory) in str(error)
                 refused += 1
             else:
-                found = {
-                    jax.tree_util.keystr(p): np.asarray(leaf).tobytes()
-                    for p, leaf in jax.tree.leaves_with_path(state)
-                }
-                assert sorted(found.values()) == sorted(reference.values()), name
+                jax.tree.map(np.testing.assert_array_equal, found, reference)
+                assert said == notes
             path.write_bytes(original)
         assert refused >= 4
-        assert checkpoints.restore(10, like)[1] is not None
 
 
 def state_like(directory):
@@ -363,7 +364,7 @@ def heaviest(directory):
 
 
 @damaging
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
 def test_a_run_goes_on_from_the_newest_whole_checkpoint(
     go_on, whole, copied, caplog, damage
 ):
@@ -422,22 +423,20 @@ def test_the_best_on_the_validation_split_stays(go_on, monkeypatch, tmp_path):
 
 
 def test_the_best_is_the_first_of_the_highest():
-    lines = [
-        {"split": split, "step": step, "accuracy": accuracy}
-        for split, step, accuracy in (
-            ("validation", 1, 0.9),
-            ("validation", 2, 0.7),
-            ("test", 2, 0.99),
-            ("validation", 3, 0.7),
-            ("validation", 4, 0.6),
-        )
-    ]
-    assert rundir.best_step(lines, [2, 3, 4]) == 2
-    assert rundir.best_step(lines, [5]) is None
+    scores = {"1": 0.9, "2": 0.7, "3": 0.7, "4": 0.6}
+    assert checkpoint.best_step(scores, [4, 3, 2]) == 2
+    assert checkpoint.best_step(scores, [5]) is None
 
 
 def test_the_best_can_be_asked_for(copied):
-    best = rundir.best_step(rundir.read_metrics(copied), [5, 6, 10, 12])
+    """Whatever became of the lines."""
+    scores = {
+        str(line["step"]): line["accuracy"]
+        for line in lines_of(copied)
+        if line["split"] == "validation"
+    }
+    best = checkpoint.best_step(scores, [5, 6, 10, 12])
+    (copied / "metrics.jsonl").unlink()
     predictor = Predictor.from_run(copied, "best")
     saved = stored(copied, best)
     kernel = predictor._variables["params"]["head"]["classifier"]["kernel"]
@@ -523,7 +522,7 @@ def test_a_full_disk_under_the_lines_is_one_message(go_on, whole, copied, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Reporter, "__enter__", full)
-        with pytest.raises(RunError, match=r"written \(No space left on device\)"):
+        with pytest.raises(RunError, match=r"used \(No space left .*make room"):
             go_on()
     go_on()
     assert_same_run(copied, whole)
@@ -631,6 +630,85 @@ def test_another_schedule_may_not(go_on):
     go_on(configuration(epochs=1), **given)
     with pytest.raises(UsageError, match=r"\(train\.epochs: 1 -> 2\)"):
         go_on(configuration(epochs=2), **given)
+
+
+def test_fewer_epochs_than_are_done_are_refused(go_on):
+    given = {"dataset": data(), "devices": 1, "create": ready_state}
+    go_on(configuration(schedule="constant", epochs=2), **given)
+    with pytest.raises(UsageError, match=r"epochs=1 is less than this run has done: 2"):
+        go_on(configuration(schedule="constant", epochs=1), **given)
+
+
+@pytest.mark.parametrize("name", ["train", "validation"])
+def test_other_images_are_refused(go_on, copied, name):
+    """And the same in another order."""
+    splits = dict(VALIDATED.splits)
+    splits[name] = Split(*(x[::-1].copy() for x in splits[name]))
+    mixed = replace(VALIDATED, splits=splits)
+    with pytest.raises(UsageError, match=rf"not those that .* \(the splits {name}\)"):
+        go_on(dataset=mixed)
+
+
+def test_lines_that_say_nothing_are_left_out(go_on, copied, whole):
+    (copied / "metrics.jsonl").write_text(
+        '5\n{"stfp": 4}\nnull\n[]\n' + (whole / "metrics.jsonl").read_text()
+    )
+    go_on()
+    assert_same_run(copied, whole)
+
+
+def test_a_trace_that_is_over_does_not_keep_a_run_from_going_on(
+    go_on, whole, monkeypatch, tmp_path, capsys
+):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(Stopped):
+            go_on(profile=(3, 11))
+    go_on(profile=(3, 11))
+    assert "not traced: step 3 is done already" in capsys.readouterr().out
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_the_first_error_is_the_one_that_is_said(go_on, monkeypatch, caplog):
+    """Not that of closing the checkpoints after it."""
+    monkeypatch.setattr(loop.Reporter, "training", lambda *_, **__: 1 / 0)
+
+    def fail(self):
+        raise RunError("cannot be written")
+
+    monkeypatch.setattr(Checkpointer, "wait", fail)
+    with pytest.raises(ZeroDivisionError):
+        go_on()
+    assert "cannot be written" in caplog.text
+
+
+def test_another_net_is_no_damage(copied):
+    like = replace(state_like(copied), ema=None)
+    with (
+        Checkpointer(copied / "checkpoints") as checkpoints,
+        pytest.raises(RunError, match=r"is of another net.*\.ema") as caught,
+    ):
+        checkpoints.restore_newest(like)
+    assert not isinstance(caught.value, checkpoint.DamagedError)
+
+
+# What is due
+
+
+def test_something_is_due_only_at_borders():
+    """In steps of 7 an epoch, 21 in all, a line every 3, a checkpoint every 5."""
+    config = replace(configuration(epochs=3), log_every=3, checkpoint_steps=5)
+    config = replace(config, evaluate_every=2, checkpoint_every=3)
+    due = loop.Due(config, 7)
+    lines = [k for k in range(1, 22) if due.line(k)]
+    assert lines == [3, 6, 7, 9, 12, 14, 15, 18, 21]
+    assert [k for k in range(22) if due.evaluation(k)] == [14, 21]
+    assert [k for k in range(22) if due.checkpoint(k)] == [5, 10, 15, 20, 21]
+    done, borders = 0, []
+    while done < due.total:
+        done = due.border(done)
+        borders.append(done)
+    assert borders == sorted({*lines, 5, 10, 15, 20})
 
 
 # Signals

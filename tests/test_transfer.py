@@ -104,14 +104,14 @@ def test_a_run_goes_on_without_the_file(start, monkeypatch, tmp_path):
     whole = fit(monkeypatch, config(path), tmp_path / "whole")
     with monkeypatch.context() as patch:
         # Stopped after the first of two epochs.
-        evaluate = loop._evaluate_all
+        evaluate = loop._Training._evaluate
 
-        def stop(run, state, done, *rest):
-            if done > run.steps_per_epoch:
+        def stop(self, *rest):
+            if self.done > self.run.steps_per_epoch:
                 raise KeyboardInterrupt
-            return evaluate(run, state, done, *rest)
+            return evaluate(self, *rest)
 
-        patch.setattr(loop, "_evaluate_all", stop)
+        patch.setattr(loop._Training, "_evaluate", stop)
         with pytest.raises(KeyboardInterrupt):
             fit(monkeypatch, config(path), tmp_path / "a")
     path.unlink()
