@@ -855,8 +855,8 @@ CASES = {
         quickstart(
             "no directory",
             "--distributed",
-            "several processes need one workdir=None that all of them see; give "
-            "--workdir DIR",
+            "workdir=None: several processes need one directory that all of them "
+            "see; give --workdir DIR",
         ),
         quickstart(
             "one too high",
