@@ -13,7 +13,10 @@ PARTS = ("stack1", "stack2", "stack3", "stack4", "logits")
 
 
 def main() -> None:
-    """A line for each preset and size of images; last, the worst part in float32."""
+    """A line for each preset and size of images; last, the worst part in float32.
+
+    Below, one training step: the worst tensor of each kind.
+    """
     print(
         "| preset | images | stack 1 | stack 2 | stack 3 | stack 4 | logits | float32 |"
     )
@@ -28,6 +31,12 @@ def main() -> None:
         less = parity.differences(preset, side, single, narrow)
         cells = [f"{apart[part]:.1e}" for part in PARTS] + [f"{max(less.values()):.1e}"]
         print(f"| {preset} | {side} x {side} | {' | '.join(cells)} |")
+    with jax.enable_x64(True):
+        apart = parity.training_differences()
+    for kind in ("statistics", "gradient"):
+        found = {name: x for name, x in apart.items() if name.startswith(kind)}
+        worst = max(found, key=found.get)
+        print(f"{parity.SHALLOWEST}, one training step: {worst} {found[worst]:.1e}")
 
 
 if __name__ == "__main__":
