@@ -177,7 +177,12 @@ def arrays_of(workdir: Path) -> dict[str, bytes]:
 
     newest = workdir / "checkpoints" / str(steps_of(workdir)) / "state"
     with warnings.catch_warnings(action="ignore"), ocp.PyTreeCheckpointer() as reader:
-        tree = reader.restore(newest.absolute(), restore_args=None)
+        # Of other devices than this process has: as arrays of NumPy.
+        plain = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+            reader.metadata(newest.absolute()).item_metadata.tree,
+        )
+        tree = reader.restore(newest.absolute(), restore_args=plain)
     return {
         jax.tree_util.keystr(path): np.asarray(leaf).tobytes()
         for path, leaf in jax.tree.leaves_with_path(tree)
