@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -18,3 +19,14 @@ def float64():
 def key():
     """A random key."""
     return jax.random.key(0)
+
+
+@pytest.fixture(autouse=True)
+def _keep_no_programs():
+    """Undo what a command did: it keeps compiled programs from then on, and XLA has
+    crashed writing one of a later test."""
+    before = jax.config.jax_compilation_cache_dir
+    yield
+    if jax.config.jax_compilation_cache_dir != before:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()

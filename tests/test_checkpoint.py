@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_resnetv2 import Checkpointer
@@ -27,3 +28,23 @@ def test_states_come_back_bit_for_bit_where_they_belong(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restored, states[2])
     assert restored["a"].sharding == place
     again.close()
+
+
+def test_what_is_saved_may_change_at_once(tmp_path):
+    """The notes, and the memory of the arrays."""
+    like = {"a": jnp.arange(5.0)}
+    with Checkpointer(tmp_path / "c", keep=2) as checkpoints:
+        for step in (1, 2, 3):
+            state = jax.device_put({"a": jnp.full(5, float(step))})
+            notes = {"step": step}
+            checkpoints.save(step, state, notes)
+            notes["step"] = -1
+            jax.jit(lambda x: x["a"] * 0 - 1, donate_argnums=0)(state)
+            assert checkpoints.latest() == step
+        with pytest.raises(ValueError, match="step 3 is not newer than 3"):
+            checkpoints.save(3, like)
+    with Checkpointer(tmp_path / "c") as checkpoints:
+        for step in (2, 3):
+            state, notes = checkpoints.restore(step, like)
+            np.testing.assert_array_equal(state["a"], np.full(5, float(step)))
+            assert notes == {"step": step}

@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from flax_resnetv2 import (
@@ -56,6 +57,7 @@ def _compiled_once(tmp_path_factory):
     yield
     jax.config.update("jax_compilation_cache_dir", None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", old)
+    compilation_cache.reset_cache()  # or it would go on
 
 
 def ready_state(model, train, key, image_shape, steps_per_epoch, _):
