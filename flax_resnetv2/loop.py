@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from flax_resnetv2.checkpoint import Checkpointer, best_step
 from flax_resnetv2.config import Config, check_config
 from flax_resnetv2.data import IMAGE_SHAPES, Dataset, open_dataset
 from flax_resnetv2.errors import RunError, Stopped, UsageError
+from flax_resnetv2.fields import check_choice
 from flax_resnetv2.model import create_model
 from flax_resnetv2.parallel import Executor, Run, add_up, one_of_all, the_first_says
 from flax_resnetv2.preflight import memory_limit, needs, peak_flops
@@ -66,6 +67,7 @@ def fit(
             f"devices={devices} are not all of this process; of several processes each "
             "gives all of its own"
         )
+    check_choice("executor", executor, get_args(Executor))
     batch, count = config.train.batch_size, len(devices) * jax.process_count()
     config, dataset = agree(config, workdir, count)
     input_shape = config.augment.input_shape(dataset.image_shape)

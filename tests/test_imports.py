@@ -41,7 +41,7 @@ OURS = {
     "rundir": "config data errors",
     "tracing": "errors",
     "parallel": "augment config data model training weights",
-    "loop": "checkpoint config data model parallel preflight process report rundir "
+    "loop": "checkpoint config data fields model parallel preflight process report rundir "
     "tracing training weights errors",
     "analysis": "model",
     "dialects": "model errors",

@@ -288,6 +288,11 @@ def test_jit_with_named_shardings_takes_the_place_of_pmap(
     assert_same_run(whole, tmp_path / "other")
 
 
+def test_an_unknown_executor_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="executor='vmap' is unknown; choose .*'jit'"):
+        loop.fit(configuration(), tmp_path / "run", executor="vmap")
+
+
 # Damaged checkpoints
 
 
