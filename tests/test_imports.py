@@ -41,8 +41,8 @@ OURS = {
     "rundir": "config data errors",
     "tracing": "errors",
     "parallel": "augment config data model training weights",
-    "loop": "checkpoint config data fields model parallel preflight process report rundir "
-    "tracing training weights errors",
+    "loop": "checkpoint config data fields model parallel preflight process report "
+    "rundir tracing training weights errors",
     "analysis": "model",
     "dialects": "model errors",
     "weights": "augment dialects fields model errors",

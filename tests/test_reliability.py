@@ -289,7 +289,7 @@ def test_jit_with_named_shardings_takes_the_place_of_pmap(
 
 
 def test_an_unknown_executor_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="executor='vmap' is unknown; choose .*'jit'"):
+    with pytest.raises(UsageError, match=r"executor='vmap' is unknown; choose .*'jit'"):
         loop.fit(configuration(), tmp_path / "run", executor="vmap")
 
 
