@@ -362,7 +362,8 @@ def _check_file(path: Path, suffixes: tuple[str, ...], repair: str) -> None:
 
 
 def _damaged(path: Path, error: Exception) -> UsageError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    # The first sentence: NumPy's second one is how to run the code of a pickle.
+    reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
     return UsageError(
         f"{path} is damaged, or of another kind than its name says ({reason}); fetch "
         "it again"
