@@ -1,5 +1,7 @@
 """Strict JAX for every test: eight CPU devices, no implicit promotion of dtypes."""
 
+import gc
+
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
@@ -19,6 +21,15 @@ def float64():
 def key():
     """A random key."""
     return jax.random.key(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Free the programs of a module's tests: each maps pieces of memory, of which Linux
+    gives a process 65,530 (``vm.max_map_count``), and XLA crashes for want of one."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
