@@ -19,7 +19,8 @@ class Batch(NamedTuple):
     image: jax.Array
     """uint8 [B, H, W, C]"""
     label: jax.Array
-    """int32 [B]"""
+    """int32 [B], the class of each; or uint8 or bool [B, K], which of K labels each
+    has."""
     mask: jax.Array
     """bool [B]"""
 

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from flax_resnetv2.model import ResNetV2
 
 Metrics = dict[str, Any]
+TOP5_CLASSES = 100
+"""From so many classes on, evaluation also counts images whose class is among the five
+likeliest."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ class TrainConfig:
     drops: tuple[float, ...] = (0.5, 0.75)
     """Shares of the training after which "steps" divides by 10."""
     label_smoothing: Share = 0.0
-    """Share of the target spread evenly over all classes."""
+    """Share of the target spread evenly over all classes; of several labels an image,
+    over yes and no of each."""
     ema: Share = 0.0
     """Share kept by a moving average of parameters and statistics, which is then what
     is evaluated; 0: none."""
@@ -264,6 +268,12 @@ def make_train_step(
         keys = image_keys(jax.random.key(seed), state.step, places)
         images = normalise(batch.image, augmentation, model.execution.param_dtype)
         images = augment(images, keys, augmentation)
+        target = targets(
+            batch.label,
+            model.plan.head.features,
+            train.label_smoothing,
+            model.execution.param_dtype,
+        )
         count = total(batch.mask.sum())
 
         def loss_of(params: Any) -> tuple[jax.Array, Any]:
@@ -278,7 +288,7 @@ def make_train_step(
                 train=train.learn == "all",
                 mutable=["batch_stats"],
             )
-            loss, correct = score(logits, batch, train.label_smoothing)
+            loss, correct = score(logits, target, batch)
             return loss / count.astype(loss.dtype), (
                 loss,
                 correct,
@@ -330,7 +340,8 @@ def make_eval_step(
     """Make the pure function ``step(variables, batch) -> metrics``.
 
     Masked sums: ``loss``, ``correct``, ``count``, and ``residual_ratio`` of every unit,
-    as {"stack1": {"unit1": ...}} (see ``ResidualUnit``).
+    as {"stack1": {"unit1": ...}} (see ``ResidualUnit``); of ``TOP5_CLASSES`` classes or
+    more also ``correct_top5``.
     """
 
     def step(variables: dict[str, Any], batch: Batch) -> Metrics:
@@ -338,7 +349,9 @@ def make_eval_step(
         logits, sown = model.apply(
             variables, images, train=False, mutable=["intermediates"]
         )
-        loss, correct = score(logits, batch, 0.0)
+        classes, dtype = logits.shape[-1], logits.dtype
+        target = targets(batch.label, classes, 0.0, dtype)
+        loss, correct = score(logits, target, batch)
         ratios = {
             stack: {
                 unit: jnp.where(batch.mask, values["residual_ratio"][0], 0).sum()
@@ -352,17 +365,48 @@ def make_eval_step(
             "count": batch.mask.sum(),
             "residual_ratio": ratios,
         }
+        if batch.label.ndim == 1 and classes >= TOP5_CLASSES:
+            _, best = lax.top_k(logits, 5)
+            found = (best == batch.label[:, None]).any(1)
+            metrics["correct_top5"] = (found & batch.mask).sum()
         return metrics if axis_name is None else lax.psum(metrics, axis_name)
 
     return step
 
 
+def targets(
+    label: jax.Array, classes: int, smoothing: float, dtype: str | jnp.dtype
+) -> jax.Array:
+    """What the net should say, ``dtype`` [B, classes], from labels as of ``Batch``.
+
+    One class an image: a distribution over the classes, smoothed towards all of them.
+    Several labels: the probability of each, smoothed towards 1/2.
+    """
+    if label.ndim == 1:
+        target = jax.nn.one_hot(label, classes, dtype=dtype)
+        return optax.smooth_labels(target, smoothing)
+    return (1 - smoothing) * label.astype(dtype) + smoothing / 2
+
+
 def score(
-    logits: jax.Array, batch: Batch, label_smoothing: float
+    logits: jax.Array, target: jax.Array, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
-    """Sums over the unmasked rows: cross-entropy, and how many are right."""
-    target = jax.nn.one_hot(batch.label, logits.shape[-1], dtype=logits.dtype)
-    target = optax.smooth_labels(target, label_smoothing)
-    loss = optax.softmax_cross_entropy(logits, target)
-    right = (lax.argmax(logits, 1, batch.label.dtype) == batch.label) & batch.mask
-    return jnp.where(batch.mask, loss, 0).sum(), right.sum()
+    """Sums over the unmasked rows: the loss, and how much is right.
+
+    One class an image (``batch.label`` [B]): softmax cross-entropy, and how many images
+    are right. Several labels ([B, K]): sigmoid cross-entropy, its mean over the labels,
+    and the share of labels that are right, summed over the images; by their count that
+    is the mean accuracy of the labels.
+
+    Args:
+        logits: float [B, classes].
+        target: [B, classes], of ``targets``. Right is what has its largest share.
+        batch: its labels' kind, and its mask.
+    """
+    if batch.label.ndim == 1:
+        loss = optax.softmax_cross_entropy(logits, target)
+        right = lax.argmax(logits, 1, jnp.int32) == lax.argmax(target, 1, jnp.int32)
+        return jnp.where(batch.mask, loss, 0).sum(), (right & batch.mask).sum()
+    loss = optax.sigmoid_binary_cross_entropy(logits, target).mean(1)
+    right = ((logits > 0) == (target > 0.5)).mean(1, dtype=logits.dtype)
+    return jnp.where(batch.mask, loss, 0).sum(), jnp.where(batch.mask, right, 0).sum()

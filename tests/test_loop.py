@@ -520,6 +520,14 @@ def test_without_a_terminal_there_are_plain_lines(tmp_path, monkeypatch):
     assert test_line == "epoch 1  test loss 2.000  accuracy 0.5000 (5 of 10)"
 
 
+def test_the_five_likeliest_are_told_where_they_were_counted(tmp_path, capsys):
+    sums = {"loss": 20.0, "correct": 5, "count": 10, "correct_top5": 8}
+    with Reporter(tmp_path, began=0.0, total=12, done=0, batch_size=5) as reporter:
+        assert reporter.evaluation("test", 4, 1.0, sums)["top5"] == 0.8
+    assert lines_of(tmp_path)[0]["top5"] == 0.8
+    assert capsys.readouterr().out.endswith("(5 of 10)  top 5 0.8000\n")
+
+
 def test_on_a_terminal_there_is_a_bar(tmp_path, monkeypatch):
     text = shown(tmp_path, monkeypatch, True)
     assert "\x1b[" in text

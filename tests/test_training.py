@@ -166,13 +166,70 @@ def test_the_step_is_a_pure_function_of_sums(model):
 
 def test_the_loss_is_the_sum_of_smoothed_cross_entropies(float64):
     logits = jnp.asarray([[1.0, 2.0, 0.0], [0.5, 0.0, 3.0], [9.0, 0.0, 0.0]])
-    batch = Batch(None, jnp.asarray([1, 0, 2]), jnp.asarray([True, True, False]))
-    loss, correct = training.score(logits, batch, 0.3)
+    label = jnp.asarray([1, 0, 2])
+    batch = Batch(None, label, jnp.asarray([True, True, False]))
+    smoothed = training.targets(label, 3, 0.3, "float64")
+    loss, correct = training.score(logits, smoothed, batch)
     log = np.asarray(logits) - np.log(np.exp(logits).sum(-1, keepdims=True))
     target = np.full((3, 3), 0.1) + 0.7 * np.eye(3)[[1, 0, 2]]
     expected = -(target * log).sum(-1)[:2].sum()
     assert float(loss) == pytest.approx(expected, rel=1e-12)
     assert int(correct) == 1
+
+
+def test_several_labels_have_a_sigmoid_each(float64):
+    logits = np.array([[1.0, -2.0, 0.5, 3.0], [0.1, 0.2, -0.3, 0.0], [9.0] * 4])
+    label = np.array([[1, 0, 0, 1], [0, 1, 1, 1], [0] * 4], np.uint8)
+    mask = np.array([True, True, False])
+    batch = jax.tree.map(jnp.asarray, Batch(None, label, mask))
+    target = training.targets(batch.label, 4, 0.2, "float64")
+    np.testing.assert_allclose(target, 0.1 + 0.8 * label, rtol=1e-12)
+    loss, correct = training.score(jnp.asarray(logits), target, batch)
+    p = 1 / (1 + np.exp(-logits))
+    t = np.asarray(target)
+    terms = -(t * np.log(p) + (1 - t) * np.log(1 - p))
+    assert float(loss) == pytest.approx(terms[:2].mean(1).sum(), rel=1e-12)
+    # Three of four, and one of four: 0 is no yes.
+    assert float(correct) == 0.75 + 0.25
+    flags = batch._replace(label=batch.label.astype(bool))
+    same = training.targets(flags.label, 4, 0.2, "float64")
+    assert np.array_equal(same, target)
+
+
+def test_a_net_learns_several_labels():
+    config = TrainConfig(epochs=9, schedule="constant", learning_rate=0.1)
+    model, step, state = small_step(config)
+    batch = batch_of(16)
+    # Two labels stand for the class, two for halves of the classes.
+    label = np.stack([np.asarray(batch.label) == k for k in (0, 1)], 1)
+    halves = np.stack([np.asarray(batch.label) % 3 == k for k in (0, 1)], 1)
+    label = np.concatenate([label, halves], 1).astype(np.uint8)
+    batch = batch._replace(label=jnp.asarray(label))
+    losses = []
+    for _ in range(80):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.5 * losses[0]
+    evaluated = make_eval_step(model, PLAIN)(state.variables(), batch)
+    assert "correct_top5" not in evaluated
+    assert float(evaluated["correct"] / 16) > 0.8
+
+
+def test_the_five_likeliest_of_many_classes_are_counted():
+    net = replace(tiny.SMALL, num_classes=100)
+    model = create_model(net)
+    variables, batch = tiny.variables_of(model), batch_of(16, padding=2)
+    images = (batch.image.astype(jnp.float32) / 255 - 0.5) / 0.25
+    logits = np.asarray(model.apply(variables, images, train=False))
+    # The class of row k is its likeliest but k.
+    label = np.argsort(-logits, 1)[range(16), range(16)].astype(np.int32)
+    metrics = make_eval_step(model, PLAIN)(
+        variables, batch._replace(label=jnp.asarray(label))
+    )
+    assert int(metrics["correct"]) == 1
+    assert int(metrics["correct_top5"]) == 5
+    masked = batch._replace(label=jnp.asarray(label), mask=jnp.arange(16) >= 2)
+    assert int(make_eval_step(model, PLAIN)(variables, masked)["correct_top5"]) == 3
 
 
 def test_padded_rows_count_for_nothing(model):
@@ -335,14 +392,17 @@ def test_a_masked_row_gives_neither_loss_nor_gradient_nor_hit():
     few = jax.tree.map(lambda x: x[:4], batch)
     # Every row is right.
     logits = 5 * jax.nn.one_hot(batch.label, 4)
-    loss, correct = training.score(logits, batch, 0.1)
+    target = training.targets(batch.label, 4, 0.1, "float32")
+    loss, correct = training.score(logits, target, batch)
     assert int(correct) == 4
-    np.testing.assert_allclose(loss, training.score(logits[:4], few, 0.1)[0], rtol=1e-6)
-    gradient = jax.grad(lambda x: training.score(x, batch, 0.1)[0])(logits)
+    np.testing.assert_allclose(
+        loss, training.score(logits[:4], target[:4], few)[0], rtol=1e-6
+    )
+    gradient = jax.grad(lambda x: training.score(x, target, batch)[0])(logits)
     assert not gradient[4:].any()
     assert gradient[:4].any(1).all()
     # Not even where a masked row is beyond all numbers.
-    wild = training.score(logits.at[5].set(jnp.inf), batch, 0.1)[0]
+    wild = training.score(logits.at[5].set(jnp.inf), target, batch)[0]
     np.testing.assert_array_equal(wild, loss)
 
 
