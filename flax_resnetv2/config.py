@@ -62,8 +62,9 @@ def check_config(config: Config) -> None:
     check_dataclass(config, Config)
     check_train(config.train)
     side = min(config.augment.input_shape(IMAGE_SHAPES[config.data.name])[:2])
-    padding = Annotated[int, Range(0, side)]
-    check("augment.crop_padding", config.augment.crop_padding, padding)
+    for name in ("crop_padding", "cutout"):
+        value = getattr(config.augment, name)
+        check(f"augment.{name}", value, Annotated[int, Range(0, side)])
     if config.architecture.head != "classifier":
         raise UsageError(
             f"architecture.head={config.architecture.head!r} gives no logits to train "

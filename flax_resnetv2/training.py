@@ -20,6 +20,7 @@ from flax_resnetv2.augment import (
     Batch,
     augment,
     image_keys,
+    mix,
     normalise,
     positions,
 )
@@ -274,6 +275,7 @@ def make_train_step(
             train.label_smoothing,
             model.execution.param_dtype,
         )
+        images, target = mix(images, target, batch.mask, keys, augmentation, axis_name)
         count = total(batch.mask.sum())
 
         def loss_of(params: Any) -> tuple[jax.Array, Any]:
@@ -400,7 +402,8 @@ def score(
 
     Args:
         logits: float [B, classes].
-        target: [B, classes], of ``targets``. Right is what has its largest share.
+        target: [B, classes], of ``targets``, perhaps mixed (``augment.mix``). Right is
+            what has the largest share in it.
         batch: its labels' kind, and its mask.
     """
     if batch.label.ndim == 1:

@@ -490,6 +490,9 @@ CASES = {
         ),
         quickstart("crop", "--augment.crop-padding -1", "augment.crop_padding=-1"),
         quickstart("resize", "--augment.resize 0", "augment.resize=0"),
+        quickstart("cutout", "--augment.cutout 33", "augment.cutout=33", "0 to 32"),
+        quickstart("mixup", "--augment.mixup 0", "augment.mixup=0.0", "from 0.001"),
+        quickstart("cutmix", "--augment.cutmix -1", "augment.cutmix=-1.0", "or None"),
         quickstart(
             "axis",
             "--execution.batch-norm-axis x",
