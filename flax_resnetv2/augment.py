@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_resnetv2.fields import Range
+from flax_resnetv2.fields import Range, Share
 
 
 class Batch(NamedTuple):
@@ -37,6 +37,14 @@ class AugmentConfig:
     """Pad by so many pixels on each side, then crop to the old size; 0: no crop."""
     flip: bool = True
     """Mirror every second image, by chance."""
+    colour_jitter: Share = 0.0
+    """Brightness, then contrast, then colour of the stored pixels times a factor from
+    1 - colour_jitter to 1 + colour_jitter, by chance."""
+    randaugment: Annotated[int, Range(0, 14)] = 0
+    """Change each image's stored pixels by so many operations, each one of fourteen by
+    chance (RandAugment, Cubuk et al. 2020)."""
+    randaugment_magnitude: Annotated[int, Range(0, 30)] = 9
+    """How strong they are; 30 is AutoAugment's strongest (10 in the paper)."""
     cutout: int = 0
     """Side, in pixels, of a square of the mean colour at a random place, which may hang
     over the border (DeVries & Taylor 2017); 0: none."""

@@ -26,6 +26,7 @@ from flax_resnetv2.augment import (
 )
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.fields import Count, Range, Share, check_dataclass, shown
+from flax_resnetv2.randaugment import change_pixels
 
 if TYPE_CHECKING:
     from flax_resnetv2.model import ResNetV2
@@ -267,7 +268,8 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         places = positions(batch.label.shape[0], axis_name)
         keys = image_keys(jax.random.key(seed), state.step, places)
-        images = normalise(batch.image, augmentation, model.execution.param_dtype)
+        images = change_pixels(batch.image, keys, augmentation)
+        images = normalise(images, augmentation, model.execution.param_dtype)
         images = augment(images, keys, augmentation)
         target = targets(
             batch.label,

@@ -490,6 +490,19 @@ CASES = {
         ),
         quickstart("crop", "--augment.crop-padding -1", "augment.crop_padding=-1"),
         quickstart("resize", "--augment.resize 0", "augment.resize=0"),
+        quickstart(
+            "jitter",
+            "--augment.colour-jitter 1",
+            *("augment.colour_jitter=1.0", "in [0, 1)"),
+        ),
+        quickstart(
+            "operations", "--augment.randaugment 15", "augment.randaugment=15", "to 14"
+        ),
+        quickstart(
+            "magnitude",
+            "--augment.randaugment-magnitude 31",
+            *("augment.randaugment_magnitude=31", "0 to 30"),
+        ),
         quickstart("cutout", "--augment.cutout 33", "augment.cutout=33", "0 to 32"),
         quickstart("mixup", "--augment.mixup 0", "augment.mixup=0.0", "from 0.001"),
         quickstart("cutmix", "--augment.cutmix -1", "augment.cutmix=-1.0", "or None"),
