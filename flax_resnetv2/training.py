@@ -5,6 +5,7 @@
 leave a step as sums and counts, so that they can be added up.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -47,18 +48,24 @@ class TrainConfig:
     """Images in one step, over all devices."""
     eval_batch_size: Count = 1000
     """Images in one evaluation step, over all devices."""
-    optimizer: Literal["sgd", "adamw", "adam_l2"] = "sgd"
+    optimizer: Literal["sgd", "adamw", "adam_l2", "lars", "muon"] = "sgd"
     """sgd: with momentum; adamw: decoupled weight decay; adam_l2: Adam whose loss has
     the term weight_decay / 2 * |w|^2, which is another method than adamw. (Keras's
-    l2(x) is weight_decay = 2x.)"""
+    l2(x) is weight_decay = 2x.) lars: sgd whose steps are scaled kernel by kernel, for
+    large batches (You et al. 2017); its rates are some 10 to 100 times those of sgd.
+    muon: kernels of the units' convolutions take orthogonal steps (Jordan et al. 2024),
+    all else, the stem and the head too, those of adamw, at the same rate."""
     learning_rate: Annotated[float, Range(0, 1e6, above=True)] = 0.1
     """The highest of the schedule."""
     momentum: Share = 0.9
-    """Of sgd."""
+    """Of sgd, lars and muon (whose authors take 0.95)."""
     nesterov: bool = True
-    """Nesterov's momentum in sgd."""
+    """Nesterov's momentum in these."""
     weight_decay: Annotated[float, Range(0, 1e6)] = 1e-4
-    """As the optimizer says."""
+    """As the optimizer says; lars has the term as adam_l2, muon decays as adamw."""
+    clip: Annotated[float, Range(0, 1e6, above=True)] | None = None
+    """Scale gradients down whose norm, over all that learns, is larger; before the
+    optimizer, and before what weight_decay adds; None: never."""
     learn: Literal["all", "classifier"] = "all"
     """What learns: everything, or the classifier alone, behind a backbone whose
     parameters and statistics stay as they came."""
@@ -170,19 +177,74 @@ def make_optimizer(
     if c.learn == "classifier":
         rest = make_optimizer(replace(c, learn="all"), steps_per_epoch)
         return optax.masked(rest, _learns)
+    if c.clip is not None:
+        rest = make_optimizer(replace(c, clip=None), steps_per_epoch)
+        return optax.chain(optax.clip_by_global_norm(c.clip), rest)
+
+    def kernels(params: Any) -> Any:
+        return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
     def decays(params: Any) -> Any:
-        return jax.tree.map_with_path(
-            lambda path, _: c.decay == "all" or path[-1].key == "kernel", params
-        )
+        everything = jax.tree.map(lambda _: True, params)
+        return everything if c.decay == "all" else kernels(params)
 
     if c.optimizer == "adamw":
         return optax.adamw(rate, weight_decay=c.weight_decay, mask=decays)
+    if c.optimizer == "lars":
+        # Scales and biases keep their rate, as is usual: their norms say nothing.
+        return optax.lars(
+            *(rate, c.weight_decay, decays),
+            trust_ratio_mask=kernels,
+            momentum=c.momentum,
+            nesterov=c.nesterov,
+        )
+    if c.optimizer == "muon":
+        return optax.chain(
+            _orthogonal_or_adam(c),
+            optax.add_decayed_weights(c.weight_decay, decays),
+            optax.scale_by_learning_rate(rate),
+        )
     # Added to the gradient before the moments: the gradient of the L2 term.
     l2 = optax.add_decayed_weights(c.weight_decay, decays)
     if c.optimizer == "adam_l2":
         return optax.chain(l2, optax.adam(rate))
     return optax.chain(l2, optax.sgd(rate, c.momentum, c.nesterov))
+
+
+def _orthogonal_or_adam(config: TrainConfig) -> optax.GradientTransformation:
+    """The direction of "muon".
+
+    Muon is for the matrices between the first and the last layer, says its author, and
+    a convolution is the matrix [k * k * in, out]. ``optax.contrib.muon`` would take the
+    classifier's matrix, not the convolutions', and has no mask for Adam's decay.
+    """
+    matrix = optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)
+
+    def matrices(params: Any) -> Any:
+        return jax.tree.map(lambda _: matrix, params)
+
+    def kinds(params: Any) -> Any:
+        return jax.tree.map_with_path(
+            lambda path, leaf: (
+                "muon" if leaf.ndim == 4 and path[0].key != "stem" else "adam"
+            ),
+            params,
+        )
+
+    def lengthen(kernel: jax.Array) -> jax.Array:
+        # As long as Adam's steps, so that one rate fits both (Liu et al. 2025).
+        sides = math.prod(kernel.shape[:3]), kernel.shape[3]
+        return 0.2 * max(sides) ** 0.5 * kernel
+
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(
+            beta=config.momentum,
+            nesterov=config.nesterov,
+            weight_dimension_numbers=matrices,
+        ),
+        optax.stateless(lambda updates, _: jax.tree.map(lengthen, updates)),
+    )
+    return optax.partition({"muon": muon, "adam": optax.scale_by_adam()}, kinds)
 
 
 def _learns(params: Any) -> Any:

@@ -419,6 +419,7 @@ CASES = {
         ),
     ],
     "training numbers": [
+        quickstart("clip", "--train.clip 0", "train.clip=0.0", "or None"),
         quickstart("no epoch", "--train.epochs 0", "train.epochs=0", "1"),
         quickstart("epochs", "--train.epochs -1", "train.epochs=-1", "1"),
         quickstart("rate", "--train.learning-rate 0", "train.learning_rate=0.0", "0"),

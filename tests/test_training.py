@@ -135,7 +135,90 @@ def test_adam_l2_is_adam_on_a_loss_with_the_term(float64):
     assert not np.allclose(ours["kernel"], decoupled["kernel"])
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adam_l2"])
+OPTIMIZERS = ["sgd", "adamw", "adam_l2", "lars", "muon"]
+
+
+def test_lars_scales_the_step_of_each_kernel(float64):
+    w, b, v = PARAMS["conv"]["kernel"], PARAMS["conv"]["bias"], [np.zeros(2), 0.0]
+    for _ in range(3):
+        g = GRADIENT["conv"]["kernel"] + 0.5 * w
+        ratio = 0.001 * np.linalg.norm(w) / np.linalg.norm(g)
+        v = [
+            0.9 * v[0] + 0.1 * ratio * g,
+            0.9 * v[1] + 0.1 * GRADIENT["conv"]["bias"],
+        ]
+        w, b = w - v[0], b - v[1]
+    ours = steps_of(made(optimizer="lars", nesterov=False), given)
+    np.testing.assert_allclose(ours["kernel"], w, rtol=1e-12)
+    np.testing.assert_allclose(ours["bias"], b, rtol=1e-12)
+
+
+def test_muon_takes_orthogonal_steps_inside_and_adams_outside(float64):
+    rng = np.random.default_rng(0)
+    shapes = {
+        "stem": (3, 3, 2, 4),
+        "stack1": (3, 3, 2, 5),
+        "stack2": (1, 1, 6, 12),
+        "head": (6, 3),
+    }
+    params = {k: {"kernel": rng.normal(size=s)} for k, s in shapes.items()}
+    gradient = {k: {"kernel": rng.normal(size=s)} for k, s in shapes.items()}
+    params["stack1"]["bias"] = gradient["stack1"]["bias"] = np.ones(5)
+    params, gradient = jax.tree.map(jnp.asarray, (params, gradient))
+    optimizer = made(optimizer="muon")
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+        adamw = optax.adamw(
+            0.1,
+            weight_decay=0.5,
+            mask=lambda tree: jax.tree.map_with_path(
+                lambda path, _: path[-1].key == "kernel", tree
+            ),
+        )
+        adams, _ = adamw.update(gradient, adamw.init(params), params)
+    for path in (("stem", "kernel"), ("head", "kernel"), ("stack1", "bias")):
+        got, expected = (tree[path[0]][path[1]] for tree in (updates, adams))
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+    for stack in ("stack1", "stack2"):
+        step = updates[stack]["kernel"] + 0.1 * 0.5 * params[stack]["kernel"]
+        matrix = np.asarray(step).reshape(-1, step.shape[-1])
+        length = 0.1 * 0.2 * max(matrix.shape) ** 0.5
+        values = np.linalg.svd(matrix, compute_uv=False) / length
+        # Five iterations of Newton and Schulz come as near as this, by design.
+        assert 0.6 < values.min() <= values.max() < 1.3
+        g = np.asarray(gradient[stack]["kernel"]).reshape(matrix.shape)
+        u, _, v = np.linalg.svd(g, full_matrices=False)
+        cosine = -(matrix * (u @ v)).sum() / np.linalg.norm(matrix)
+        assert cosine / len(values) ** 0.5 > 0.97
+        # As long as Adam's step of about 0.1 a number.
+        assert np.sqrt((matrix**2).mean()) == pytest.approx(0.1 * 0.2, rel=0.3)
+
+
+@pytest.mark.parametrize(("limit", "scale"), [(100.0, 1.0), (0.1, 0.1 / 0.14**0.5)])
+def test_clipping_scales_the_gradient_before_the_decay(float64, limit, scale):
+    w = PARAMS["conv"]["kernel"]
+    expected = w - 0.1 * (scale * GRADIENT["conv"]["kernel"] + 0.5 * w)
+    ours = steps_of(made(clip=limit, momentum=0.0, nesterov=False), given, count=1)
+    np.testing.assert_allclose(ours["kernel"], expected, rtol=1e-7)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_classifier_alone_learns_if_that_is_said(optimizer):
+    optimizer = made(optimizer=optimizer, learn="classifier", clip=1.0)
+    params = {
+        "stack1": {"conv": {"kernel": jnp.ones((1, 1, 2, 2))}},
+        "head": {"classifier": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}},
+    }
+    # What does not learn has no gradient (see ``make_train_step``).
+    gradient = jax.tree.map(jnp.ones_like, params)
+    gradient["stack1"] = jax.tree.map(jnp.zeros_like, gradient["stack1"])
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    assert not updates["stack1"]["conv"]["kernel"].any()
+    assert all(leaf.all() for leaf in jax.tree.leaves(updates["head"]))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_kernels_alone_decay_unless_all_is_said(optimizer):
     def nothing(params):
         return jax.tree.map(jnp.zeros_like, params)
@@ -276,6 +359,7 @@ def test_the_average_follows_the_parameters(model):
         ({"momentum": 1.0}, r"train.momentum=1.0 must be .*in \[0, 1\)"),
         ({"label_smoothing": -0.1}, r"train.label_smoothing=-0.1 must be .*in"),
         ({"ema": 1.5}, r"train.ema=1.5 must be .*in"),
+        ({"clip": 0.0}, r"train.clip=0.0 must be .*in \(0, .* or None"),
         ({"warmup_epochs": 200.0}, r"warmup_epochs=200.0 must be .* epochs=200"),
         ({"drops": (0.7, 0.5)}, r"train.drops=\(0.7, 0.5\) must be rising"),
         ({"drops": (1.5,)}, r"train.drops=\(1.5,\) must be rising"),
@@ -308,7 +392,7 @@ def test_a_strict_program_may_ask_for_the_rate(schedule):
     assert float(jax.jit(rate)(jnp.int32(10))) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adam_l2"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("schedule", ["steps", "one_cycle"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_strict_program_may_train(optimizer, schedule, dtype):
@@ -433,7 +517,7 @@ def test_step_number_and_seed_choose_the_crops_and_masked_labels_do_not_matter()
 @pytest.mark.parametrize(
     ("field", "choices"),
     [
-        ("optimizer", "'sgd', 'adamw', 'adam_l2'"),
+        ("optimizer", "'sgd', 'adamw', 'adam_l2', 'lars', 'muon'"),
         ("schedule", "'steps', 'cosine', 'one_cycle', 'linear', 'constant'"),
         ("decay", "'kernels', 'all'"),
     ],
