@@ -197,8 +197,8 @@ def _box(
     for size, side, at in zip(
         shape, (height, width), jax.random.split(key), strict=True
     ):
-        first = jax.random.randint(at, (), 0, size) - side // 2
-        place = jnp.arange(size)
+        first = jax.random.randint(at, (), 0, size, jnp.int32) - side // 2
+        place = jnp.arange(size, dtype=jnp.int32)
         inside.append((place >= first) & (place < first + side))
     return inside[0][:, None] & inside[1][None, :]
 

@@ -215,7 +215,8 @@ def run(
         # How far a run in workdir has come, only opening its checkpoints would say.
         tracing.check_steps(tracing.parse_steps(profile), 0, steps * train.epochs)
         state = train_state_shapes(model, train, shape)
-        needed = needs(config.architecture, config.execution, shape)
+        parts = train.accumulate
+        needed = needs(config.architecture, config.execution, shape, parts)
         needed = needed.beside(state, dataset.splits)
         limit = memory_limit(devices[0])
         needed.check(train.batch_size, len(devices), limit)

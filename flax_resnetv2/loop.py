@@ -71,10 +71,11 @@ def fit(
     batch, count = config.train.batch_size, len(devices) * jax.process_count()
     config, dataset = agree(config, workdir, count)
     input_shape = config.augment.input_shape(dataset.image_shape)
-    needed = needs(config.architecture, config.execution, input_shape)
+    parts = config.train.accumulate
+    needed = needs(config.architecture, config.execution, input_shape, parts)
     limit, peak = memory_limit(devices[0]), peak_flops(devices[0])
     needed.check(batch, count, limit)
-    process.touch_memory(needed.image_bytes * batch)
+    process.touch_memory(needed.image_bytes * (batch // parts))
     run = Run(config, dataset, devices, executor)
     needed = needed.beside(run.state_shapes(), dataset.splits)
     needed.check(batch, count, limit)
@@ -146,7 +147,8 @@ def _explained(workdir: Path) -> Iterator[None]:
             raise RunError(
                 f"the devices' memory is too small for this run ({reason}); give a "
                 "smaller --train.batch-size or --train.eval-batch-size, or "
-                "--execution.remat units, in another --workdir"
+                "--train.accumulate 2, or --execution.remat units, in another "
+                "--workdir"
             ) from error
         if jax.process_count() > 1:
             raise RunError(
@@ -407,12 +409,14 @@ def resolve(config: Config, dataset: Dataset) -> Config:
 
 
 def check_devices(config: Config, count: int) -> None:
-    """Refuse a batch that ``count`` devices cannot share equally."""
-    batch = config.train.batch_size
-    if batch % count:
-        below, above = batch // count * count, (batch // count + 1) * count
+    """Refuse a batch that ``count`` devices cannot share equally, part by part."""
+    batch, parts = config.train.batch_size, config.train.accumulate
+    unit = count * parts
+    if batch % unit:
+        below, above = batch // unit * unit, (batch // unit + 1) * unit
         choices = f"{below} or {above}" if below else str(above)
+        each = "" if parts == 1 else f" in train.accumulate={parts} parts each"
         raise UsageError(
-            f"train.batch_size={batch} cannot be shared equally by {count} devices; "
-            f"choose a multiple of {count}, as {choices}"
+            f"train.batch_size={batch} cannot be shared equally by {count} devices"
+            f"{each}; choose a multiple of {unit}, as {choices}"
         )

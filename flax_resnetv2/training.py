@@ -8,6 +8,7 @@ leave a step as sums and counts, so that they can be added up.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import flax.struct
@@ -46,6 +47,9 @@ class TrainConfig:
     """Passes over the training split."""
     batch_size: Count = 128
     """Images in one step, over all devices."""
+    accumulate: Count = 1
+    """Compute a step's gradient in so many parts, one after the other, each of so much
+    less memory. Batch statistics are those of a part."""
     eval_batch_size: Count = 1000
     """Images in one evaluation step, over all devices."""
     optimizer: Literal["sgd", "adamw", "adam_l2", "lars", "muon"] = "sgd"
@@ -342,14 +346,22 @@ def make_train_step(
         images, target = mix(images, target, batch.mask, keys, augmentation, axis_name)
         count = total(batch.mask.sum())
 
-        def loss_of(params: Any) -> tuple[jax.Array, Any]:
+        def gradient_of(stats: Any, part: tuple) -> tuple[Any, tuple]:
+            """Statistics after some images, and sums over these images."""
+            found = jax.grad(partial(loss_of, *part, stats), has_aux=True)(state.params)
+            gradient, (loss, correct, stats) = found
+            return stats, (gradient, loss, correct)
+
+        def loss_of(
+            images: jax.Array, target: jax.Array, batch: Batch, stats: Any, params: Any
+        ) -> tuple[jax.Array, Any]:
             if train.learn == "classifier":
                 params = jax.tree.map(
                     lambda p, learns: p if learns else lax.stop_gradient(p),
                     *(params, _learns(params)),
                 )
             logits, updated = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
+                {"params": params, "batch_stats": stats},
                 images,
                 train=train.learn == "all",
                 mutable=["batch_stats"],
@@ -361,8 +373,9 @@ def make_train_step(
                 updated.get("batch_stats", {}),
             )
 
-        gradient, (loss, correct, stats) = jax.grad(loss_of, has_aux=True)(state.params)
-        gradient, loss, correct = total((gradient, loss, correct))
+        whole = images, target, batch._replace(image=None)
+        stats, sums = in_parts(gradient_of, state.batch_stats, whole, train.accumulate)
+        gradient, loss, correct = total(sums)
         if axis_name is not None:
             stats = lax.pmean(stats, axis_name)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
@@ -385,6 +398,34 @@ def make_train_step(
         return new, metrics
 
     return step
+
+
+def in_parts(
+    function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, batch: Any, parts: int
+) -> tuple[Any, Any]:
+    """Call ``function(carry, part) -> (carry, sums)`` for part after part of a batch.
+
+    Part k of a consists of the places p with p mod a = k, here and, as a divides each
+    device's share, of the global batch: it does not depend on the devices either.
+
+    Returns:
+        The last carry, and the sums of all parts.
+    """
+    if parts == 1:
+        return function(carry, batch)
+    batch = jax.tree.map(
+        lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch
+    )
+
+    def more(so_far: tuple[Any, Any], part: Any) -> tuple[tuple[Any, Any], None]:
+        carry, sums = so_far
+        carry, found = function(carry, part)
+        return (carry, jax.tree.map(jnp.add, sums, found)), None
+
+    first = jax.tree.map(lambda x: x[0], batch)
+    shapes = jax.eval_shape(function, carry, first)[1]
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return lax.scan(more, (carry, zeros), batch)[0]
 
 
 def _average(state: TrainState, variables: dict[str, Any], share: float) -> Any:

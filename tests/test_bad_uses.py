@@ -419,6 +419,13 @@ CASES = {
         ),
     ],
     "training numbers": [
+        quickstart("parts", "--train.accumulate 0", "train.accumulate=0", "from 1"),
+        quickstart(
+            "parts of a batch",
+            "--train.accumulate 48",
+            "train.batch_size=64 cannot be shared equally by 8 devices in "
+            "train.accumulate=48 parts each; choose a multiple of 384, as 384",
+        ),
         quickstart("clip", "--train.clip 0", "train.clip=0.0", "or None"),
         quickstart("no epoch", "--train.epochs 0", "train.epochs=0", "1"),
         quickstart("epochs", "--train.epochs -1", "train.epochs=-1", "1"),

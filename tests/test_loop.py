@@ -313,6 +313,11 @@ def test_a_directory_of_another_configuration_is_refused(fit, copied, other, mes
     [
         (configuration(batch_size=12), data(), r"=12 .* 8 devices; .* 8, as 8 or 16"),
         (configuration(batch_size=7), data(), r"batch_size=7 .* multiple of 8, as 8$"),
+        (
+            configuration(batch_size=24, accumulate=2),
+            data(),
+            r"=24 cannot .* 8 devices in train.accumulate=2 parts .* of 16, as 16 or",
+        ),
         (configuration(batch_size=56), data(), r"=56 is more than the 50 .* 1 to 50"),
         (
             replace(configuration(), architecture=replace(tiny.SMALL, num_classes=10)),
@@ -455,6 +460,30 @@ def test_losses_do_not_depend_on_the_devices(fit, float64):
             assert ours["accuracy"] == theirs["accuracy"]
         assert len(state.step) == devices
         assert differing(state) == []
+
+
+def test_options_do_not_depend_on_the_devices_either(tmp_path, float64):
+    """All that draws, mixes or takes parts of the global batch, together."""
+    config = configuration(epochs=1, batch_size=16, accumulate=2, clip=1.0)
+    drawn = AugmentConfig(
+        crop_padding=1,
+        colour_jitter=0.4,
+        randaugment=1,
+        cutout=3,
+        mixup=1.0,
+        cutmix=1.0,
+    )
+    config = replace(config, augment=drawn, execution=Execution(dtype="float64"))
+    found = []
+    for devices in (1, 8):
+        directory = tmp_path / str(devices)
+        _, lines, state = run_fit(directory, config, devices, create=ready_state)
+        found.append(lines)
+        assert differing(state) == []
+    for ours, theirs in zip(*found, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-10)
+        assert ours["accuracy"] == theirs["accuracy"]
+    assert len(set(losses(found[0]))) == 3
 
 
 def test_one_step_in_float32_does_not_depend_on_the_devices(fit):

@@ -182,6 +182,7 @@ FIELDS = {
     TrainConfig: {
         "epochs": POSITIVE,
         "batch_size": POSITIVE,
+        "accumulate": POSITIVE,
         "eval_batch_size": POSITIVE,
         "optimizer": word("sgd", "adamw", "adam_l2", "lars", "muon"),
         "learning_rate": number(0, 1e6, without=(0,)),

@@ -1,6 +1,7 @@
 """Schedules, optimisers, the pure step, and its equality over device counts."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -469,6 +470,48 @@ def test_a_step_goes_down_the_gradient_of_the_mean_loss():
     for part, norm in metrics["gradient_norm"].items():
         squares = sum(float((g**2).sum()) for g in jax.tree.leaves(gradient[part]))
         assert float(norm) == pytest.approx(squares**0.5, rel=1e-4)
+
+
+def test_the_gradients_of_parts_add_up():
+    config = TrainConfig(
+        schedule="constant", momentum=0.0, weight_decay=0.0, accumulate=2
+    )
+    model, step, state = small_step(config)
+    batch = batch_of(8, padding=1)
+
+    @jax.jit
+    @partial(jax.grad, has_aux=True)
+    def gradient_of(params, stats, part):
+        logits, updated = model.apply(
+            {"params": params, "batch_stats": stats},
+            (part.image.astype(jnp.float32) / 255 - 0.5) / 0.25,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        target = jax.nn.one_hot(part.label, 4)
+        losses = -(target * jax.nn.log_softmax(logits)).sum(-1)
+        # All of the batch count, in whatever part.
+        return losses @ part.mask.astype(float) / 7, updated["batch_stats"]
+
+    stats, gradients = state.batch_stats, []
+    for part in (0, 1):
+        rows = jax.tree.map(lambda x, part=part: x[part::2], batch)
+        gradient, stats = gradient_of(state.params, stats, rows)
+        gradients.append(gradient)
+    new, metrics = step(state, batch)
+    assert int(metrics["count"]) == 7
+    jax.tree.map(
+        lambda old, a, b, now: np.testing.assert_allclose(
+            now, old - 0.1 * (a + b), rtol=1e-4, atol=1e-6
+        ),
+        state.params, *gradients, new.params,
+    )  # fmt: skip
+    # Running statistics move twice.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        new.batch_stats,
+        stats,
+    )
 
 
 def test_a_masked_row_gives_neither_loss_nor_gradient_nor_hit():
