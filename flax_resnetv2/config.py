@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from flax_resnetv2.architecture import Architecture, Execution
 from flax_resnetv2.augment import AugmentConfig
-from flax_resnetv2.data import IMAGE_SHAPES, DataConfig
+from flax_resnetv2.data import DataConfig, describe
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.fields import Count, Range, check, check_dataclass, shown
 from flax_resnetv2.presets import PRESETS
@@ -61,7 +61,8 @@ def check_config(config: Config) -> None:
     """
     check_dataclass(config, Config)
     check_train(config.train)
-    side = min(config.augment.input_shape(IMAGE_SHAPES[config.data.name])[:2])
+    shape = describe(config.data).image_shape
+    side = min(config.augment.input_shape(shape)[:2])
     for name in ("crop_padding", "cutout"):
         value = getattr(config.augment, name)
         check(f"augment.{name}", value, Annotated[int, Range(0, side)])
@@ -76,17 +77,16 @@ def check_config(config: Config) -> None:
             "set by fit; leave it out, and choose --train.sync-batch-norm or "
             "--train.no-sync-batch-norm"
         )
-    _check_normalisation(config)
+    _check_normalisation(config, shape[2])
 
 
-def _check_normalisation(config: Config) -> None:
+def _check_normalisation(config: Config, channels: int) -> None:
     mean, std = config.augment.mean, config.augment.std
     if (mean is None) != (std is None):
         raise UsageError(
             f"augment.mean={shown(mean)} and augment.std={shown(std)} are given both "
             "or not at all"
         )
-    channels = IMAGE_SHAPES[config.data.name][2]
     for name, values in (("mean", mean), ("std", std)):
         if values is not None and len(values) != channels:
             raise UsageError(
@@ -229,6 +229,7 @@ def _recipes() -> dict[str, Recipe]:
             recipes[f"cifar10-{name}-paper"] = Recipe(
                 replace(config, train=_PAPER), f"{about}; CIFAR-10, as He et al. train"
             )
+    recipes |= _others()
     for name in ("keras-resnet50v2", "timm-resnetv2-50", "bit-r50x1"):
         preset = PRESETS[name]
         recipes[f"cifar10-transfer-{name}"] = Recipe(
@@ -239,6 +240,22 @@ def _recipes() -> dict[str, Recipe]:
             ),
             "from published weights (--weights FILE) to CIFAR-10, scaled to 128x128",
         )
+    return recipes
+
+
+def _others() -> dict[str, Recipe]:
+    """The recipes of the data sets beside CIFAR-10."""
+    recipes = {}
+    for data, title, names in (
+        ("cifar100", "CIFAR-100", ("article", "he2016-resnet164")),
+        ("cifar100_coarse", "its 20 coarse classes", ("article",)),
+    ):
+        for name in names:
+            architecture = replace(PRESETS[name].architecture, num_classes=None)
+            recipes[f"{data.replace('_', '-')}-{name}"] = Recipe(
+                Config(architecture, data=DataConfig(name=data), train=_ONE_CYCLE),
+                f"{architecture.depth} layers; {title}, one cycle",
+            )
     return recipes
 
 

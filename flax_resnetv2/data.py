@@ -8,22 +8,20 @@ a batch inside the compiled step.
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flax_resnetv2.augment import Batch
+from flax_resnetv2.catalog import DATASETS, Facts, Known
 from flax_resnetv2.decoded import read_dataset
 from flax_resnetv2.errors import UsageError
-from flax_resnetv2.fields import Range
+from flax_resnetv2.fields import Range, shown
 from flax_resnetv2.process import user_cache
 from flax_resnetv2.records import find_prepared
 
-DatasetName = Literal["cifar10", "embedded_shapes"]
-IMAGE_SHAPES = {"cifar10": (32, 32, 3), "embedded_shapes": (32, 32, 3)}
-"""(height, width, channels), known before a data set is opened."""
 PADDING = -1
 """In an order: a place of the batch that holds no image."""
 
@@ -32,18 +30,22 @@ PADDING = -1
 class DataConfig:
     """Which images, and where they are."""
 
-    name: DatasetName = "cifar10"
-    """cifar10, or the ten shapes that the project draws itself."""
+    name: str = "cifar10"
+    """cifar10, cifar100, cifar100_coarse (its 20 classes), or embedded_shapes, which
+    the project draws itself."""
     dir: str | None = None
     """Directory of TFDS data sets. None: TFDS_DATA_DIR, then TFDS's own default; for
     embedded_shapes the user's cache directory."""
     archive: str | None = None
-    """Prepare CIFAR-10 from this local cifar-10-binary.tar.gz or
-    cifar-10-python.tar.gz instead of downloading it."""
+    """Prepare the data set from this local official archive (as
+    cifar-10-binary.tar.gz) instead of downloading it."""
     url: str | None = None
-    """Download CIFAR-10 from this mirror of cifar-10-binary.tar.gz."""
+    """Download it from this mirror of the official address."""
     accept_checksum: bool = False
     """Accept an archive whose SHA-256 is not the official one."""
+    size: Annotated[int, Range(1, 1024)] | None = None
+    """Bring every image to a square of this side as it is read: the shorter side is
+    scaled to it, the middle cut out. None: as stored."""
     validation: Annotated[int, Range(0, 2**31)] = 0
     """Take the last so many training images out of training, as the split
     "validation"."""
@@ -55,7 +57,7 @@ class Split(NamedTuple):
     image: np.ndarray | jax.Array
     """uint8 [N, H, W, C]"""
     label: np.ndarray | jax.Array
-    """int32 [N]"""
+    """int32 [N], or uint8 [N, K]: which of K attributes are there"""
 
 
 @dataclass(frozen=True)
@@ -94,41 +96,66 @@ class Dataset:
         return tuple(mean), tuple(std)
 
 
+def describe(config: DataConfig) -> Facts:
+    """Say what is known of a data set without reading it.
+
+    Raises:
+        UsageError: there is no such data set.
+    """
+    known = _known(config)
+    shape = known.image_shape
+    if config.size is not None:
+        shape = (config.size, config.size, shape[2])
+    return Facts(shape, known.class_names, known.images)
+
+
 def open_dataset(config: DataConfig) -> Dataset:
     """Read the data set that ``config`` names; prepare it first where it is not there.
 
     Raises:
         UsageError: a directory does not exist or cannot be read without TensorFlow, an
-            archive is not CIFAR-10, fields contradict each other, ``validation`` leaves
+            archive is another one, fields contradict each other, ``validation`` leaves
             nothing to train on.
         RunError: the download failed, the disk is full.
     """
-    if config.name not in IMAGE_SHAPES:
-        raise UsageError(
-            f"data.name={config.name!r} is unknown; choose one of "
-            f"{', '.join(IMAGE_SHAPES)}"
-        )
+    known = _known(config)
     given = _sources(config)
     root = data_dir(config)
-    directory = find_prepared(config.name, root)
+    directory = find_prepared(known.stored, root)
     if directory is not None and given:
         print(f"{directory} is prepared already and used; not used: {given}")
     if directory is None:
         from flax_resnetv2 import preparation
 
-        if config.name == "cifar10":
-            preparation.prepare_cifar10(
+        if known.source == "drawn":
+            preparation.prepare_embedded(root)
+        else:
+            preparation.prepare(
+                known.stored,
                 root,
                 archive=config.archive,
                 url=config.url,
                 accept_checksum=config.accept_checksum,
             )
-        else:
-            preparation.prepare_embedded(root)
-        directory = find_prepared(config.name, root)
-    arrays, class_names = read_dataset(directory)
+        directory = find_prepared(known.stored, root)
+    arrays, class_names = read_dataset(directory, label_feature(config), config.size)
     splits = {name: Split(*pair) for name, pair in arrays.items()}
     return Dataset(config.name, class_names, hold_out(splits, config))
+
+
+def label_feature(config: DataConfig) -> str | None:
+    """The feature of a record to learn; None: the one that every data set has."""
+    label = _known(config).label
+    return None if label == "label" else label
+
+
+def _known(config: DataConfig) -> Known:
+    if config.name not in DATASETS:
+        raise UsageError(
+            f"data.name={shown(config.name)} is unknown; choose one of "
+            f"{', '.join(DATASETS)}"
+        )
+    return DATASETS[config.name]
 
 
 def hold_out(splits: dict[str, Split], config: DataConfig) -> dict[str, Split]:
@@ -213,7 +240,7 @@ def _sources(config: DataConfig) -> str:
         raise UsageError(f"{' and '.join(given)} are two sources; give one of them")
     if config.accept_checksum:
         given.append("data.accept_checksum")
-    if given and config.name != "cifar10":
+    if given and _known(config).source == "drawn":
         raise UsageError(
             f"{' and '.join(given)}: {config.name} is drawn and has no archive; leave "
             "it out, or choose --data.name cifar10"

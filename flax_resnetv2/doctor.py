@@ -15,23 +15,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_resnetv2 import (
-    download,
-    embedded,
-    loop,
-    preparation,
-    process,
-    rundir,
-    tracing,
-)
+from flax_resnetv2 import loop, preparation, process, rundir, tracing
+from flax_resnetv2.catalog import DATASETS
 from flax_resnetv2.config import Config, check_config
 from flax_resnetv2.data import (
-    IMAGE_SHAPES,
     DataConfig,
     Dataset,
     Split,
     data_dir,
+    describe,
     hold_out,
+    label_feature,
 )
 from flax_resnetv2.decoded import SPLITS, find_decoded
 from flax_resnetv2.errors import UsageError
@@ -45,7 +39,7 @@ from flax_resnetv2.installed import (
 )
 from flax_resnetv2.model import create_model
 from flax_resnetv2.preflight import amount, memory_limit, needs, size_of
-from flax_resnetv2.records import class_names, find_prepared, split_sizes
+from flax_resnetv2.records import find_prepared, label_of, parts, split_sizes
 from flax_resnetv2.training import train_state_shapes
 
 _ACCELERATORS = {
@@ -165,12 +159,12 @@ def programs(keep: bool) -> Iterator[Finding]:
 
 def data(config: DataConfig) -> Iterator[Finding]:
     """Where is the data set, or how would it come there?"""
-    root = data_dir(config)
-    if directory := find_prepared(config.name, root):
+    root, known = data_dir(config), DATASETS[config.name]
+    if directory := find_prepared(known.stored, root):
         sizes = split_sizes(directory).items()
         counts = ", ".join(f"{count:,} {split}" for split, count in sizes)
         yield Finding("ok", "data", f"{directory}: array_record; images: {counts}")
-        if kept := find_decoded(directory):
+        if kept := find_decoded(directory, label_feature(config), config.size):
             text = f"decoded images are kept in {kept}"
             yield Finding("ok", "data", f"{text}: {amount(kept.stat().st_size, 'B')}")
         else:
@@ -179,15 +173,15 @@ def data(config: DataConfig) -> Iterator[Finding]:
     # The records are no larger than the pixels, and these are kept decoded, too.
     size = 2 * size_of(_stand_in(config).splits)
     source = "draws it"
-    if config.name == "cifar10":
-        url = download.CIFAR10_URL if config.url is None else config.url
-        preparation.check_source(config.archive, url)
+    official = preparation.SOURCES[known.stored]
+    if known.source != "drawn":
+        url = official.url if config.url is None else config.url
+        preparation.check_source(known.stored, config.archive, url)
         source = f"prepares it from {config.archive}"
         if config.archive is None:
-            source = f"downloads {amount(download.ARCHIVE_BYTES, 'B')} from {url}"
-            size += download.ARCHIVE_BYTES
-    version = preparation.VERSIONS[config.name]
-    preparation.check_place(root / config.name / version)
+            source = f"downloads {amount(official.size, 'B')} from {url}"
+            size += official.size
+    preparation.check_place(root / known.stored / official.version)
     if not process.writable(root):
         text = f"{config.name} is not in {root}, which cannot be written"
         yield Finding("problem", "data", f"{text}; choose a writable --data.dir")
@@ -205,6 +199,7 @@ def run(
     try:  # in the order of fit
         check_config(config)
         dataset = _stand_in(config.data)
+        config = loop.fill_in(config, describe(config.data))
         shape = config.augment.input_shape(dataset.image_shape)
         model = create_model(config.architecture, config.execution, shape)
         loop.check_devices(config, len(devices))
@@ -268,14 +263,12 @@ def _safely(
 
 def _stand_in(config: DataConfig) -> Dataset:
     """The data set as to sizes and classes: its arrays are views of one number."""
-    directory = find_prepared(config.name, data_dir(config))
-    if directory:
-        sizes, names = split_sizes(directory), class_names(directory)
-    else:  # both data sets have ten classes
-        sizes, names = {"train": 50_000, "test": 10_000}, embedded.CLASSES
-        if config.name == embedded.NAME:
-            sizes = {k: n * len(names) for k, n in embedded.PER_CLASS.items()}
-    shape = IMAGE_SHAPES[config.name]
+    facts, known = describe(config), DATASETS[config.name]
+    sizes, names = facts.images, facts.class_names
+    if directory := find_prepared(known.stored, data_dir(config)):
+        sizes = {split: len(part.places) for split, part in parts(directory).items()}
+        names = label_of(directory, label_feature(config)).names
+    shape = facts.image_shape
     splits = {
         split: Split(
             np.broadcast_to(np.uint8(0), (sizes[split], *shape)),

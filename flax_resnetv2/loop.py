@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from flax_resnetv2 import process, rundir, weights
+from flax_resnetv2.catalog import Facts
 from flax_resnetv2.checkpoint import Checkpointer, best_step
 from flax_resnetv2.config import Config, check_config
-from flax_resnetv2.data import IMAGE_SHAPES, Dataset, open_dataset
+from flax_resnetv2.data import Dataset, describe, open_dataset
 from flax_resnetv2.errors import RunError, Stopped, UsageError
 from flax_resnetv2.fields import check_choice
 from flax_resnetv2.model import create_model
@@ -359,8 +360,9 @@ def agree(config: Config, workdir: Path, devices: int) -> tuple[Config, Dataset]
     """Everything that can be refused, cheapest first; the configuration filled in."""
     check_config(config)
     # Planned before anything is read, so that a mistake costs no waiting.
-    shape = IMAGE_SHAPES.get(config.data.name)
-    shape = shape and config.augment.input_shape(shape)
+    facts = describe(config.data)
+    config = fill_in(config, facts)
+    shape = config.augment.input_shape(facts.image_shape)
     create_model(config.architecture, config.execution, shape)
     check_devices(config, devices)
     if not process.writable(workdir):
@@ -384,8 +386,18 @@ def check_weights(config: Config, workdir: Path) -> None:
         raise UsageError(f"weights={error}; name it by --weights FILE") from error
 
 
+def fill_in(config: Config, data: Facts | Dataset) -> Config:
+    """Fill in the number of classes where it was left to the data set."""
+    if config.architecture.num_classes is not None:
+        return config
+    classes = len(data.class_names)
+    architecture = replace(config.architecture, num_classes=classes)
+    return replace(config, architecture=architecture)
+
+
 def resolve(config: Config, dataset: Dataset) -> Config:
     """Fill in what only the data set knows, and check that the two fit."""
+    config = fill_in(config, dataset)
     classes, asked = len(dataset.class_names), config.architecture.num_classes
     if classes != asked:
         raise UsageError(

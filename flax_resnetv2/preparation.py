@@ -1,8 +1,9 @@
 """Writing ordinary TFDS directories without TensorFlow.
 
-CIFAR-10 from its official archive, local or downloaded, and the embedded shapes. TFDS
-itself opens the result: the builders are TFDS's own, given PNG bytes, and array_record
-files, because its CIFAR reader and its image encoder are what needs TensorFlow.
+CIFAR-10 and CIFAR-100 from an official archive, local or downloaded, and the embedded
+shapes. TFDS itself opens the result: the builders are TFDS's own, given PNG bytes, and
+array_record files, because its CIFAR reader and its image encoder are what needs
+TensorFlow.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import functools
 import io
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,33 +21,81 @@ import numpy as np
 
 from flax_resnetv2 import download, embedded
 from flax_resnetv2.archive import (
-    CIFAR10_CLASSES,
+    ARCHIVES,
     Examples,
     check_sum,
     find_archive,
     read_archive,
 )
+from flax_resnetv2.catalog import DATASETS, Known
 from flax_resnetv2.errors import RunError, UsageError
 
-VERSIONS = {"cifar10": "3.0.2", embedded.NAME: "1.0.0"}
-"""Of the data sets that are written here."""
+
+@dataclass(frozen=True)
+class Source:
+    """How a data set is written here: as the TFDS builder of its name would."""
+
+    version: str
+    description: str
+    homepage: str = ""
+    citation: str = ""
+    url: str = ""
+    """The official address."""
+    size: int = 0
+    """Bytes of what is there."""
+
+
+_KRIZHEVSKY = """@TECHREPORT{Krizhevsky09learningmultiple,
+    author = {Alex Krizhevsky},
+    title = {Learning multiple layers of features from tiny images},
+    institution = {},
+    year = {2009}
+}"""
+_CIFAR = "https://www.cs.toronto.edu/~kriz/"
+
+SOURCES = {
+    "cifar10": Source(
+        "3.0.2",
+        "CIFAR-10: 60,000 colour images of 32x32 pixels, 6,000 in each of ten classes; "
+        "50,000 to train on and 10,000 to test.",
+        _CIFAR + "cifar.html",
+        _KRIZHEVSKY,
+        _CIFAR + "cifar-10-binary.tar.gz",
+        170_052_171,
+    ),
+    "cifar100": Source(
+        "3.0.2",
+        "CIFAR-100: 60,000 colour images of 32x32 pixels, 600 in each of 100 classes, "
+        "which 20 coarse classes gather; 50,000 to train on and 10,000 to test.",
+        _CIFAR + "cifar.html",
+        _KRIZHEVSKY,
+        _CIFAR + "cifar-100-binary.tar.gz",
+        168_513_733,
+    ),
+    embedded.NAME: Source(
+        "1.0.0", "Ten shapes on 32x32 pixels, drawn by flax_resnetv2.embedded."
+    ),
+}
+"""By the name among TFDS data sets."""
 
 _NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 
 
-def prepare_cifar10(
+def prepare(
+    name: str,
     root: Path,
     *,
     archive: str | None = None,
     url: str | None = None,
     accept_checksum: bool = False,
 ) -> None:
-    """Write ``root/cifar10/3.0.2`` from a local archive or a download.
+    """Write ``root/NAME/VERSION`` from a local archive or a download.
 
     Args:
+        name: of a data set with an archive, as "cifar10".
         root: a directory of TFDS data sets.
-        archive: a local cifar-10-binary.tar.gz or cifar-10-python.tar.gz.
-        url: a mirror of cifar-10-binary.tar.gz; None: the official address.
+        archive: a local official archive.
+        url: a mirror of the official address; None: that address.
         accept_checksum: take an archive with another SHA-256.
 
     Raises:
@@ -54,23 +104,24 @@ def prepare_cifar10(
         RunError: the download failed (what has arrived is kept and gone on with), or
             the disk is full.
     """
-    url = download.CIFAR10_URL if url is None else url
-    local = check_source(archive, url)
-    directory = root / "cifar10" / VERSIONS["cifar10"]
+    source, form = SOURCES[name], ARCHIVES[name]
+    url = source.url if url is None else url
+    local = check_source(name, archive, url)
+    directory = root / name / source.version
     check_place(directory)
 
     def read(path: Path) -> dict[str, Examples]:
         if not accept_checksum:
-            check_sum(path, archive or url)
-        return read_archive(path)
+            check_sum(path, archive or url, form.sha256)
+        return read_archive(path, form)
 
     # A local one is read before anything is made: refused, it leaves nothing.
     splits = None if local is None else read(local)
-    with _writing(root, "cifar10"), _alone(directory) as wanted:
+    with _writing(root, name), _alone(directory) as wanted:
         if not wanted:
             return
         if local is None:
-            path = download.fetch(url, root / "downloads")
+            path = download.fetch(url, root / "downloads", form.known.title, form.names)
             try:
                 splits = read(path)
             except UsageError:
@@ -78,29 +129,16 @@ def prepare_cifar10(
                 raise
         _write(
             root,
-            name="cifar10",
-            version=VERSIONS["cifar10"],
-            description=(
-                "CIFAR-10: 60,000 colour images of 32x32 pixels, 6,000 in each of ten "
-                "classes; 50,000 to train on and 10,000 to test."
-            ),
-            homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
-            citation=(
-                "@TECHREPORT{Krizhevsky09learningmultiple,\n"
-                "    author = {Alex Krizhevsky},\n"
-                "    title = {Learning multiple layers of features from tiny images},\n"
-                "    institution = {},\n"
-                "    year = {2009}\n}"
-            ),
-            names=CIFAR10_CLASSES,
-            splits={split: lambda s=split: splits[s] for split in splits},
+            form.known,
+            source,
+            {split: lambda s=split: splits[s] for split in splits},
         )
         if local is None:
             path.unlink()
 
 
-def check_source(archive: str | None, url: str) -> Path | None:
-    """Refuse what CIFAR-10 cannot come from; arguments as of ``prepare_cifar10``.
+def check_source(name: str, archive: str | None, url: str) -> Path | None:
+    """Refuse what a data set cannot come from; arguments as of ``prepare``.
 
     Returns:
         The path of the local archive.
@@ -109,7 +147,7 @@ def check_source(archive: str | None, url: str) -> Path | None:
         UsageError: no such file, or no address.
     """
     download.check_url(url)
-    return None if archive is None else find_archive(archive)
+    return None if archive is None else find_archive(archive, ARCHIVES[name])
 
 
 def check_place(directory: Path) -> None:
@@ -132,23 +170,22 @@ def prepare_embedded(root: Path) -> None:
         UsageError: ``root`` cannot be written.
         RunError: the disk is full.
     """
-    directory = root / embedded.NAME / VERSIONS[embedded.NAME]
+    source = SOURCES[embedded.NAME]
+    directory = root / embedded.NAME / source.version
     with _writing(root, embedded.NAME), _alone(directory) as wanted:
         if not wanted:
             return
         _write(
             root,
-            name=embedded.NAME,
-            version=VERSIONS[embedded.NAME],
-            description="Ten shapes on 32x32 pixels, drawn by flax_resnetv2.embedded.",
-            homepage="",
-            citation="",
-            names=embedded.CLASSES,
-            splits={
-                split: functools.partial(embedded.draw, split)
-                for split in embedded.PER_CLASS
-            },
+            DATASETS[embedded.NAME],
+            source,
+            {split: functools.partial(_drawn, split) for split in embedded.PER_CLASS},
         )
+
+
+def _drawn(split: str) -> Examples:
+    images, labels = embedded.draw(split)
+    return images, {"label": labels}
 
 
 @contextlib.contextmanager
@@ -212,13 +249,8 @@ def _locked(lock: Path, waiting: str) -> IO[str]:
 
 def _write(
     root: Path,
-    *,
-    name: str,
-    version: str,
-    description: str,
-    homepage: str,
-    citation: str,
-    names: tuple[str, ...],
+    known: Known,
+    source: Source,
     splits: dict[str, Callable[[], Examples]],
 ) -> None:
     """Have TFDS write a data set; it appears under its name when it is whole."""
@@ -227,23 +259,25 @@ def _write(
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """A data set of labelled images, given as arrays."""
 
-        VERSION = tfds.core.Version(version)
+        VERSION = tfds.core.Version(source.version)
 
         def _info(self) -> tfds.core.DatasetInfo:
-            shape = (embedded.SIZE, embedded.SIZE, 3)
             return tfds.core.DatasetInfo(
                 builder=self,
-                description=description,
+                description=source.description,
                 features=tfds.features.FeaturesDict(
                     {
                         "id": tfds.features.Text(),
-                        "image": tfds.features.Image(shape=shape),
-                        "label": tfds.features.ClassLabel(names=list(names)),
+                        "image": tfds.features.Image(shape=known.image_shape),
+                    }
+                    | {
+                        feature: tfds.features.ClassLabel(names=list(names))
+                        for feature, names in known.classes.items()
                     }
                 ),
                 supervised_keys=("image", "label"),
-                homepage=homepage or None,
-                citation=citation or None,
+                homepage=source.homepage or None,
+                citation=source.citation or None,
             )
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
@@ -251,20 +285,23 @@ def _write(
 
         def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
             images, labels = splits[split]()
-            for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+            for index, image in enumerate(images):
                 yield (
                     index,
                     {
                         "id": f"{split}_{index:05d}",
                         "image": io.BytesIO(_png(image)),
-                        "label": int(label),
+                    }
+                    | {
+                        feature: int(values[index])
+                        for feature, values in labels.items()
                     },
                 )
 
     # TFDS takes the name of a data set from its class.
-    Builder.name = name
+    Builder.name = known.stored
     Builder.pkg_dir_path = None
-    print(f"preparing {name} in {root} (once)", flush=True)
+    print(f"preparing {known.stored} in {root} (once)", flush=True)
     tfds.disable_progress_bar()
     # TFDS announces a download of unknown size, whatever is written.
     with contextlib.redirect_stdout(io.StringIO()):

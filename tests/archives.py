@@ -1,4 +1,4 @@
-"""Small archives of CIFAR-10, in each form there is, and a server for them."""
+"""Small archives of CIFAR, in each form there is, and a server for them."""
 
 import http.server
 import io
@@ -72,11 +72,48 @@ MEMBERS = {
 }
 
 
-def prepare(root, **where):
-    """Prepare CIFAR-10 from whatever checksum, and find it."""
+FINE, COARSE = np.arange(0, 100, 9), np.arange(12) % 20
+"""Labels of the training images of CIFAR-100 here; the test set has the first four."""
+
+
+def pixels100(split):
+    count = {"train": 12, "test": 4}[split]
+    return np.random.default_rng(count).integers(0, 256, (count, 3072), dtype=np.uint8)
+
+
+def binary100_members():
+    members = {"cifar-100-binary/fine_label_names.txt": b"apple"}
+    for split in ("train", "test"):
+        pixels = pixels100(split)
+        labels = np.stack([COARSE, FINE], axis=1)[: len(pixels)].astype(np.uint8)
+        records = np.concatenate([labels, pixels], axis=1)
+        members[f"cifar-100-binary/{split}.bin"] = records.tobytes()
+    return members
+
+
+def python100_members():
+    members = {"cifar-100-python/meta": b"", "cifar-100-python/file.txt~": b""}
+    for split in ("train", "test"):
+        pixels = pixels100(split)
+        values = {
+            b"filenames": [b"a"] * len(pixels),
+            b"batch_label": b"training batch 1 of 1",
+            b"fine_labels": FINE[: len(pixels)].tolist(),
+            b"coarse_labels": COARSE[: len(pixels)].tolist(),
+            b"data": pixels,
+        }
+        members[f"cifar-100-python/{split}"] = pickle.dumps(values, 2)
+    return members
+
+
+MEMBERS100 = {"binary": binary100_members, "python": python100_members}
+
+
+def prepare(root, name="cifar10", **where):
+    """Prepare a data set from whatever checksum, and find it."""
     root.mkdir(exist_ok=True)
-    preparation.prepare_cifar10(root, accept_checksum=True, **where)
-    return find_prepared("cifar10", root)
+    preparation.prepare(name, root, accept_checksum=True, **where)
+    return find_prepared(name, root)
 
 
 class Server(http.server.ThreadingHTTPServer):

@@ -595,9 +595,22 @@ CASES = {
         ),
         quickstart(
             "another data set",
-            "--data.name mnist",
-            *("'mnist'", "'cifar10', 'embedded_shapes'"),
-            box=True,
+            "--data.name nope",
+            "data.name='nope' is unknown; choose one of cifar10, cifar100, ",
+        ),
+        quickstart("no side", "--data.size 0", "data.size=0 must be", "from 1 to 1024"),
+        Case(
+            "an archive of another set",
+            "train.py cifar100-article --data.dir d --data.archive {good}",
+            ("good.tar.gz has the SHA-256 ", "expected 58a81ae1", "accept_checksum"),
+            directories("d"),
+        ),
+        Case(
+            "an archive of another set, trusted",
+            "train.py cifar100-article --data.dir d --data.archive {good} "
+            "--data.accept-checksum",
+            ("is no CIFAR-100 archive: it lacks test, train; give cifar-100-binary",),
+            directories("d"),
         ),
     ],
     "archives": [

@@ -88,7 +88,7 @@ def prepared(monkeypatch, tmp_path):
     sizes = {"train": 30, "test": 10}
     monkeypatch.setattr(data, "find_prepared", lambda name, root: Path(root))
     splits = {name: numbered(size) for name, size in sizes.items()}
-    monkeypatch.setattr(data, "read_dataset", lambda _: (splits, ("a", "b")))
+    monkeypatch.setattr(data, "read_dataset", lambda *_: (splits, ("a", "b")))
     return str(tmp_path)
 
 
@@ -209,8 +209,8 @@ def test_the_directory_that_was_said_goes_before_the_environment(prepared, monke
 
 
 def test_an_unknown_data_set_is_refused_with_the_choices(tmp_path):
-    with pytest.raises(UsageError, match=r"mnist.*cifar10.*embedded_shapes"):
-        open_dataset(DataConfig(name="mnist", dir=str(tmp_path)))
+    with pytest.raises(UsageError, match=r"nope.*cifar10.*embedded_shapes"):
+        open_dataset(DataConfig(name="nope", dir=str(tmp_path)))
     assert not any(tmp_path.iterdir())
 
 

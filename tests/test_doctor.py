@@ -17,7 +17,6 @@ from flax_resnetv2 import (
     RECIPES,
     cli,
     doctor,
-    download,
     installed,
     preparation,
     records,
@@ -236,7 +235,7 @@ def test_a_missing_data_set_is_announced(home):
     note, room = doctor.data(CIFAR10.data)
     assert note.level == "note"
     assert f"is not in {home / 'home' / 'tensorflow_datasets'}: the run" in note.text
-    assert f"downloads 170 MB from {download.CIFAR10_URL}" in note.text
+    assert f"downloads 170 MB from {preparation.SOURCES['cifar10'].url}" in note.text
     assert room.text.startswith("cifar10: up to 539 MB")
     note, _ = doctor.data(replace(CIFAR10.data, url="http://mirror/a.tar.gz"))
     assert "from http://mirror/a.tar.gz" in note.text

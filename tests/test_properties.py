@@ -218,11 +218,12 @@ FIELDS = {
         "std": tuples(number(1e-6, 1), 3, 3),
     },
     DataConfig: {
-        "name": word("cifar10", "embedded_shapes"),
+        "name": word("cifar10", "cifar100", "cifar100_coarse", "embedded_shapes"),
         "dir": either(NONE, TEXT),
         "archive": either(NONE, TEXT),
         "url": either(NONE, TEXT),
         "accept_checksum": FLAG,
+        "size": either(NONE, whole(1, 1024)),
         "validation": whole(0, 2**31),
     },
     Config: {

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from flax_resnetv2 import UsageError, decoded, embedded, preparation
-from flax_resnetv2.records import class_names, find_prepared, read_split
+from flax_resnetv2.records import find_prepared, label_of, read_split
 
 
 def write(root, files, labels=None):
@@ -100,7 +100,7 @@ def test_no_damage_of_the_descriptions_is_a_traceback(prepared):
                 try:
                     directory = find_prepared(embedded.NAME, prepared.parents[1])
                     read_split(directory, "train")
-                    class_names(directory)
+                    label_of(directory)
                 except UsageError as error:
                     assert "\n" not in str(error)
         path.write_bytes(content)
@@ -118,7 +118,7 @@ def test_a_directory_that_vanishes_is_named(prepared):
     shutil.rmtree(prepared)
     for read in (
         decoded.read_dataset,
-        class_names,
+        label_of,
         lambda directory: read_split(directory, "train"),
     ):
         with pytest.raises(UsageError, match=r"1.0.0 cannot be read \(No such file"):
@@ -128,9 +128,9 @@ def test_a_directory_that_vanishes_is_named(prepared):
 def test_a_directory_that_vanishes_meanwhile_is_named(prepared, monkeypatch):
     read = decoded.read_split
 
-    def once(directory, split):
-        found = read(directory, split)
-        shutil.rmtree(directory)
+    def once(*arguments):
+        found = read(*arguments)
+        shutil.rmtree(arguments[0])
         return found
 
     monkeypatch.setattr(decoded, "read_split", once)

@@ -1,0 +1,57 @@
+"""Each data set all the way: its official form, prepared, trained on, predicted."""
+
+import json
+import shlex
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flax_resnetv2 import cli
+from flax_resnetv2.catalog import DATASETS
+from tests import archives
+
+SMALL = (
+    "--architecture.units 1 1 --architecture.widths 4 8 --architecture.strides 1 2 "
+    "--architecture.stem-width 4 --train.batch-size 8 --train.eval-batch-size 8 "
+    "--train.epochs 1 --train.warmup-epochs 0 --log-every 1 --no-compilation-cache"
+)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """A directory, and a user's cache, of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    return tmp_path
+
+
+def train(recipe, flags):
+    assert cli.train([recipe, *shlex.split(SMALL), *shlex.split(flags)]) == 0
+
+
+def facts(run):
+    return json.loads((run / "dataset.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["cifar100", "cifar100_coarse"])
+def test_cifar100_from_its_archive(home, capsys, name):
+    archives.write_tar(home / "a.tar.gz", archives.binary100_members())
+    where = f"--data.name {name} --data.dir data --workdir run"
+    source = "--data.archive a.tar.gz --data.accept-checksum"
+    train("cifar100-article", f"{where} {source}")
+    names = list(DATASETS[name].class_names)
+    assert facts(home / "run")["class_names"] == names
+    assert facts(home / "run")["images"] == {"train": 12, "test": 4}
+    config = json.loads((home / "run" / "config.json").read_text())
+    # Left to the data set, and stored as what it was then.
+    assert config["architecture"]["num_classes"] == len(names)
+    # The same command goes on, and finds the run done.
+    train("cifar100-article", where)
+    Image.fromarray(np.zeros((40, 30, 3), np.uint8)).save("a.png")
+    capsys.readouterr()
+    assert cli.predict(["run", "a.png", "--top", "1"]) == 0
+    assert capsys.readouterr().out.split()[1] in names
