@@ -70,6 +70,17 @@ def _cifar(
     )
 
 
+def _mnist(title: str, stored: str, *names: str) -> Known:
+    return Known(
+        title,
+        stored,
+        (28, 28, 1),
+        {"train": 60_000, "test": 10_000},
+        {"label": names},
+        source="files",
+    )
+
+
 _CIFAR100 = {
     "coarse_label": """
         aquatic_mammals fish flowers food_containers fruit_and_vegetables
@@ -103,6 +114,13 @@ DATASETS: dict[str, Known] = {
     # and the number of its classes with it.
     "cifar100": _cifar("CIFAR-100", "cifar100", _CIFAR100),
     "cifar100_coarse": _cifar("CIFAR-100", "cifar100", _CIFAR100, "coarse_label"),
+    "mnist": _mnist("MNIST", "mnist", *"0123456789"),
+    "fashion_mnist": _mnist(
+        "Fashion-MNIST",
+        "fashion_mnist",
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    ),
     embedded.NAME: Known(
         "the embedded shapes",
         embedded.NAME,

@@ -246,15 +246,40 @@ def _recipes() -> dict[str, Recipe]:
 def _others() -> dict[str, Recipe]:
     """The recipes of the data sets beside CIFAR-10."""
     recipes = {}
-    for data, title, names in (
-        ("cifar100", "CIFAR-100", ("article", "he2016-resnet164")),
-        ("cifar100_coarse", "its 20 coarse classes", ("article",)),
+    short = replace(_ONE_CYCLE, epochs=15, learning_rate=0.2)
+    # Digits are not themselves when mirrored.
+    digits = AugmentConfig(crop_padding=2, flip=False)
+    for data, title, names, augment, train in (
+        (
+            "cifar100",
+            "CIFAR-100",
+            ("article", "he2016-resnet164"),
+            AugmentConfig(),
+            _ONE_CYCLE,
+        ),
+        (
+            "cifar100_coarse",
+            "the 20 coarse classes of CIFAR-100",
+            ("article",),
+            AugmentConfig(),
+            _ONE_CYCLE,
+        ),
+        ("mnist", "MNIST", ("article",), digits, short),
+        (
+            "fashion_mnist",
+            "Fashion-MNIST",
+            ("article",),
+            replace(digits, flip=True),
+            _ONE_CYCLE,
+        ),
     ):
         for name in names:
             architecture = replace(PRESETS[name].architecture, num_classes=None)
+            config = Config(
+                architecture, data=DataConfig(name=data), augment=augment, train=train
+            )
             recipes[f"{data.replace('_', '-')}-{name}"] = Recipe(
-                Config(architecture, data=DataConfig(name=data), train=_ONE_CYCLE),
-                f"{architecture.depth} layers; {title}, one cycle",
+                config, f"{architecture.depth} layers; {title}, one cycle"
             )
     return recipes
 

@@ -31,14 +31,15 @@ class DataConfig:
     """Which images, and where they are."""
 
     name: str = "cifar10"
-    """cifar10, cifar100, cifar100_coarse (its 20 classes), or embedded_shapes, which
-    the project draws itself."""
+    """cifar10, cifar100, cifar100_coarse (its 20 classes), mnist, fashion_mnist, or
+    embedded_shapes, which the project draws itself."""
     dir: str | None = None
     """Directory of TFDS data sets. None: TFDS_DATA_DIR, then TFDS's own default; for
     embedded_shapes the user's cache directory."""
     archive: str | None = None
     """Prepare the data set from this local official archive (as
-    cifar-10-binary.tar.gz) instead of downloading it."""
+    cifar-10-binary.tar.gz), or this directory with the four files of MNIST, instead of
+    downloading it."""
     url: str | None = None
     """Download it from this mirror of the official address."""
     accept_checksum: bool = False

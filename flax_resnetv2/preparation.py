@@ -1,9 +1,9 @@
 """Writing ordinary TFDS directories without TensorFlow.
 
-CIFAR-10 and CIFAR-100 from an official archive, local or downloaded, and the embedded
-shapes. TFDS itself opens the result: the builders are TFDS's own, given PNG bytes, and
-array_record files, because its CIFAR reader and its image encoder are what needs
-TensorFlow.
+CIFAR-10, CIFAR-100, MNIST and Fashion-MNIST from their official files, local or
+downloaded, and the embedded shapes. TFDS itself opens the result: the builders are
+TFDS's own, given PNG bytes, and array_record files, because its readers and its image
+encoder are what needs TensorFlow.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ import numpy as np
 from flax_resnetv2 import download, embedded
 from flax_resnetv2.archive import (
     ARCHIVES,
+    Archive,
     Examples,
     check_sum,
     find_archive,
@@ -29,6 +30,7 @@ from flax_resnetv2.archive import (
 )
 from flax_resnetv2.catalog import DATASETS, Known
 from flax_resnetv2.errors import RunError, UsageError
+from flax_resnetv2.idx import IDX_FILES, IdxFiles, find_files, read_files
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,11 @@ class Source:
     homepage: str = ""
     citation: str = ""
     url: str = ""
-    """The official address."""
+    """The official address of the archive, or of the directory of the files."""
     size: int = 0
     """Bytes of what is there."""
+    identified: bool = True
+    """Each record has a feature "id"."""
 
 
 _KRIZHEVSKY = """@TECHREPORT{Krizhevsky09learningmultiple,
@@ -50,6 +54,20 @@ _KRIZHEVSKY = """@TECHREPORT{Krizhevsky09learningmultiple,
     title = {Learning multiple layers of features from tiny images},
     institution = {},
     year = {2009}
+}"""
+_LECUN = """@article{lecun2010mnist,
+    title = {MNIST handwritten digit database},
+    author = {LeCun, Yann and Cortes, Corinna and Burges, CJ},
+    journal = {ATT Labs [Online]. Available: http://yann.lecun.com/exdb/mnist},
+    volume = {2},
+    year = {2010}
+}"""
+_XIAO = """@article{xiao2017fashion,
+    title = {Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning
+             Algorithms},
+    author = {Xiao, Han and Rasul, Kashif and Vollgraf, Roland},
+    journal = {arXiv:1708.07747},
+    year = {2017}
 }"""
 _CIFAR = "https://www.cs.toronto.edu/~kriz/"
 
@@ -72,11 +90,34 @@ SOURCES = {
         _CIFAR + "cifar-100-binary.tar.gz",
         168_513_733,
     ),
+    "mnist": Source(
+        "3.0.1",
+        "The MNIST database of handwritten digits: 70,000 grey images of 28x28 pixels; "
+        "60,000 to train on and 10,000 to test.",
+        "http://yann.lecun.com/exdb/mnist/",
+        _LECUN,
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+        11_594_722,
+        identified=False,
+    ),
+    "fashion_mnist": Source(
+        "3.0.1",
+        "Fashion-MNIST: 70,000 grey images of 28x28 pixels of ten kinds of clothes; "
+        "60,000 to train on and 10,000 to test.",
+        "https://github.com/zalandoresearch/fashion-mnist",
+        _XIAO,
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        30_878_645,
+        identified=False,
+    ),
     embedded.NAME: Source(
         "1.0.0", "Ten shapes on 32x32 pixels, drawn by flax_resnetv2.embedded."
     ),
 }
 """By the name among TFDS data sets."""
+
+_FORMS = {**ARCHIVES, **IDX_FILES}
+"""What the official files are."""
 
 _NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 
@@ -89,43 +130,43 @@ def prepare(
     url: str | None = None,
     accept_checksum: bool = False,
 ) -> None:
-    """Write ``root/NAME/VERSION`` from a local archive or a download.
+    """Write ``root/NAME/VERSION`` from local files or a download.
 
     Args:
-        name: of a data set with an archive, as "cifar10".
+        name: of a data set with official files, as "cifar10".
         root: a directory of TFDS data sets.
-        archive: a local official archive.
+        archive: a local official archive, or a directory with the files.
         url: a mirror of the official address; None: that address.
-        accept_checksum: take an archive with another SHA-256.
+        accept_checksum: take files with another SHA-256.
 
     Raises:
-        UsageError: the archive is missing, another one, or damaged; ``root`` cannot be
+        UsageError: a file is missing, another one, or damaged; ``root`` cannot be
             written.
         RunError: the download failed (what has arrived is kept and gone on with), or
             the disk is full.
     """
-    source, form = SOURCES[name], ARCHIVES[name]
+    source, form = SOURCES[name], _FORMS[name]
     url = source.url if url is None else url
     local = check_source(name, archive, url)
     directory = root / name / source.version
     check_place(directory)
 
-    def read(path: Path) -> dict[str, Examples]:
-        if not accept_checksum:
-            check_sum(path, archive or url, form.sha256)
-        return read_archive(path, form)
-
     # A local one is read before anything is made: refused, it leaves nothing.
-    splits = None if local is None else read(local)
+    splits = local and _read(form, local, accept_checksum)
     with _writing(root, name), _alone(directory) as wanted:
         if not wanted:
             return
-        if local is None:
-            path = download.fetch(url, root / "downloads", form.known.title, form.names)
+        fetched = {}
+        if splits is None:
+            for address in _addresses(form, url):
+                fetched[address] = download.fetch(
+                    address, root / "downloads", form.known.title, form.names
+                )
             try:
-                splits = read(path)
+                splits = _read(form, fetched, accept_checksum)
             except UsageError:
-                path.unlink()  # or every later run would meet the same file
+                for path in fetched.values():
+                    path.unlink()  # or every later run would meet the same file
                 raise
         _write(
             root,
@@ -133,21 +174,45 @@ def prepare(
             source,
             {split: lambda s=split: splits[s] for split in splits},
         )
-        if local is None:
+        for path in fetched.values():
             path.unlink()
 
 
-def check_source(name: str, archive: str | None, url: str) -> Path | None:
+def check_source(name: str, archive: str | None, url: str) -> dict[str, Path] | None:
     """Refuse what a data set cannot come from; arguments as of ``prepare``.
 
     Returns:
-        The path of the local archive.
+        The local files, by how they are told.
 
     Raises:
         UsageError: no such file, or no address.
     """
     download.check_url(url)
-    return None if archive is None else find_archive(archive, ARCHIVES[name])
+    if archive is None:
+        return None
+    form = _FORMS[name]
+    if isinstance(form, Archive):
+        return {archive: find_archive(archive, form)}
+    return {str(path): path for path in find_files(archive, form)}
+
+
+def _addresses(form: Archive | IdxFiles, url: str) -> list[str]:
+    if isinstance(form, Archive):
+        return [url]
+    return [f"{url.rstrip('/')}/{name}" for name in form.sha256]
+
+
+def _read(
+    form: Archive | IdxFiles, files: dict[str, Path], accept_checksum: bool
+) -> dict[str, Examples]:
+    """Read official files, given by how they are told, in the order of ``form``."""
+    one = isinstance(form, Archive)
+    if not accept_checksum:
+        for (said, path), official in zip(files.items(), form.sha256, strict=not one):
+            expected = form.sha256 if one else {official: form.sha256[official]}
+            check_sum(path, said, expected)
+    paths = list(files.values())
+    return read_archive(paths[0], form) if one else read_files(paths, form)
 
 
 def check_place(directory: Path) -> None:
@@ -266,10 +331,8 @@ def _write(
                 builder=self,
                 description=source.description,
                 features=tfds.features.FeaturesDict(
-                    {
-                        "id": tfds.features.Text(),
-                        "image": tfds.features.Image(shape=known.image_shape),
-                    }
+                    ({"id": tfds.features.Text()} if source.identified else {})
+                    | {"image": tfds.features.Image(shape=known.image_shape)}
                     | {
                         feature: tfds.features.ClassLabel(names=list(names))
                         for feature, names in known.classes.items()
@@ -288,10 +351,8 @@ def _write(
             for index, image in enumerate(images):
                 yield (
                     index,
-                    {
-                        "id": f"{split}_{index:05d}",
-                        "image": io.BytesIO(_png(image)),
-                    }
+                    ({"id": f"{split}_{index:05d}"} if source.identified else {})
+                    | {"image": io.BytesIO(_png(image))}
                     | {
                         feature: int(values[index])
                         for feature, values in labels.items()
@@ -313,5 +374,6 @@ def _png(image: np.ndarray) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
+    grey = image.shape[-1] == 1
+    Image.fromarray(image[..., 0] if grey else image).save(buffer, "PNG")
     return buffer.getvalue()

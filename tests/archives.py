@@ -1,5 +1,6 @@
-"""Small archives of CIFAR, in each form there is, and a server for them."""
+"""Small official files, in each form there is, and a server for them."""
 
+import gzip
 import http.server
 import io
 import pickle
@@ -109,6 +110,38 @@ def python100_members():
 MEMBERS100 = {"binary": binary100_members, "python": python100_members}
 
 
+def digits(split):
+    """Images [count, 28, 28] and labels as MNIST has them."""
+    count = {"train": 12, "t10k": 4}[split]
+    rng = np.random.default_rng(count)
+    return rng.integers(0, 256, (count, 28, 28), np.uint8), np.arange(count) % 10
+
+
+def idx(values):
+    """An array of bytes as the format IDX has it, compressed."""
+    values = np.asarray(values, np.uint8)
+    header = bytes([0, 0, 8, values.ndim])
+    shape = b"".join(length.to_bytes(4, "big") for length in values.shape)
+    return gzip.compress(header + shape + values.tobytes(), 1)
+
+
+def idx_files():
+    """The four files by name."""
+    files = {}
+    for split in ("train", "t10k"):
+        images, labels = digits(split)
+        files[f"{split}-images-idx3-ubyte.gz"] = idx(images)
+        files[f"{split}-labels-idx1-ubyte.gz"] = idx(labels)
+    return files
+
+
+def write_files(directory, files):
+    directory.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    return directory
+
+
 def prepare(root, name="cifar10", **where):
     """Prepare a data set from whatever checksum, and find it."""
     root.mkdir(exist_ok=True)
@@ -117,10 +150,12 @@ def prepare(root, name="cifar10", **where):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves one file; can break off, ignore ranges, and take its time."""
+    """Serves files by name, and one under every other name; can break off, ignore
+    ranges, and take its time."""
 
-    def __init__(self, content):
+    def __init__(self, content, files=None):
         self.content, self.ranges, self.sent = content, True, 0
+        self.files = files or {}
         self.break_at, self.asked, self.delay = None, [], 0.0
         self.kind = "application/gzip"
         super().__init__(("127.0.0.1", 0), Handler)
@@ -136,12 +171,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         asked = self.headers.get("Range", "bytes=0-")
         s.asked.append(asked)
         time.sleep(s.delay)
+        content = s.files.get(self.path.rpartition("/")[2], s.content)
         start = int(asked[len("bytes=") : -1]) if s.ranges else 0
         self.send_response(206 if s.ranges else 200)
         self.send_header("Content-Type", s.kind)
-        self.send_header("Content-Length", str(len(s.content) - start))
+        self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
-        body = s.content[start : s.break_at]
+        body = content[start : s.break_at]
         s.sent += len(body)
         self.wfile.write(body)
 

@@ -606,6 +606,43 @@ CASES = {
             directories("d"),
         ),
         Case(
+            "an archive for files",
+            "train.py mnist-article --data.dir d --data.archive {good}",
+            (
+                "good.tar.gz cannot be used (it is not a directory); give a directory "
+                "with train-images-idx3-ubyte.gz, ",
+            ),
+            directories("d"),
+        ),
+        Case(
+            "files that lack one",
+            "train.py fashion-mnist-article --data.dir d --data.archive d",
+            ("data.archive=d cannot be used (it lacks train-images-idx3-ubyte.gz, ",),
+            directories("d"),
+        ),
+        Case(
+            "files of the other set",
+            "train.py fashion-mnist-article --data.dir d --data.archive f",
+            ("f/train-images-idx3-ubyte.gz has the SHA-256 ", "expected 3aede38d"),
+            lambda _: (
+                Path("d").mkdir(),
+                archives.write_files(Path("f"), archives.idx_files()),
+            ),
+        ),
+        Case(
+            "a damaged file, trusted",
+            "train.py mnist-article --data.dir d --data.archive f "
+            "--data.accept-checksum",
+            ("train-labels-idx1-ubyte.gz is damaged or another file (Not a gzipped",),
+            lambda _: (
+                Path("d").mkdir(),
+                archives.write_files(
+                    Path("f"),
+                    archives.idx_files() | {"train-labels-idx1-ubyte.gz": b"hello"},
+                ),
+            ),
+        ),
+        Case(
             "an archive of another set, trusted",
             "train.py cifar100-article --data.dir d --data.archive {good} "
             "--data.accept-checksum",

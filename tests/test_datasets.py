@@ -55,3 +55,21 @@ def test_cifar100_from_its_archive(home, capsys, name):
     capsys.readouterr()
     assert cli.predict(["run", "a.png", "--top", "1"]) == 0
     assert capsys.readouterr().out.split()[1] in names
+
+
+def test_mnist_from_its_files(home, capsys):
+    archives.write_files(home / "files", archives.idx_files())
+    where = "--data.dir data --workdir run --data.validation 4"
+    train("mnist-article", f"{where} --data.archive files --data.accept-checksum")
+    found = facts(home / "run")
+    assert found["image_shape"] == [28, 28, 1]
+    assert found["images"] == {"train": 8, "test": 4, "validation": 4}
+    config = json.loads((home / "run" / "config.json").read_text())
+    assert len(config["augment"]["mean"]) == len(config["augment"]["std"]) == 1
+    # A colour image is seen in grey.
+    Image.new("RGB", (40, 30), (255, 0, 0)).save("red.png")
+    Image.new("L", (40, 30), 76).save("grey.png")
+    capsys.readouterr()
+    assert cli.predict(["run", "red.png", "grey.png", "--top", "10"]) == 0
+    red, grey = capsys.readouterr().out.splitlines()
+    assert red.removeprefix("red.png") == grey.removeprefix("grey.png")

@@ -1,5 +1,6 @@
 """CIFAR-10 and the embedded shapes, written into directories that TFDS opens."""
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -23,8 +24,11 @@ from tests.archives import (
     MEMBERS100,
     Server,
     batch,
+    digits,
+    idx_files,
     pixels100,
     prepare,
+    write_files,
     write_tar,
 )
 
@@ -81,6 +85,52 @@ def test_cifar100_is_written_as_tfds_writes_it(tmp_path, kind):
         assert label_of(directory, DATASETS[name].label).names == names
 
 
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+@pytest.mark.parametrize("where", ["here", "downloaded"])
+def test_mnist_is_written_as_tfds_writes_it(tmp_path, name, where):
+    files = write_files(tmp_path / "files", idx_files())
+    if where == "here":
+        directory = prepare(tmp_path / "data", name, archive=str(files))
+    else:
+        with serving(Server(b"", idx_files())) as server:
+            url = server.url.rpartition("/")[0]
+            directory = prepare(tmp_path / "data", name, url=url)
+            assert len(server.asked) == 4
+        assert not list((tmp_path / "data" / "downloads").glob("*mnist*"))
+    assert directory == tmp_path / "data" / name / "3.0.1"
+    images, labels = read_split(directory, "train")
+    assert (images.shape, images.dtype) == ((12, 28, 28, 1), np.uint8)
+    written, expected = digits("train")
+    assert pairs(images, labels) == pairs(written, expected)
+    source = tfds.data_source(name, split="train", data_dir=tmp_path / "data")
+    for index, record in enumerate(source):
+        assert np.array_equal(record["image"], images[index])
+        assert record["label"] == labels[index]
+    theirs = tfds.builder(name, data_dir=tmp_path / "elsewhere").info
+    ours = tfds.builder_from_directory(directory).info
+    for field in ("homepage", "supervised_keys", "version"):
+        assert getattr(ours, field) == getattr(theirs, field)
+    assert set(ours.features) == set(theirs.features)
+    assert ours.features["label"].names == theirs.features["label"].names
+    assert label_of(directory).names == DATASETS[name].class_names
+
+
+def test_a_wrong_file_among_four_is_fetched_again(tmp_path):
+    files = idx_files()
+    with serving(Server(b"", files)) as server:
+        url = server.url.rpartition("/")[0]
+        name = "t10k-labels-idx1-ubyte.gz"
+        whole, files[name] = files[name], files["t10k-images-idx3-ubyte.gz"]
+        with pytest.raises(UsageError, match=r"t10k-labels.* is damaged or another fi"):
+            prepare(tmp_path / "data", "mnist", url=url)
+        with pytest.raises(
+            UsageError, match=r"/train-images\S* has the SHA-256 .* 440f"
+        ):
+            preparation.prepare("mnist", tmp_path / "data", url=url)
+        files[name] = whole
+        assert prepare(tmp_path / "data", "mnist", url=url).is_dir()
+
+
 def test_the_classes_of_cifar100_are_as_many_and_in_order():
     fine, coarse = DATASETS["cifar100"].classes["label"], DATASETS["cifar100_coarse"]
     assert (len(fine), len(coarse.class_names)) == (100, 20)
@@ -105,12 +155,18 @@ def binary(tmp_path):
     return write_tar(tmp_path / "binary.tar.gz", MEMBERS["binary"]())
 
 
-@pytest.fixture
-def server(binary):
-    with Server(binary.read_bytes()) as s:
+@contextlib.contextmanager
+def serving(server):
+    with server as s:
         threading.Thread(target=s.serve_forever, args=(0.01,), daemon=True).start()
         yield s
         s.shutdown()
+
+
+@pytest.fixture
+def server(binary):
+    with serving(Server(binary.read_bytes())) as s:
+        yield s
 
 
 def test_two_processes_share_one_download(tmp_path, server):

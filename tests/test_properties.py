@@ -218,7 +218,7 @@ FIELDS = {
         "std": tuples(number(1e-6, 1), 3, 3),
     },
     DataConfig: {
-        "name": word("cifar10", "cifar100", "cifar100_coarse", "embedded_shapes"),
+        "name": word("cifar10", "cifar100", "mnist", "embedded_shapes"),
         "dir": either(NONE, TEXT),
         "archive": either(NONE, TEXT),
         "url": either(NONE, TEXT),
