@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from flax_resnetv2.architecture import Architecture, Execution
 from flax_resnetv2.augment import AugmentConfig
-from flax_resnetv2.data import DataConfig, describe
+from flax_resnetv2.data import DataConfig, known_shape
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.fields import Count, Range, check, check_dataclass, shown
 from flax_resnetv2.presets import PRESETS
@@ -61,7 +61,7 @@ def check_config(config: Config) -> None:
     """
     check_dataclass(config, Config)
     check_train(config.train)
-    shape = describe(config.data).image_shape
+    shape = known_shape(config.data)
     side = min(config.augment.input_shape(shape)[:2])
     for name in ("crop_padding", "cutout"):
         value = getattr(config.augment, name)
@@ -281,6 +281,15 @@ def _others() -> dict[str, Recipe]:
             recipes[f"{data.replace('_', '-')}-{name}"] = Recipe(
                 config, f"{architecture.depth} layers; {title}, one cycle"
             )
+    recipes["folder"] = Recipe(
+        Config(
+            # Half the resolution from the stem on, and once more: 64x64 -> 8x8.
+            replace(PRESETS["article"].architecture, num_classes=None, stem_stride=2),
+            data=DataConfig(name="folder:images", size=64),
+            train=replace(_ONE_CYCLE, learning_rate=0.1, batch_size=64),
+        ),
+        "29 layers; your own images: --data.name folder:PATH, a class a sub-folder",
+    )
     return recipes
 
 

@@ -16,9 +16,10 @@ import numpy as np
 
 from flax_resnetv2.augment import Batch
 from flax_resnetv2.catalog import DATASETS, Facts, Known
-from flax_resnetv2.decoded import read_dataset
+from flax_resnetv2.decoded import Arrays, read_dataset
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.fields import Range, shown
+from flax_resnetv2.folder import list_folder, read_folder
 from flax_resnetv2.process import user_cache
 from flax_resnetv2.records import find_prepared
 
@@ -32,7 +33,8 @@ class DataConfig:
 
     name: str = "cifar10"
     """cifar10, cifar100, cifar100_coarse (its 20 classes), mnist, fashion_mnist, or
-    embedded_shapes, which the project draws itself."""
+    embedded_shapes, which the project draws itself; or folder:PATH, of a folder in
+    which every sub-folder is a class."""
     dir: str | None = None
     """Directory of TFDS data sets. None: TFDS_DATA_DIR, then TFDS's own default; for
     embedded_shapes the user's cache directory."""
@@ -46,7 +48,8 @@ class DataConfig:
     """Accept an archive whose SHA-256 is not the official one."""
     size: Annotated[int, Range(1, 1024)] | None = None
     """Bring every image to a square of this side as it is read: the shorter side is
-    scaled to it, the middle cut out. None: as stored."""
+    scaled to it, the middle cut out. None: as stored, where all are alike; a folder
+    needs it."""
     validation: Annotated[int, Range(0, 2**31)] = 0
     """Take the last so many training images out of training, as the split
     "validation"."""
@@ -103,11 +106,33 @@ def describe(config: DataConfig) -> Facts:
     Raises:
         UsageError: there is no such data set.
     """
+    if (path := folder_of(config)) is not None:
+        return list_folder(path).facts(_side(config))
     known = _known(config)
-    shape = known.image_shape
-    if config.size is not None:
-        shape = (config.size, config.size, shape[2])
-    return Facts(shape, known.class_names, known.images)
+    return Facts(known_shape(config), known.class_names, known.images)
+
+
+def known_shape(config: DataConfig) -> tuple[int, int, int]:
+    """(height, width, channels) of the images, as far as nothing needs to be opened."""
+    if folder_of(config) is not None:
+        return (_side(config), _side(config), 3)
+    shape = _known(config).image_shape
+    return shape if config.size is None else (config.size, config.size, shape[2])
+
+
+def folder_of(config: DataConfig) -> str | None:
+    """PATH of the data set folder:PATH; None: it is another."""
+    word, colon, path = config.name.partition(":")
+    return path if colon and word == "folder" else None
+
+
+def _side(config: DataConfig) -> int:
+    if config.size is None:
+        raise UsageError(
+            f"data.size=None must be a number for {config.name}, whose images may be "
+            "of any size; give the side that they are brought to, as --data.size 64"
+        )
+    return config.size
 
 
 def open_dataset(config: DataConfig) -> Dataset:
@@ -119,9 +144,13 @@ def open_dataset(config: DataConfig) -> Dataset:
             nothing to train on.
         RunError: the download failed, the disk is full.
     """
-    known = _known(config)
     given = _sources(config)
-    root = data_dir(config)
+    if (path := folder_of(config)) is not None:
+        folder, side = list_folder(path), _side(config)
+        for note in folder.notes:
+            print(f"{config.name}: {note}")
+        return _dataset(config, *read_folder(folder, side))
+    known, root = _known(config), data_dir(config)
     directory = find_prepared(known.stored, root)
     if directory is not None and given:
         print(f"{directory} is prepared already and used; not used: {given}")
@@ -139,7 +168,14 @@ def open_dataset(config: DataConfig) -> Dataset:
                 accept_checksum=config.accept_checksum,
             )
         directory = find_prepared(known.stored, root)
-    arrays, class_names = read_dataset(directory, label_feature(config), config.size)
+    return _dataset(
+        config, *read_dataset(directory, label_feature(config), config.size)
+    )
+
+
+def _dataset(
+    config: DataConfig, arrays: Arrays, class_names: tuple[str, ...]
+) -> Dataset:
     splits = {name: Split(*pair) for name, pair in arrays.items()}
     return Dataset(config.name, class_names, hold_out(splits, config))
 
@@ -154,7 +190,7 @@ def _known(config: DataConfig) -> Known:
     if config.name not in DATASETS:
         raise UsageError(
             f"data.name={shown(config.name)} is unknown; choose one of "
-            f"{', '.join(DATASETS)}"
+            f"{', '.join(DATASETS)}, or folder:PATH"
         )
     return DATASETS[config.name]
 
@@ -241,9 +277,12 @@ def _sources(config: DataConfig) -> str:
         raise UsageError(f"{' and '.join(given)} are two sources; give one of them")
     if config.accept_checksum:
         given.append("data.accept_checksum")
-    if given and _known(config).source == "drawn":
+    what = "is read as it is"
+    if folder_of(config) is None:
+        what = "is drawn" if _known(config).source == "drawn" else None
+    if given and what:
         raise UsageError(
-            f"{' and '.join(given)}: {config.name} is drawn and has no archive; leave "
+            f"{' and '.join(given)}: {config.name} {what} and has no archive; leave "
             "it out, or choose --data.name cifar10"
         )
     return " and ".join(given)

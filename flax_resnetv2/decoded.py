@@ -60,7 +60,11 @@ def find_decoded(
     directory: Path, label: str | None = None, size: int | None = None
 ) -> Path | None:
     """Find the file that ``read_dataset`` would use; None: it would decode."""
-    source, places = _fingerprint(directory), _places(directory, label, size)
+    return find_kept(_fingerprint(directory), _places(directory, label, size))
+
+
+def find_kept(source: str, places: list[Path]) -> Path | None:
+    """Find the file that ``keep`` would use; None: it would decode."""
     return next((path for path in places if _load(path, source) is not None), None)
 
 

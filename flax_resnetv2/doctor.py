@@ -24,11 +24,13 @@ from flax_resnetv2.data import (
     Split,
     data_dir,
     describe,
+    folder_of,
     hold_out,
     label_feature,
 )
 from flax_resnetv2.decoded import SPLITS, find_decoded
 from flax_resnetv2.errors import UsageError
+from flax_resnetv2.folder import Folder, find_decoded_folder, list_folder
 from flax_resnetv2.installed import (
     Finding,
     packages,
@@ -38,7 +40,7 @@ from flax_resnetv2.installed import (
     requirements,
 )
 from flax_resnetv2.model import create_model
-from flax_resnetv2.preflight import amount, memory_limit, needs, size_of
+from flax_resnetv2.preflight import amount, check_images, memory_limit, needs, size_of
 from flax_resnetv2.records import find_prepared, label_of, parts, split_sizes
 from flax_resnetv2.training import train_state_shapes
 
@@ -159,6 +161,9 @@ def programs(keep: bool) -> Iterator[Finding]:
 
 def data(config: DataConfig) -> Iterator[Finding]:
     """Where is the data set, or how would it come there?"""
+    if (path := folder_of(config)) is not None:
+        yield from _folder(list_folder(path), config)
+        return
     root, known = data_dir(config), DATASETS[config.name]
     if directory := find_prepared(known.stored, root):
         sizes = split_sizes(directory).items()
@@ -191,6 +196,22 @@ def data(config: DataConfig) -> Iterator[Finding]:
     yield _room("data", root, size, config.name, "--data.dir")
 
 
+def _folder(folder: Folder, config: DataConfig) -> Iterator[Finding]:
+    facts = describe(config)
+    counts = ", ".join(f"{count:,} {split}" for split, count in facts.images.items())
+    text = f"{folder.root}: {len(facts.class_names)} classes; images: {counts}"
+    yield Finding("ok", "data", text)
+    for note in facts.notes:
+        yield Finding("note", "data", note)
+    if kept := find_decoded_folder(folder, config.size):
+        text = f"decoded images are kept in {kept}"
+        yield Finding("ok", "data", f"{text}: {amount(kept.stat().st_size, 'B')}")
+        return
+    yield Finding("note", "data", "the images will be decoded, once")
+    what = "the decoded images"
+    yield _room("data", process.user_cache(), facts.size, what, "XDG_CACHE_HOME")
+
+
 def run(
     config: Config, command: str, workdir: Path | None, profile: str | None = None
 ) -> Iterator[Finding]:
@@ -199,7 +220,10 @@ def run(
     try:  # in the order of fit
         check_config(config)
         dataset = _stand_in(config.data)
-        config = loop.fill_in(config, describe(config.data))
+        facts = describe(config.data)
+        config = loop.fill_in(config, facts)
+        count = sum(facts.images.values())
+        check_images(config.data.name, count, facts.size, devices[0])
         shape = config.augment.input_shape(dataset.image_shape)
         model = create_model(config.architecture, config.execution, shape)
         loop.check_devices(config, len(devices))
@@ -263,9 +287,11 @@ def _safely(
 
 def _stand_in(config: DataConfig) -> Dataset:
     """The data set as to sizes and classes: its arrays are views of one number."""
-    facts, known = describe(config), DATASETS[config.name]
-    sizes, names = facts.images, facts.class_names
-    if directory := find_prepared(known.stored, data_dir(config)):
+    facts = describe(config)
+    sizes, names, stored = facts.images, facts.class_names, None
+    if folder_of(config) is None:
+        stored = DATASETS[config.name].stored
+    if stored and (directory := find_prepared(stored, data_dir(config))):
         sizes = {split: len(part.places) for split, part in parts(directory).items()}
         names = label_of(directory, label_feature(config)).names
     shape = facts.image_shape

@@ -21,7 +21,7 @@ from flax_resnetv2.errors import RunError, Stopped, UsageError
 from flax_resnetv2.fields import check_choice
 from flax_resnetv2.model import create_model
 from flax_resnetv2.parallel import Executor, Run, add_up, one_of_all, the_first_says
-from flax_resnetv2.preflight import memory_limit, needs, peak_flops
+from flax_resnetv2.preflight import check_images, memory_limit, needs, peak_flops
 from flax_resnetv2.process import Stop
 from flax_resnetv2.report import Reporter
 from flax_resnetv2.tracing import Tracer, check_steps
@@ -362,6 +362,8 @@ def agree(config: Config, workdir: Path, devices: int) -> tuple[Config, Dataset]
     # Planned before anything is read, so that a mistake costs no waiting.
     facts = describe(config.data)
     config = fill_in(config, facts)
+    count = sum(facts.images.values())
+    check_images(config.data.name, count, facts.size, jax.local_devices()[0])
     shape = config.augment.input_shape(facts.image_shape)
     create_model(config.architecture, config.execution, shape)
     check_devices(config, devices)

@@ -170,11 +170,40 @@ def memory_limit(device: jax.Device) -> int | None:
     """
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
+    whole = machine_memory()
+    return whole and whole // len(jax.local_devices(backend="cpu"))
+
+
+def machine_memory() -> int | None:
+    """Give the bytes of the machine's memory; None where the system does not say."""
     try:
-        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return whole // len(jax.local_devices(backend="cpu"))
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
         return None
+
+
+def check_images(name: str, images: int, size: int, device: jax.Device) -> None:
+    """Refuse images that cannot lie in memory, here and whole on the device.
+
+    Args:
+        name: of the data set.
+        images: how many.
+        size: bytes of all, decoded.
+        device: one of those that train.
+
+    Raises:
+        UsageError: with what would help.
+    """
+    for place, limit in (
+        ("this machine", machine_memory()),
+        (f"each device ({device.device_kind})", memory_limit(device)),
+    ):
+        if limit is not None and size > limit:
+            raise UsageError(
+                f"data.name={name} has {images:,} images, which need "
+                f"{amount(size, 'B')} of memory, and {place} has {amount(limit, 'B')}; "
+                "choose a smaller --data.size, or a machine with more"
+            )
 
 
 def peak_flops(device: jax.Device) -> float | None:

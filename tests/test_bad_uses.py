@@ -5,6 +5,7 @@ words of the answer and the exit code. Nothing is trained or downloaded here.
 """
 
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flax_resnetv2 import RECIPES, cli, download, preparation, rundir
+from flax_resnetv2 import RECIPES, cli, download, preflight, preparation, rundir
 from tests import archives
 
 SAME_RUN = (
@@ -242,6 +243,32 @@ def h5(there, change=None):
         changed(Path("w.h5"), change)
 
 
+def pixels(side):
+    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pictures(*names, **contents):
+    """Small images of these names, and files of these contents."""
+
+    def prepare(_):
+        for name in (*names, *contents):
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).write_bytes(contents.get(name, pixels(5)))
+
+    return prepare
+
+
+@contextlib.contextmanager
+def small_machine(there):
+    pictures("f/train/cat/1.png", "f/train/dog/1.png", "f/test/dog/2.png")(there)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "machine_memory", lambda: 10**6)
+        yield
+
+
 # The table
 
 
@@ -276,6 +303,10 @@ def again(name, flags, *words, prepare, **more):
 def transfer(name, flags, *words, prepare=None, net="timm-resnetv2-50"):
     line = f"train.py cifar10-transfer-{net} --data.dir {{data}} --train.batch-size 8"
     return Case(name, f"{line} {flags}", words, prepare)
+
+
+def folder(name, flags, *words, prepare=None):
+    return Case(name, f"train.py folder {flags}", words, prepare)
 
 
 def predict(name, typed, *words, prepare=None, **more):
@@ -648,6 +679,79 @@ CASES = {
             "--data.accept-checksum",
             ("is no CIFAR-100 archive: it lacks test, train; give cifar-100-binary",),
             directories("d"),
+        ),
+    ],
+    "folders": [
+        folder(
+            "missing",
+            "--data.name folder:nowhere",
+            "data.name=folder:nowhere names no folder; give folder:PATH of one in",
+        ),
+        folder("no path", "--data.name folder:", "data.name=folder: names no folder"),
+        folder(
+            "one class",
+            "--data.name folder:f",
+            "data.name=folder:f has 1 classes (cat); give a folder with two",
+            prepare=pictures("f/cat/1.png", "f/cat/2.png"),
+        ),
+        folder(
+            "an empty class",
+            "--data.name folder:f",
+            "data.name=folder:f has no image of dog; add some (.bmp",
+            prepare=pictures("f/cat/1.png", "f/dog/a.txt"),
+        ),
+        folder(
+            "nothing to test on",
+            "--data.name folder:f",
+            "folder:f has no image to test on; give ten of a class or more, or sub-fol",
+            prepare=pictures("f/cat/1.png", "f/dog/1.png"),
+        ),
+        folder(
+            "an image that is none",
+            "--data.name folder:f",
+            "f/test/dog/2.png is not an image; give a PNG or JPEG file",
+            prepare=pictures(
+                *("f/train/cat/1.png", "f/train/dog/1.png"),
+                **{"f/test/dog/2.png": b"hello"},
+            ),
+        ),
+        folder(
+            "an image that is cut off",
+            "--data.name folder:f",
+            "f/train/dog/2.png cannot be read (",
+            "give a whole PNG or JPEG file",
+            prepare=pictures(
+                *("f/train/cat/1.png", "f/train/dog/1.png", "f/test/dog/2.png"),
+                **{"f/train/dog/2.png": pixels(40)[:1000]},
+            ),
+        ),
+        folder(
+            "a class that is only tested",
+            "--data.name folder:f",
+            "folder:f has cow to test on but not to train on; give both the same",
+            prepare=pictures(
+                "f/train/cat/1.png", "f/train/dog/1.png", "f/val/cow/1.png"
+            ),
+        ),
+        folder(
+            "no side",
+            "--data.name folder:f --data.size None",
+            "data.size=None must be a number for folder:f, whose images may be of any",
+        ),
+        folder(
+            "an archive",
+            "--data.name folder:f --data.archive {good}",
+            "good.tar.gz: folder:f is read as it is and has no archive; leave it out",
+            prepare=pictures(
+                "f/train/cat/1.png", "f/train/dog/1.png", "f/val/cat/1.png"
+            ),
+        ),
+        folder(
+            "more than the memory",
+            "--data.name folder:f --data.size 1024",
+            "data.name=folder:f has 3 images, which need 9.44 MB of memory, and this "
+            "machine has 1 MB; choose a smaller --data.size",
+            prepare=small_machine,
         ),
     ],
     "archives": [

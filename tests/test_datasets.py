@@ -2,13 +2,15 @@
 
 import json
 import shlex
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from flax_resnetv2 import cli
+from flax_resnetv2 import Predictor, cli
 from flax_resnetv2.catalog import DATASETS
+from flax_resnetv2.folder import list_folder, read_folder
 from tests import archives
 
 SMALL = (
@@ -55,6 +57,68 @@ def test_cifar100_from_its_archive(home, capsys, name):
     capsys.readouterr()
     assert cli.predict(["run", "a.png", "--top", "1"]) == 0
     assert capsys.readouterr().out.split()[1] in names
+
+
+def noise(path, size, mode, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+
+
+def test_a_folder_of_images_of_many_kinds(home, capsys):
+    kinds = [
+        ("jpg", "RGB"),
+        ("png", "P"),
+        ("png", "RGBA"),
+        ("tif", "L"),
+        ("webp", "RGB"),
+    ]
+    for seed in range(30):
+        suffix, mode = kinds[seed % len(kinds)]
+        path = home / "pets" / ("cat", "dog", "newt")[seed % 3] / f"{seed}.{suffix}"
+        noise(path, (20 + 3 * seed % 17, 9 + seed), mode, seed)
+    (home / "pets" / "cat" / "notes.txt").write_text("x")
+    where = "--data.name folder:pets --data.size 8 --workdir run"
+    train("folder", f"{where} --checkpoint-steps 1")
+    said = capsys.readouterr().out
+    assert "folder:pets: every tenth image of a class is tested on" in said
+    assert "folder:pets: left out as no images: 1 .txt" in said
+    found = facts(home / "run")
+    assert found["class_names"] == ["cat", "dog", "newt"]
+    assert found["images"] == {"train": 27, "test": 3}
+    assert found["image_shape"] == [8, 8, 3]
+
+    def finished(run):
+        lines = (home / run / "metrics.jsonl").read_text().splitlines()
+        return [x for x in map(json.loads, lines) if x["split"] == "test"][-1]["loss"]
+
+    # Stopped on the way and gone on with, a run comes to the same.
+    shutil.copytree("run", "again")
+    for step in ("2", "3"):
+        shutil.rmtree(f"again/checkpoints/{step}", ignore_errors=True)
+    train("folder", where.replace("run", "again") + " --checkpoint-steps 1")
+    assert finished("again") == finished("run")
+    capsys.readouterr()
+    assert cli.predict(["run", "pets/dog/1.png", "pets/cat/0.jpg"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert {word for word in first.split() if word in found["class_names"]} == {
+        *("cat", "dog", "newt")
+    }
+    # The pixels are those that it was trained on.
+    arrays, _ = read_folder(list_folder("pets"), 8)
+    path, place = next(
+        (path, k)
+        for k, (path, _) in enumerate(list_folder("pets").files["train"])
+        if path.name == "1.png"
+    )
+    loaded = Predictor.from_run("run").load(path)
+    np.testing.assert_array_equal(loaded, arrays["train"][0][place])
+    # Another image in the folder is another data set.
+    noise(home / "pets" / "dog" / "new.png", (9, 9), "RGB", 99)
+    again = [*shlex.split(SMALL), *shlex.split(where), "--checkpoint-steps", "1"]
+    assert cli.train(["folder", *again]) == 2
+    assert "the images of folder:pets are not those that" in capsys.readouterr().err
 
 
 def test_mnist_from_its_files(home, capsys):

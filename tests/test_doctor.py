@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from flax_resnetv2 import (
     RECIPES,
@@ -248,6 +249,24 @@ def test_a_full_disk_is_a_problem(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     [problem] = texts(doctor.data(CIFAR10.data), "problem")
     assert "1 kB are free; make room" in problem
+
+
+def test_a_folder_is_counted(home, tmp_path):
+    for name in ("train/cat/1", "train/dog/1", "train/dog/2", "val/dog/3"):
+        path = tmp_path / "pets" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (9, 7)).save(path)
+    config = RECIPES["folder"].config
+    name = f"folder:{tmp_path / 'pets'}"
+    config = replace(config, data=replace(config.data, name=name))
+    ok, note, room = doctor.data(config.data)
+    assert ok.text == f"{tmp_path / 'pets'}: 2 classes; images: 3 train, 1 test"
+    assert note.text == "the images will be decoded, once"
+    assert room.text.startswith("the decoded images: up to 49.2 kB")
+    assert "train.batch_size=64 is more than the 3 training images" in last(config).text
+    small = replace(config, train=replace(config.train, batch_size=8))
+    problem = [f.text for f in examined(small) if f.about == "run"]
+    assert "choose one from 1 to 3" in problem[0]
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ OURS = {
     "process": "errors",
     "records": "images errors",
     "decoded": "process records errors",
-    "data": "augment catalog decoded fields preparation process records errors",
+    "folder": "catalog decoded images process records errors",
+    "data": "augment catalog decoded fields folder preparation process records errors",
     "training": "augment fields randaugment errors",
     "config": "architecture presets augment data training fields errors",
     "counting": "architecture planning",
@@ -53,7 +54,7 @@ OURS = {
     "inference": "augment checkpoint fields images model rundir training errors",
     "drawing": "architecture counting planning",
     "installed": "",
-    "doctor": "catalog config data decoded installed loop model preflight "
+    "doctor": "catalog config data decoded folder installed loop model preflight "
     "preparation process records rundir tracing training errors",
     "cli": "config counting doctor drawing inference installed loop parallel presets "
     "process rundir tracing errors",
@@ -78,6 +79,7 @@ THEIRS = {
     "images": "numpy PIL",
     "records": "numpy tensorflow_datasets array_record PIL",
     "decoded": "numpy",
+    "folder": "numpy",
     "data": "jax numpy",
     "training": "jax flax optax",
     "preflight": "jax",
