@@ -13,6 +13,8 @@ from jax import lax
 
 from flax_resnetv2.fields import Range, Share
 
+_Part = Annotated[float, Range(0, 1, above=True)]
+
 
 class Batch(NamedTuple):
     """Images as stored. ``mask`` is False where a row only fills the batch up."""
@@ -37,6 +39,13 @@ class AugmentConfig:
     """Pad by so many pixels on each side, then crop to the old size; 0: no crop."""
     flip: bool = True
     """Mirror every second image, by chance."""
+    crop_scale: tuple[_Part, _Part] | None = None
+    """Of streamed images: train on a random part that covers a share of the area
+    between these two, in the proportion of 3:4 to 4:3, scaled to data.size (0.08 1 for
+    ImageNet); None: on the whole central square."""
+    test_crop: _Part = 1.0
+    """Of streamed images: see of test images the central square of so much of the
+    shorter side (0.875, 224 of 256, for ImageNet)."""
     colour_jitter: Share = 0.0
     """Brightness, then contrast, then colour of the stored pixels times a factor from
     1 - colour_jitter to 1 + colour_jitter, by chance."""

@@ -77,6 +77,12 @@ def check_config(config: Config) -> None:
             "set by fit; leave it out, and choose --train.sync-batch-norm or "
             "--train.no-sync-batch-norm"
         )
+    scale = config.augment.crop_scale
+    if scale is not None and scale[0] > scale[1]:
+        raise UsageError(
+            f"augment.crop_scale={shown(scale)} must be the least share and the "
+            "largest, as 0.08 1"
+        )
     _check_normalisation(config, shape[2])
 
 

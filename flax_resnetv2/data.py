@@ -1,14 +1,15 @@
-"""Data sets in memory, and the pure path from a data set to a ``Batch``.
+"""Data sets, and the pure path from a data set to a ``Batch``.
 
 ``open_dataset`` reads what TFDS prepared, or prepares it, without TensorFlow. The whole
 split then lives on every device; the epoch's order is an array, and ``fetch`` gathers
-a batch inside the compiled step.
+a batch inside the compiled step. Or its images stay on disk (see ``streaming``).
 """
 
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,10 @@ from flax_resnetv2.errors import UsageError
 from flax_resnetv2.fields import Range, shown
 from flax_resnetv2.folder import list_folder, read_folder
 from flax_resnetv2.process import user_cache
-from flax_resnetv2.records import find_prepared
+from flax_resnetv2.records import Records, find_prepared, label_of, parts
 
+STATISTICS_OF = 4096
+"""Images on disk from which the statistics of channels are taken."""
 PADDING = -1
 """In an order: a place of the batch that holds no image."""
 
@@ -53,6 +56,12 @@ class DataConfig:
     validation: Annotated[int, Range(0, 2**31)] = 0
     """Take the last so many training images out of training, as the split
     "validation"."""
+    stream: bool | None = None
+    """Leave the images on disk and read them ahead of their step; None: if they take
+    more than a quarter of a device's memory (without ``fit``: never)."""
+    workers: Annotated[int, Range(0, 1024)] = 0
+    """Processes that read streamed images; 0: threads of this one, as many as it has
+    cores, which is faster until they get into each other's way."""
 
 
 class Split(NamedTuple):
@@ -63,6 +72,29 @@ class Split(NamedTuple):
     label: np.ndarray | jax.Array
     """int32 [N], or uint8 [N, K]: which of K attributes are there"""
 
+    @property
+    def images(self) -> int:
+        """How many."""
+        return len(self.label)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        return self.image.shape[1:]
+
+    def take(self, first: int, images: int) -> "Split":
+        """Some of them."""
+        last = first + images
+        return Split(self.image[first:last], self.label[first:last])
+
+    def some(self, count: int) -> np.ndarray:
+        """Images, uint8 [N, H, W, C]: all of those in memory."""
+        return self.image
+
+    def checksum(self) -> int:
+        """CRC-32 of images and labels, in their order."""
+        return zlib.crc32(self.label, zlib.crc32(self.image))
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -70,20 +102,25 @@ class Dataset:
 
     name: str
     class_names: tuple[str, ...]
-    splits: dict[str, Split]
+    splits: dict[str, Split] | dict[str, Records]
+    """Of images in memory, or of images that stay on disk."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(height, width, channels)."""
-        return self.splits["train"].image.shape[1:]
+        return self.splits["train"].image_shape
+
+    def in_memory(self) -> dict[str, Split]:
+        """What lies on every device."""
+        return {k: s for k, s in self.splits.items() if isinstance(s, Split)}
 
     def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel of the training split, in [0, 1].
 
         Exact: counted in whole numbers, so that they do not depend on an order of
-        summation.
+        summation. Of images on disk a few thousand are counted, evenly spread.
         """
-        image = self.splits["train"].image
+        image = self.splits["train"].some(STATISTICS_OF)
         counted = np.zeros((image.shape[-1], 256), np.int64)
         # A few images at a time stay in the processor's cache: ten times as fast.
         for first in range(0, len(image), 64):
@@ -168,6 +205,8 @@ def open_dataset(config: DataConfig) -> Dataset:
                 accept_checksum=config.accept_checksum,
             )
         directory = find_prepared(known.stored, root)
+    if config.stream:
+        return _on_disk(config, directory)
     return _dataset(
         config, *read_dataset(directory, label_feature(config), config.size)
     )
@@ -178,6 +217,21 @@ def _dataset(
 ) -> Dataset:
     splits = {name: Split(*pair) for name, pair in arrays.items()}
     return Dataset(config.name, class_names, hold_out(splits, config))
+
+
+def _on_disk(config: DataConfig, directory: Path) -> Dataset:
+    told = label_of(directory, label_feature(config))
+    shape = describe(config).image_shape
+    if shape[0] != shape[1]:
+        raise UsageError(
+            f"data.stream={config.stream}: images of {shape[0]}x{shape[1]} pixels are "
+            "read from disk as squares; add --data.size SIDE"
+        )
+    splits = {
+        name: Records(directory, part, told, shape)
+        for name, part in parts(directory).items()
+    }
+    return Dataset(config.name, told.names, hold_out(splits, config))
 
 
 def label_feature(config: DataConfig) -> str | None:
@@ -195,23 +249,26 @@ def _known(config: DataConfig) -> Known:
     return DATASETS[config.name]
 
 
-def hold_out(splits: dict[str, Split], config: DataConfig) -> dict[str, Split]:
+def hold_out(splits: dict[str, Any], config: DataConfig) -> dict[str, Any]:
     """Take the split "validation" out of "train", if ``config`` asks for it.
 
     Raises:
         UsageError: nothing is left to train on.
     """
     train, held_out = splits["train"], config.validation
-    if not 0 <= held_out < len(train.label):
+    if not 0 <= held_out < train.images:
         raise UsageError(
             f"data.validation={held_out} must leave images to train on; {config.name} "
-            f"has {len(train.label)}; choose from 0 to {len(train.label) - 1}"
+            f"has {train.images}; choose from 0 to {train.images - 1}"
         )
     if not held_out:
         return splits
-    kept = Split(train.image[:-held_out], train.label[:-held_out])
-    taken = Split(train.image[-held_out:], train.label[-held_out:])
-    return {**splits, "train": kept, "validation": taken}
+    kept = train.images - held_out
+    return {
+        **splits,
+        "train": train.take(0, kept),
+        "validation": train.take(kept, held_out),
+    }
 
 
 def data_dir(config: DataConfig) -> Path:

@@ -230,13 +230,13 @@ def run(
         rundir.check_same(place, config)
         loop.check_weights(config, place)
         loop.resolve(config, dataset)
-        steps = len(dataset.splits["train"].label) // train.batch_size
+        steps = dataset.splits["train"].images // train.batch_size
         # How far a run in workdir has come, only opening its checkpoints would say.
         tracing.check_steps(tracing.parse_steps(profile), 0, steps * train.epochs)
         state = train_state_shapes(model, train, shape)
         parts = train.accumulate
         needed = needs(config.architecture, config.execution, shape, parts)
-        needed = needed.beside(state, dataset.splits)
+        needed = needed.beside(state, dataset.in_memory())
         limit = memory_limit(devices[0])
         needed.check(train.batch_size, len(devices), limit)
     except UsageError as error:

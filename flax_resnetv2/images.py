@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -35,19 +36,56 @@ def stretched(height: int, width: int) -> Fit:
     return fit
 
 
-def square(side: int) -> Fit:
+def square(side: int, share: float = 1.0) -> Fit:
     """Cut out the central square and scale it; an image of this size stays as it is.
 
-    That is the shorter side scaled to ``side`` and the middle kept. Pixels are averaged
-    over all that they stand for.
+    Pixels are averaged over all that they stand for.
+
+    Args:
+        side: in pixels of what comes out.
+        share: of the shorter side that the square has. 1: the shorter side is scaled to
+            ``side``, the middle kept; 0.875 is 224 of 256.
     """
 
     def fit(image: Any) -> Any:
-        from PIL import Image, ImageOps
-
-        return ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
+        cut = share * min(image.size)
+        left, top = (image.width - cut) / 2, (image.height - cut) / 2
+        return _scaled(image, side, (left, top, left + cut, top + cut))
 
     return fit
+
+
+def random_part(
+    side: int, scale: tuple[float, float], draw: np.random.Generator
+) -> Fit:
+    """Cut out a random part and scale it to a square (Szegedy et al. 2014, Inception).
+
+    Args:
+        side: in pixels of what comes out.
+        scale: the least and the largest share of the area that a part has; its sides
+            are in the proportion of 3:4 to 4:3.
+        draw: random numbers.
+    """
+
+    def fit(image: Any) -> Any:
+        width, height = image.size
+        for _ in range(10):
+            area = width * height * draw.uniform(*scale)
+            proportion = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
+            w, h = math.sqrt(area * proportion), math.sqrt(area / proportion)
+            if w <= width and h <= height:
+                left, top = draw.uniform(0, width - w), draw.uniform(0, height - h)
+                return _scaled(image, side, (left, top, left + w, top + h))
+        # A long and narrow image has no such part.
+        return square(side)(image)
+
+    return fit
+
+
+def _scaled(image: Any, side: int, box: tuple[float, float, float, float]) -> Any:
+    from PIL import Image
+
+    return image.resize((side, side), Image.Resampling.BICUBIC, box)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 
 from flax_resnetv2 import process, rundir, weights
 from flax_resnetv2.catalog import Facts
@@ -26,6 +25,9 @@ from flax_resnetv2.process import Stop
 from flax_resnetv2.report import Reporter
 from flax_resnetv2.tracing import Tracer, check_steps
 from flax_resnetv2.training import Metrics, TrainState
+
+IN_MEMORY = 4
+"""Images take at most one part in so many of a device's memory, or stay on disk."""
 
 
 def fit(
@@ -70,15 +72,15 @@ def fit(
         )
     check_choice("executor", executor, get_args(Executor))
     batch, count = config.train.batch_size, len(devices) * jax.process_count()
-    config, dataset = agree(config, workdir, count)
+    limit, peak = memory_limit(devices[0]), peak_flops(devices[0])
+    config, dataset = agree(config, workdir, count, limit)
     input_shape = config.augment.input_shape(dataset.image_shape)
     parts = config.train.accumulate
     needed = needs(config.architecture, config.execution, input_shape, parts)
-    limit, peak = memory_limit(devices[0]), peak_flops(devices[0])
     needed.check(batch, count, limit)
     process.touch_memory(needed.image_bytes * (batch // parts))
     run = Run(config, dataset, devices, executor)
-    needed = needed.beside(run.state_shapes(), dataset.splits)
+    needed = needed.beside(run.state_shapes(), dataset.in_memory())
     needed.check(batch, count, limit)
     begun, total = rundir.has_begun(workdir), config.train.epochs * run.steps_per_epoch
     first = jax.process_index() == 0
@@ -94,6 +96,7 @@ def fit(
             # Around the checkpoints: a signal does not cut the last one off.
             Stop() as stop,
             Checkpointer(workdir / "checkpoints", config.keep_checkpoints) as kept,
+            contextlib.closing(run),
         ):
             said = [f"changed: {x}" for x in rundir.check_same(workdir, config)]
             if training is None:
@@ -244,16 +247,10 @@ class _Training:
 
     def _step(self, report: Reporter, tracer: Tracer) -> None:
         """One step, or as many as nothing is due between."""
-        run = self.run
         tracer.before(self.done)
         border = tracer.border(self.done, self.due.border(self.done))
-        steps = 1 if run.one_by_one else border - self.done
-        self.state, metrics = run.train(
-            self.state,
-            run.split("train"),
-            run.order(self.done // run.steps_per_epoch),
-            run.place(jnp.int32(steps)),
-        )
+        steps = 1 if self.run.one_by_one else border - self.done
+        self.state, metrics = self.run.train(self.state, self.done, steps)
         report.dispatched()
         self._pending.append(metrics)
         # No further ahead of the devices: a signal or an error would come late.
@@ -356,8 +353,16 @@ def _diverged(what: str, checkpoints: Checkpointer) -> RunError:
     )
 
 
-def agree(config: Config, workdir: Path, devices: int) -> tuple[Config, Dataset]:
-    """Everything that can be refused, cheapest first; the configuration filled in."""
+def agree(
+    config: Config, workdir: Path, devices: int, limit: int | None = None
+) -> tuple[Config, Dataset]:
+    """Everything that can be refused, cheapest first; the configuration filled in.
+
+    Args:
+        config, workdir: of the run.
+        devices: how many share a batch.
+        limit: bytes of memory of one of them; None: unknown.
+    """
     check_config(config)
     # Planned before anything is read, so that a mistake costs no waiting.
     facts = describe(config.data)
@@ -372,6 +377,10 @@ def agree(config: Config, workdir: Path, devices: int) -> tuple[Config, Dataset]
             f"workdir={workdir} cannot be written, or made; choose another --workdir"
         )
     rundir.check_same(workdir, config)
+    config = rundir.as_begun(workdir, config)
+    if config.data.stream is None:
+        stream = limit is not None and facts.size * IN_MEMORY > limit
+        config = replace(config, data=replace(config.data, stream=stream))
     check_weights(config, workdir)
     dataset = open_dataset(config.data)
     rundir.check_data(workdir, dataset)
@@ -406,7 +415,13 @@ def resolve(config: Config, dataset: Dataset) -> Config:
             f"architecture.num_classes={asked}, but {dataset.name} has {classes} "
             f"classes; set --architecture.num_classes {classes}"
         )
-    images, batch = len(dataset.splits["train"].label), config.train.batch_size
+    cut = config.augment.crop_scale, config.augment.test_crop
+    if dataset.in_memory() and cut != (None, 1.0):
+        raise UsageError(
+            f"augment.crop_scale={cut[0]} and augment.test_crop={cut[1]} are for "
+            "images that stay on disk; add --data.stream True, or leave them out"
+        )
+    images, batch = dataset.splits["train"].images, config.train.batch_size
     if batch > images:
         raise UsageError(
             f"train.batch_size={batch} is more than the {images} training images of "

@@ -4,14 +4,17 @@ import contextlib
 import io
 import json
 import re
+import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from flax_resnetv2.errors import UsageError
-from flax_resnetv2.images import careful, read_squares
+from flax_resnetv2.images import Fit, careful, read_image, read_squares, square
 
 TENTH = 10
 """One image of so many is tested on, where a data set does not say which."""
@@ -206,6 +209,67 @@ def _numbers(labels: list[Any], told: Label) -> np.ndarray:
     if strange := set(numbers.tolist()) - set(range(count)):
         raise ValueError(f"the label {min(strange)} of {count} classes")
     return numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Records:
+    """Images that stay on disk, in the order of their records."""
+
+    directory: Path
+    part: Part
+    label: Label
+    image_shape: tuple[int, int, int]
+    """(height, width, channels) of what is made of them: a square."""
+
+    @property
+    def images(self) -> int:
+        """How many."""
+        return len(self.part.places)
+
+    def take(self, first: int, images: int) -> "Records":
+        """Some of them."""
+        places = self.part.places[first : first + images]
+        return replace(self, part=self.part._replace(places=places))
+
+    def read(self, index: int, fit: Fit) -> tuple[np.ndarray, np.ndarray]:
+        """Read an image, uint8 ``image_shape``, and its label as ``read_split`` does.
+
+        Args:
+            index: which.
+            fit: brings it to its size.
+
+        Raises:
+            UsageError: the files are damaged or gone, it is no image, or of no class.
+        """
+        split, place = self.part.split, int(self.part.places[index])
+        named = f"image {place} of the split {split!r} of "
+        with reading(self.directory, named):
+            record = _source(self.directory, split)[place]
+            (label,) = _numbers([record[self.label.feature]], self.label)
+        file, channels = io.BytesIO(record["image"]), self.image_shape[2]
+        return read_image(file, f"{named}{self.directory}", channels, fit), label
+
+    def some(self, count: int) -> np.ndarray:
+        """Read at most so many of the images, evenly spread, uint8 [count, H, W, C]."""
+        count, fit = min(count, self.images), square(self.image_shape[0])
+        at = [k * self.images // count for k in range(count)]
+        return np.stack([self.read(k, fit)[0] for k in at])
+
+    def checksum(self) -> int:
+        """CRC-32 of which they are, and of the names and sizes of their files."""
+        files = sorted(self.directory.glob(f"*-{self.part.split}.array_record-*"))
+        found = [(path.name, path.stat().st_size) for path in files]
+        places = np.asarray(self.part.places, np.int64)
+        return zlib.crc32(places, zlib.crc32(repr(found).encode()))
+
+
+@lru_cache(maxsize=4)
+def _source(directory: Path, split: str) -> Any:
+    """Opened once in each process that reads; images are given as files."""
+    import tensorflow_datasets as tfds
+
+    skip = {"image": tfds.decode.SkipDecoding()}
+    return _builder(directory).as_data_source(split, decoders=skip)
 
 
 def _builder(directory: Path) -> Any:

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import subprocess
-import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -167,23 +166,33 @@ def check_data(workdir: Path, dataset: Dataset) -> None:
 
 
 def _checksums(dataset: Dataset) -> dict[str, str]:
-    """CRC-32 of images and labels of each split, in their order."""
-    return {
-        name: f"{zlib.crc32(split.label, zlib.crc32(split.image)):08x}"
-        for name, split in dataset.splits.items()
-    }
+    """Of each split."""
+    return {name: f"{s.checksum():08x}" for name, s in dataset.splits.items()}
 
 
 MAY_CHANGE = {
-    *("data.dir", "data.archive", "data.url", "data.accept_checksum"),
+    *("data.dir", "data.archive", "data.url", "data.accept_checksum", "data.workers"),
     *("log_every", "evaluate_every", "train.eval_batch_size"),
     *("checkpoint_every", "checkpoint_steps", "keep_checkpoints"),
 }
 """Fields of ``Config`` that decide no number that a run learns."""
 
 
+def as_begun(workdir: Path, config: Config) -> Config:
+    """Fill in what was decided when the run began, where None leaves it open."""
+    if not (workdir / "config.json").exists():
+        return config
+    old = load_config(workdir)
+    if config.augment.mean is None:
+        mean, std = old.augment.mean, old.augment.std
+        config = replace(config, augment=replace(config.augment, mean=mean, std=std))
+    if config.data.stream is None:
+        config = replace(config, data=replace(config.data, stream=old.data.stream))
+    return config
+
+
 def check_same(workdir: Path, config: Config) -> list[str]:
-    """Refuse to go on with a run as another; None means "as the data set says".
+    """Refuse to go on with a run as another, but for what ``as_begun`` fills in.
 
     Returns:
         What differs and may.
@@ -193,10 +202,7 @@ def check_same(workdir: Path, config: Config) -> list[str]:
     """
     if not (workdir / "config.json").exists():
         return []
-    old = load_config(workdir)
-    if config.augment.mean is None:
-        mean, std = old.augment.mean, old.augment.std
-        config = replace(config, augment=replace(config.augment, mean=mean, std=std))
+    old, config = load_config(workdir), as_begun(workdir, config)
     free = MAY_CHANGE | (
         # The other schedules bend towards the end.
         {"train.epochs"} if config.train.schedule == "constant" else set()
@@ -249,7 +255,7 @@ def write_records(
         "name": dataset.name,
         "image_shape": dataset.image_shape,
         "class_names": dataset.class_names,
-        "images": {name: len(s.label) for name, s in dataset.splits.items()},
+        "images": {name: s.images for name, s in dataset.splits.items()},
         "checksums": _checksums(dataset),
     }
     path = workdir / "environment.json"

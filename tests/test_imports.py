@@ -45,7 +45,8 @@ OURS = {
     "preflight": "counting architecture errors",
     "rundir": "config data errors",
     "tracing": "errors",
-    "parallel": "augment config data model training weights",
+    "streaming": "data images records",
+    "parallel": "augment config data model records streaming training weights",
     "loop": "catalog checkpoint config data fields model parallel preflight process "
     "report rundir tracing training weights errors",
     "analysis": "model",
@@ -80,6 +81,7 @@ THEIRS = {
     "records": "numpy tensorflow_datasets array_record PIL",
     "decoded": "numpy",
     "folder": "numpy",
+    "streaming": "numpy grain absl",
     "data": "jax numpy",
     "training": "jax flax optax",
     "preflight": "jax",
@@ -99,7 +101,7 @@ THEIRS = {
 
 LAZY = {
     *("orbax", "tensorflow_datasets", "matplotlib", "tyro", "PIL", "array_record"),
-    *("h5py", "safetensors"),
+    *("h5py", "safetensors", "grain"),
 }
 """Never at the top of a module."""
 

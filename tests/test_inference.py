@@ -17,7 +17,7 @@ def run(tmp_path_factory):
     """The directory of a run with moving averages, trained for one epoch."""
     directory = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "open_dataset", lambda _: tiny.dataset())
+        patch.setattr(loop, "open_dataset", lambda *_: tiny.dataset())
         config = tiny.replace(
             tiny.config(epochs=1, ema=0.5), architecture=tiny.SMALL, log_every=100
         )

@@ -82,7 +82,7 @@ def run_fit(directory, config, devices=2, dataset=None, create=None, profile=Non
         return evaluate(self, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "open_dataset", lambda _: dataset)
+        patch.setattr(loop, "open_dataset", lambda *_: dataset)
         patch.setattr(loop._Training, "_evaluate", keep)
         if create:
             patch.setattr(parallel, "create_train_state", create)
@@ -150,7 +150,9 @@ def test_a_run_leaves_its_files(finished):
     directory, result, lines, state = finished
     saved = load_config(directory)
     mean, std = VALIDATED.channel_statistics()
-    assert saved == replace(CONFIG, augment=replace(CONFIG.augment, mean=mean, std=std))
+    augment = replace(CONFIG.augment, mean=mean, std=std)
+    settled = replace(CONFIG, augment=augment, data=replace(CONFIG.data, stream=False))
+    assert saved == settled
     (environment,) = json.loads((directory / "environment.json").read_text())
     assert environment["step"] == 0
     assert environment["versions"]["jax"] == jax.__version__
@@ -347,7 +349,7 @@ def test_what_is_refused_leaves_a_directory_to_be_used(fit, monkeypatch, tmp_pat
 
 
 def test_a_mistake_is_found_before_data_are_read(monkeypatch, tmp_path):
-    monkeypatch.setattr(loop, "open_dataset", lambda _: pytest.fail("was read"))
+    monkeypatch.setattr(loop, "open_dataset", lambda *_: pytest.fail("was read"))
     wrong = replace(configuration(), architecture=replace(tiny.SMALL, kernel=2))
     with pytest.raises(UsageError, match="kernel"):
         loop.fit(wrong, tmp_path)
