@@ -17,10 +17,11 @@ import numpy as np
 
 from flax_resnetv2.augment import Batch
 from flax_resnetv2.catalog import DATASETS, Facts, Known
-from flax_resnetv2.decoded import Arrays, read_dataset
+from flax_resnetv2.decoded import Decoded, read_dataset
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.fields import Range, shown
-from flax_resnetv2.folder import list_folder, read_folder
+from flax_resnetv2.folder import Files, list_folder, read_folder
+from flax_resnetv2.images import square
 from flax_resnetv2.process import user_cache
 from flax_resnetv2.records import Records, find_prepared, label_of, parts
 
@@ -87,10 +88,6 @@ class Split(NamedTuple):
         last = first + images
         return Split(self.image[first:last], self.label[first:last])
 
-    def some(self, count: int) -> np.ndarray:
-        """Images, uint8 [N, H, W, C]: all of those in memory."""
-        return self.image
-
     def checksum(self) -> int:
         """CRC-32 of images and labels, in their order."""
         return zlib.crc32(self.label, zlib.crc32(self.image))
@@ -102,7 +99,7 @@ class Dataset:
 
     name: str
     class_names: tuple[str, ...]
-    splits: dict[str, Split] | dict[str, Records]
+    splits: dict[str, Split] | dict[str, Records] | dict[str, Files]
     """Of images in memory, or of images that stay on disk."""
 
     @property
@@ -120,7 +117,8 @@ class Dataset:
         Exact: counted in whole numbers, so that they do not depend on an order of
         summation. Of images on disk a few thousand are counted, evenly spread.
         """
-        image = self.splits["train"].some(STATISTICS_OF)
+        train = self.splits["train"]
+        image = train.image if isinstance(train, Split) else _some(train)
         counted = np.zeros((image.shape[-1], 256), np.int64)
         # A few images at a time stay in the processor's cache: ten times as fast.
         for first in range(0, len(image), 64):
@@ -135,6 +133,13 @@ class Dataset:
             mean.append(average)
             std.append(spread**0.5)
         return tuple(mean), tuple(std)
+
+
+def _some(split: Records | Files) -> np.ndarray:
+    """Some of the images on disk, evenly spread, uint8 [N, H, W, C]."""
+    count, fit = min(STATISTICS_OF, split.images), square(split.image_shape[0])
+    at = [k * split.images // count for k in range(count)]
+    return np.stack([split.read(k, fit)[0] for k in at])
 
 
 def describe(config: DataConfig) -> Facts:
@@ -186,7 +191,11 @@ def open_dataset(config: DataConfig) -> Dataset:
         folder, side = list_folder(path), _side(config)
         for note in folder.notes:
             print(f"{config.name}: {note}")
-        return _dataset(config, *read_folder(folder, side))
+        if config.stream:
+            shape = (side, side, 3)
+            splits = {k: Files(files, shape) for k, files in folder.files.items()}
+            return _dataset(config, splits, folder.class_names)
+        return _dataset(config, *_placed(read_folder(folder, side)))
     known, root = _known(config), data_dir(config)
     directory = find_prepared(known.stored, root)
     if directory is not None and given:
@@ -207,15 +216,18 @@ def open_dataset(config: DataConfig) -> Dataset:
         directory = find_prepared(known.stored, root)
     if config.stream:
         return _on_disk(config, directory)
-    return _dataset(
-        config, *read_dataset(directory, label_feature(config), config.size)
-    )
+    decoded = read_dataset(directory, label_feature(config), config.size)
+    return _dataset(config, *_placed(decoded))
+
+
+def _placed(decoded: Decoded) -> tuple[dict[str, Split], tuple[str, ...]]:
+    arrays, class_names = decoded
+    return {name: Split(*pair) for name, pair in arrays.items()}, class_names
 
 
 def _dataset(
-    config: DataConfig, arrays: Arrays, class_names: tuple[str, ...]
+    config: DataConfig, splits: dict[str, Any], class_names: tuple[str, ...]
 ) -> Dataset:
-    splits = {name: Split(*pair) for name, pair in arrays.items()}
     return Dataset(config.name, class_names, hold_out(splits, config))
 
 
@@ -231,7 +243,7 @@ def _on_disk(config: DataConfig, directory: Path) -> Dataset:
         name: Records(directory, part, told, shape)
         for name, part in parts(directory).items()
     }
-    return Dataset(config.name, told.names, hold_out(splits, config))
+    return _dataset(config, splits, told.names)
 
 
 def label_feature(config: DataConfig) -> str | None:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,16 @@ from flax_resnetv2.installed import (
     requirements,
 )
 from flax_resnetv2.model import create_model
-from flax_resnetv2.preflight import amount, check_images, memory_limit, needs, size_of
-from flax_resnetv2.records import find_prepared, label_of, parts, split_sizes
+from flax_resnetv2.preflight import amount, memory_limit, needs, size_of
+from flax_resnetv2.records import (
+    Label,
+    Part,
+    Records,
+    find_prepared,
+    label_of,
+    parts,
+    split_sizes,
+)
 from flax_resnetv2.training import train_state_shapes
 
 _ACCELERATORS = {
@@ -222,12 +231,14 @@ def run(
         dataset = _stand_in(config.data)
         facts = describe(config.data)
         config = loop.fill_in(config, facts)
-        count = sum(facts.images.values())
-        check_images(config.data.name, count, facts.size, devices[0])
         shape = config.augment.input_shape(dataset.image_shape)
         model = create_model(config.architecture, config.execution, shape)
         loop.check_devices(config, len(devices))
         rundir.check_same(place, config)
+        config = rundir.as_begun(place, config)
+        config = loop.in_memory_or_not(config, facts, memory_limit(devices[0]))
+        if config.data.stream:
+            dataset = _on_disk(dataset)
         loop.check_weights(config, place)
         loop.resolve(config, dataset)
         steps = dataset.splits["train"].images // train.batch_size
@@ -283,6 +294,16 @@ def _safely(
     except Exception as error:
         text = f"cannot be looked at ({reason(error)}); repair what is said above"
         yield Finding("problem", about, text)
+
+
+def _on_disk(dataset: Dataset) -> Dataset:
+    """The same stand-in, its images not in memory."""
+    label = Label("label", dataset.class_names, dataset.splits["train"].label.ndim > 1)
+    splits = {
+        name: Records(Path(), Part(name, range(s.images)), label, s.image_shape)
+        for name, s in dataset.splits.items()
+    }
+    return replace(dataset, splits=splits)
 
 
 def _stand_in(config: DataConfig) -> Dataset:

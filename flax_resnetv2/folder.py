@@ -7,9 +7,10 @@ is ever written into the folder.
 import hashlib
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from flax_resnetv2.catalog import Facts
 from flax_resnetv2.decoded import FORMAT, Decoded, find_kept, keep
 from flax_resnetv2.errors import UsageError
-from flax_resnetv2.images import read_squares
+from flax_resnetv2.images import Fit, read_image, read_squares
 from flax_resnetv2.process import user_cache
 from flax_resnetv2.records import TENTH
 
@@ -47,6 +48,44 @@ class Folder:
         counts = {split: len(files) for split, files in self.files.items()}
         shape = (size, size, 3)
         return Facts(shape, self.class_names, counts, notes=self.notes)
+
+
+@dataclass(frozen=True, eq=False)
+class Files:
+    """Images that stay in their folder, in the order of a split."""
+
+    files: tuple[tuple[Path, int], ...]
+    """Path and class."""
+    image_shape: tuple[int, int, int]
+    """(height, width, channels) of what is made of them: a square."""
+
+    @property
+    def images(self) -> int:
+        """How many."""
+        return len(self.files)
+
+    def take(self, first: int, images: int) -> "Files":
+        """Some of them."""
+        return replace(self, files=self.files[first : first + images])
+
+    def read(self, index: int, fit: Fit) -> tuple[np.ndarray, np.ndarray]:
+        """Read an image, uint8 ``image_shape``, and its label, int32.
+
+        Args:
+            index: which.
+            fit: brings it to its size.
+
+        Raises:
+            UsageError: it cannot be read.
+        """
+        path, label = self.files[index]
+        image = read_image(path, path, self.image_shape[2], fit)
+        return image, np.asarray(label, np.int32)
+
+    def checksum(self) -> int:
+        """CRC-32 of their names, classes and sizes, in their order."""
+        found = [(path.name, k, path.stat().st_size) for path, k in self.files]
+        return zlib.crc32(repr(found).encode(errors="surrogateescape"))
 
 
 def list_folder(said: str) -> Folder:

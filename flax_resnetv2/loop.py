@@ -367,8 +367,6 @@ def agree(
     # Planned before anything is read, so that a mistake costs no waiting.
     facts = describe(config.data)
     config = fill_in(config, facts)
-    count = sum(facts.images.values())
-    check_images(config.data.name, count, facts.size, jax.local_devices()[0])
     shape = config.augment.input_shape(facts.image_shape)
     create_model(config.architecture, config.execution, shape)
     check_devices(config, devices)
@@ -377,14 +375,31 @@ def agree(
             f"workdir={workdir} cannot be written, or made; choose another --workdir"
         )
     rundir.check_same(workdir, config)
-    config = rundir.as_begun(workdir, config)
-    if config.data.stream is None:
-        stream = limit is not None and facts.size * IN_MEMORY > limit
-        config = replace(config, data=replace(config.data, stream=stream))
+    config = in_memory_or_not(rundir.as_begun(workdir, config), facts, limit)
     check_weights(config, workdir)
     dataset = open_dataset(config.data)
     rundir.check_data(workdir, dataset)
     return resolve(config, dataset), dataset
+
+
+def in_memory_or_not(config: Config, facts: Facts, limit: int | None) -> Config:
+    """Decide where images are to be, if that is left open.
+
+    Args:
+        config: of the run.
+        facts: of its data set.
+        limit: bytes of memory of a device; None: unknown.
+
+    Raises:
+        UsageError: they are to be in memory, and do not fit.
+    """
+    stream = config.data.stream
+    if stream is None:
+        stream = limit is not None and facts.size * IN_MEMORY > limit
+    if not stream:
+        count = sum(facts.images.values())
+        check_images(config.data.name, count, facts.size, jax.local_devices()[0])
+    return replace(config, data=replace(config.data, stream=stream))
 
 
 def check_weights(config: Config, workdir: Path) -> None:

@@ -30,7 +30,6 @@ from flax_resnetv2.data import (
     fetch,
 )
 from flax_resnetv2.model import ResNetV2, create_model
-from flax_resnetv2.records import Records
 from flax_resnetv2.streaming import EvaluationRow, Row, TrainingRow, batches
 from flax_resnetv2.training import (
     Metrics,
@@ -74,7 +73,7 @@ class Run:
         self.images = dataset.splits["train"].images
         self.steps_per_epoch = self.images // train.batch_size
         self.schedule = jax.jit(make_schedule(train, self.steps_per_epoch))
-        self.streams = isinstance(dataset.splits["train"], Records)
+        self.streams = not dataset.in_memory()
         """Whether batches come from disk."""
         self.one_by_one = self.streams or devices[0].platform == "cpu"
         """XLA's CPU convolutions take a slow path inside a loop; elsewhere one

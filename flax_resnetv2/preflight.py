@@ -202,7 +202,7 @@ def check_images(name: str, images: int, size: int, device: jax.Device) -> None:
             raise UsageError(
                 f"data.name={name} has {images:,} images, which need "
                 f"{amount(size, 'B')} of memory, and {place} has {amount(limit, 'B')}; "
-                "choose a smaller --data.size, or a machine with more"
+                "add --data.stream True, or choose a smaller --data.size"
             )
 
 

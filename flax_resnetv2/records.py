@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flax_resnetv2.errors import UsageError
-from flax_resnetv2.images import Fit, careful, read_image, read_squares, square
+from flax_resnetv2.images import Fit, careful, read_image, read_squares
 
 TENTH = 10
 """One image of so many is tested on, where a data set does not say which."""
@@ -248,12 +248,6 @@ class Records:
             (label,) = _numbers([record[self.label.feature]], self.label)
         file, channels = io.BytesIO(record["image"]), self.image_shape[2]
         return read_image(file, f"{named}{self.directory}", channels, fit), label
-
-    def some(self, count: int) -> np.ndarray:
-        """Read at most so many of the images, evenly spread, uint8 [count, H, W, C]."""
-        count, fit = min(count, self.images), square(self.image_shape[0])
-        at = [k * self.images // count for k in range(count)]
-        return np.stack([self.read(k, fit)[0] for k in at])
 
     def checksum(self) -> int:
         """CRC-32 of which they are, and of the names and sizes of their files."""

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from flax_resnetv2.data import epoch_order
+from flax_resnetv2.folder import Files
 from flax_resnetv2.images import random_part, square
 from flax_resnetv2.records import Records
 
@@ -35,7 +36,7 @@ _PARTS = 0x7061727473
 class TrainingRow:
     """place -> row; places count on over the steps of a whole run."""
 
-    records: Records
+    records: Records | Files
     batch_size: int
     """Images of a step, over all devices."""
     seed: int
@@ -63,7 +64,7 @@ def _order(count: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
 class EvaluationRow:
     """place -> row: every image once, then rows that only fill the last batch up."""
 
-    records: Records
+    records: Records | Files
     share: float = 1.0
     """As ``square`` has it."""
 

@@ -378,3 +378,14 @@ def test_whatever_a_part_raises_is_a_finding(monkeypatch):
     monkeypatch.setattr(doctor, "find_prepared", fail)
     [problem] = [f.text for f in examined(QUICKSTART) if f.about == "data"]
     assert "cannot be looked at (ZeroDivisionError)" in problem
+
+
+def test_images_that_stay_on_disk_take_no_memory(tmp_path):
+    config = replace(
+        QUICKSTART,
+        augment=replace(QUICKSTART.augment, crop_scale=(0.3, 1.0)),
+        data=replace(QUICKSTART.data, stream=True),
+    )
+    findings = {f.about: f for f in doctor.run(config, "train.py", tmp_path)}
+    assert findings["run"].level == "ok", findings["run"].text
+    assert "memory" in findings

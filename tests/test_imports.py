@@ -38,14 +38,15 @@ OURS = {
     "records": "images errors",
     "decoded": "process records errors",
     "folder": "catalog decoded images process records errors",
-    "data": "augment catalog decoded fields folder preparation process records errors",
+    "data": "augment catalog decoded fields folder images preparation process records "
+    "errors",
     "training": "augment fields randaugment errors",
     "config": "architecture presets augment data training fields errors",
     "counting": "architecture planning",
     "preflight": "counting architecture errors",
     "rundir": "config data errors",
     "tracing": "errors",
-    "streaming": "data images records",
+    "streaming": "data folder images records",
     "parallel": "augment config data model records streaming training weights",
     "loop": "catalog checkpoint config data fields model parallel preflight process "
     "report rundir tracing training weights errors",
