@@ -21,6 +21,7 @@ from flax_resnetv2.augment import (
     AugmentConfig,
     Batch,
     augment,
+    draw_keys,
     image_keys,
     mix,
     normalise,
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from flax_resnetv2.model import ResNetV2
 
 Metrics = dict[str, Any]
+DEPTH = 6
+"""The use of an image's key for stochastic depth, beside those of its pixels."""
 TOP5_CLASSES = 100
 """From so many classes on, evaluation also counts images whose class is among the five
 likeliest."""
@@ -89,6 +92,9 @@ class TrainConfig:
     ema: Share = 0.0
     """Share kept by a moving average of parameters and statistics, which is then what
     is evaluated; 0: none."""
+    stochastic_depth: Share = 0.0
+    """Share of images for which the last unit's residual is dropped in training; it
+    rises linearly from the first unit on (Huang et al. 2016); 0: none."""
     sync_batch_norm: bool = True
     """Batch statistics over all devices, so that results do not depend on them."""
 
@@ -129,6 +135,11 @@ def check_train(config: TrainConfig) -> None:
         raise UsageError(
             f"train.drops={shown(c.drops)} must be rising shares of the training "
             "between 0 and 1, as (0.5, 0.75)"
+        )
+    if c.stochastic_depth and c.learn != "all":
+        raise UsageError(
+            f"train.stochastic_depth={c.stochastic_depth} drops units that learn, and "
+            f"train.learn={c.learn!r} has none; leave it out, or choose learn='all'"
         )
 
 
@@ -353,7 +364,12 @@ def make_train_step(
             return stats, (gradient, loss, correct)
 
         def loss_of(
-            images: jax.Array, target: jax.Array, batch: Batch, stats: Any, params: Any
+            images: jax.Array,
+            target: jax.Array,
+            keep: jax.Array | None,
+            batch: Batch,
+            stats: Any,
+            params: Any,
         ) -> tuple[jax.Array, Any]:
             if train.learn == "classifier":
                 params = jax.tree.map(
@@ -364,6 +380,7 @@ def make_train_step(
                 {"params": params, "batch_stats": stats},
                 images,
                 train=train.learn == "all",
+                keep=keep,
                 mutable=["batch_stats"],
             )
             loss, correct = score(logits, target, batch)
@@ -373,7 +390,11 @@ def make_train_step(
                 updated.get("batch_stats", {}),
             )
 
-        whole = images, target, batch._replace(image=None)
+        keep = None
+        if train.stochastic_depth:
+            units = sum(len(stack.units) for stack in model.plan.stacks)
+            keep = keep_factors(keys, units, train.stochastic_depth)
+        whole = images, target, keep, batch._replace(image=None)
         stats, sums = in_parts(gradient_of, state.batch_stats, whole, train.accumulate)
         gradient, loss, correct = total(sums)
         if axis_name is not None:
@@ -398,6 +419,17 @@ def make_train_step(
         return new, metrics
 
     return step
+
+
+def keep_factors(keys: jax.Array, units: int, share: float) -> jax.Array:
+    """What multiplies each unit's residual for each image, [B, units].
+
+    Unit u of L is dropped (0) with the probability ``share * u / L``; else its residual
+    is scaled up, so that on average it is what it is in evaluation.
+    """
+    dropped = share * jnp.arange(1, units + 1, dtype=float) / units
+    draw = jax.vmap(lambda key: jax.random.uniform(key, (units,), float))
+    return jnp.where(draw(draw_keys(keys, DEPTH)) < dropped, 0, 1 / (1 - dropped))
 
 
 def in_parts(

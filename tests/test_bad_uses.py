@@ -426,6 +426,17 @@ CASES = {
             "train.batch_size=64 cannot be shared equally by 8 devices in "
             "train.accumulate=48 parts each; choose a multiple of 384, as 384",
         ),
+        quickstart(
+            "stochastic depth",
+            "--train.stochastic-depth 1",
+            *("train.stochastic_depth=1.0", "in [0, 1)"),
+        ),
+        quickstart(
+            "stochastic depth of nothing",
+            "--train.stochastic-depth 0.2 --train.learn classifier",
+            "train.stochastic_depth=0.2 drops units that learn, and train.learn="
+            "'classifier' has none; leave it out",
+        ),
         quickstart("clip", "--train.clip 0", "train.clip=0.0", "or None"),
         quickstart("no epoch", "--train.epochs 0", "train.epochs=0", "1"),
         quickstart("epochs", "--train.epochs -1", "train.epochs=-1", "1"),

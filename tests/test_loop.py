@@ -464,7 +464,9 @@ def test_losses_do_not_depend_on_the_devices(fit, float64):
 
 def test_options_do_not_depend_on_the_devices_either(tmp_path, float64):
     """All that draws, mixes or takes parts of the global batch, together."""
-    config = configuration(epochs=1, batch_size=16, accumulate=2, clip=1.0)
+    config = configuration(
+        epochs=1, batch_size=16, accumulate=2, clip=1.0, stochastic_depth=0.5
+    )
     drawn = AugmentConfig(
         crop_padding=1,
         colour_jitter=0.4,

@@ -202,6 +202,7 @@ FIELDS = {
         ),
         "label_smoothing": SHARE,
         "ema": SHARE,
+        "stochastic_depth": SHARE,
         "sync_batch_norm": FLAG,
     },
     AugmentConfig: {

@@ -22,7 +22,7 @@ from flax_resnetv2 import (
     make_train_step,
     training,
 )
-from flax_resnetv2.augment import AugmentConfig, Batch
+from flax_resnetv2.augment import AugmentConfig, Batch, image_keys
 from tests import tiny
 
 PIXELS = AugmentConfig(crop_padding=1, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -512,6 +512,18 @@ def test_the_gradients_of_parts_add_up():
         new.batch_stats,
         stats,
     )
+
+
+def test_units_are_dropped_more_and_more_and_scaled_to_the_same_mean():
+    keys = image_keys(jax.random.key(0), jnp.int32(0), jnp.arange(4000))
+    keep = np.asarray(training.keep_factors(keys, units=5, share=0.5))
+    assert keep.shape == (4000, 5)
+    dropped = (keep == 0).mean(0)
+    np.testing.assert_allclose(dropped, [0.1, 0.2, 0.3, 0.4, 0.5], atol=0.03)
+    np.testing.assert_allclose(keep.max(0), 1 / (1 - np.arange(0.1, 0.6, 0.1)), 1e-5)
+    np.testing.assert_allclose(keep.mean(0), 1, atol=0.05)
+    # Of each image by itself.
+    assert abs(np.corrcoef((keep == 0).T)[0, 1:]).max() < 0.06
 
 
 def test_a_masked_row_gives_neither_loss_nor_gradient_nor_hit():
