@@ -37,6 +37,9 @@ class AugmentConfig:
     """Pad by so many pixels on each side, then crop to the old size; 0: no crop."""
     flip: bool = True
     """Mirror every second image, by chance."""
+    test_flip: bool = False
+    """Evaluate and predict by the mean logits of an image and its mirror image, at
+    twice the cost."""
     colour_jitter: Share = 0.0
     """Brightness, then contrast, then colour of the stored pixels times a factor from
     1 - colour_jitter to 1 + colour_jitter, by chance."""

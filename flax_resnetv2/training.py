@@ -485,9 +485,7 @@ def make_eval_step(
 
     def step(variables: dict[str, Any], batch: Batch) -> Metrics:
         images = normalise(batch.image, augmentation, model.execution.param_dtype)
-        logits, sown = model.apply(
-            variables, images, train=False, mutable=["intermediates"]
-        )
+        logits, sown = evaluated(model, variables, images, augmentation.test_flip)
         classes, dtype = logits.shape[-1], logits.dtype
         target = targets(batch.label, classes, 0.0, dtype)
         loss, correct = score(logits, target, batch)
@@ -511,6 +509,25 @@ def make_eval_step(
         return metrics if axis_name is None else lax.psum(metrics, axis_name)
 
     return step
+
+
+def evaluated(
+    model: "ResNetV2", variables: dict[str, Any], images: jax.Array, flip: bool
+) -> tuple[jax.Array, Any]:
+    """Logits [B, classes] of normalised images, and what the modules sow of them.
+
+    With ``flip`` the logits are the means of an image's and its mirror image's: the
+    geometric mean of the two distributions, made one again. That of their
+    probabilities would be as good a choice, but has no logits; this serves softmax,
+    sigmoid and whoever reads the logits alike.
+    """
+    logits, sown = model.apply(
+        variables, images, train=False, mutable=["intermediates"]
+    )
+    if flip:
+        mirrored = model.apply(variables, images[:, :, ::-1], train=False)
+        logits = (logits + mirrored) / 2
+    return logits, sown
 
 
 def targets(

@@ -209,6 +209,7 @@ FIELDS = {
         "resize": either(NONE, whole(1, 1024)),
         "crop_padding": whole(0, 32),
         "flip": FLAG,
+        "test_flip": FLAG,
         "colour_jitter": SHARE,
         "randaugment": whole(0, 14),
         "randaugment_magnitude": whole(0, 30),

@@ -14,6 +14,7 @@ from flax_resnetv2 import (
     BIT,
     KERAS,
     Execution,
+    Predictor,
     TrainConfig,
     UsageError,
     create_model,
@@ -314,6 +315,33 @@ def test_the_five_likeliest_of_many_classes_are_counted():
     assert int(metrics["correct_top5"]) == 5
     masked = batch._replace(label=jnp.asarray(label), mask=jnp.arange(16) >= 2)
     assert int(make_eval_step(model, PLAIN)(variables, masked)["correct_top5"]) == 3
+
+
+def test_a_mirror_image_has_half_a_say(model):
+    variables, batch = tiny.variables_of(model), batch_of(12)
+    images = (batch.image.astype(jnp.float32) / 255 - 0.5) / 0.25
+    logits = [
+        model.apply(variables, x, train=False) for x in (images, images[:, :, ::-1])
+    ]
+    # As a geometric mean of probabilities.
+    p = np.sqrt(np.prod([jax.nn.softmax(x) for x in logits], axis=0))
+    p /= p.sum(1, keepdims=True)
+    label = np.asarray(batch.label)
+    pixels = replace(PLAIN, test_flip=True)
+    metrics = jax.jit(make_eval_step(model, pixels))(variables, batch)
+    expected = -np.log(p[range(12), label]).sum()
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-4)
+    assert int(metrics["correct"]) == (p.argmax(1) == label).sum()
+    predictor = Predictor(model, variables, pixels, "abcd", tiny.SHAPE)
+    np.testing.assert_allclose(predictor(np.asarray(batch.image)), p, rtol=1e-4)
+    plain = jax.jit(make_eval_step(model, PLAIN))(variables, batch)
+    assert float(plain["loss"]) != pytest.approx(expected, rel=1e-4)
+    # The residuals reported are those of the image as it is.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4),
+        metrics["residual_ratio"],
+        plain["residual_ratio"],
+    )
 
 
 def test_padded_rows_count_for_nothing(model):
