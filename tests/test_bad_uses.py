@@ -437,6 +437,7 @@ CASES = {
             "train.stochastic_depth=0.2 drops units that learn, and train.learn="
             "'classifier' has none; leave it out",
         ),
+        quickstart("target", "--target-accuracy 94", "target_accuracy=94.0", "or None"),
         quickstart("clip", "--train.clip 0", "train.clip=0.0", "or None"),
         quickstart("no epoch", "--train.epochs 0", "train.epochs=0", "1"),
         quickstart("epochs", "--train.epochs -1", "train.epochs=-1", "1"),

@@ -232,6 +232,7 @@ FIELDS = {
         "seed": whole(0, 2**32 - 1),
         "log_every": POSITIVE,
         "evaluate_every": POSITIVE,
+        "target_accuracy": either(NONE, number(0, 1, without=(0,))),
         "checkpoint_every": POSITIVE,
         "checkpoint_steps": either(NONE, POSITIVE),
         "keep_checkpoints": POSITIVE,
