@@ -78,10 +78,13 @@ class TrainConfig:
     parameters and statistics stay as they came."""
     decay: Literal["kernels", "all"] = "kernels"
     """What decays: kernels only, or scales and biases too."""
-    schedule: Literal["steps", "cosine", "one_cycle", "linear", "constant"] = "steps"
+    schedule: Literal[
+        "steps", "cosine", "one_cycle", "linear", "constant", "exponential"
+    ] = "steps"
     """steps: a tenth during the warm-up, then / 10 at each of drops (He). cosine,
     linear, constant: up linearly during the warm-up, then to 0 along the curve.
-    one_cycle: up and down along cosines, the warm-up being the rising part."""
+    one_cycle: up and down along cosines, the warm-up being the rising part.
+    exponential: up from a millionth during the warm-up, as find-rate does it."""
     warmup_epochs: Annotated[float, Range(0, 1e6)] = 0.0
     """Length of the warm-up."""
     drops: tuple[float, ...] = (0.5, 0.75)
@@ -166,6 +169,11 @@ def make_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
 
         def schedule(step: jax.Array) -> jax.Array:
             return jnp.where(step < warmup, peak / 10, steps(step))
+
+    elif c.schedule == "exponential":
+
+        def schedule(step: jax.Array) -> jax.Array:
+            return peak * 1e-6 ** jnp.maximum(0.0, 1 - (step + 1) / max(warmup, 1))
 
     else:
         schedule = {

@@ -1041,7 +1041,7 @@ CASES = {
         ),
     ],
     "show and doctor": [
-        package("nothing", "", "{show, doctor}", box=True),
+        package("nothing", "", "{show, doctor, find-rate}", box=True),
         package("command", "paint", "paint", "show, doctor", box=True),
         package("no preset", "show", "as article-figure", box=True),
         package(
@@ -1077,6 +1077,22 @@ CASES = {
             *("--image-shape", "'32', '32'", "3"),
             box=True,
         ),
+        package("rate of nothing", "find-rate", *RECIPES, box=True),
+        package("rate of a recipe", "find-rate nope", "nope", *RECIPES, box=True),
+        package(
+            "steps of a rate",
+            "find-rate quickstart --steps 5",
+            *("steps=5 must be", "from 10"),
+        ),
+        package(
+            "highest rate", "find-rate quickstart --highest 0", "highest=0.0 must be"
+        ),
+        package(
+            "rates into a run",
+            "find-rate quickstart --workdir {run}",
+            *("holds a run, which find-rate leaves alone", "another --workdir"),
+        ),
+        package("nowhere for rates", "find-rate quickstart --workdir ''", "workdir=''"),
         package("doctor's recipe", "doctor nope", "nope", *RECIPES, box=True),
         package("doctor's flag", "doctor --nope 1", "--nope", box=True),
     ],

@@ -44,6 +44,7 @@ OURS = {
     "parallel": "augment config data model training weights",
     "loop": "checkpoint config data fields model parallel preflight process report "
     "rundir tracing training weights errors",
+    "find_rate": "config fields loop parallel rundir errors",
     "analysis": "model",
     "dialects": "model errors",
     "weights": "augment dialects fields model errors",
@@ -52,8 +53,8 @@ OURS = {
     "installed": "",
     "doctor": "config data decoded download embedded installed loop model preflight "
     "preparation process records rundir tracing training errors",
-    "cli": "config counting doctor drawing inference installed loop parallel presets "
-    "process rundir tracing errors",
+    "cli": "config counting doctor drawing find_rate inference installed loop parallel "
+    "presets process rundir tracing errors",
     "__main__": "cli doctor installed",
 }
 """What each module may import of ours, anywhere in it."""
@@ -80,6 +81,7 @@ THEIRS = {
     "tracing": "jax",
     "parallel": "jax numpy",
     "loop": "jax",
+    "find_rate": "jax matplotlib",
     "analysis": "jax flax",
     "dialects": "numpy",
     "weights": "jax flax numpy h5py safetensors",

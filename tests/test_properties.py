@@ -192,7 +192,9 @@ FIELDS = {
         "clip": either(NONE, number(0, 1e6, without=(0,))),
         "learn": word("all", "classifier"),
         "decay": word("kernels", "all"),
-        "schedule": word("steps", "cosine", "one_cycle", "linear", "constant"),
+        "schedule": word(
+            "steps", "cosine", "one_cycle", "linear", "constant", "exponential"
+        ),
         # Of the 200 epochs of TrainConfig().
         "warmup_epochs": number(0, 200, without=(200,)),
         "drops": tuples(

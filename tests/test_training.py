@@ -70,6 +70,10 @@ def model():
         ({"schedule": "cosine", "warmup_epochs": 2}, {10: 0.5, 20: 1.0, 60: 0.5}),
         ({"schedule": "steps"}, {0: 1.0, 49: 1.0, 51: 0.1, 76: 0.01, 99: 0.01}),
         ({"schedule": "steps", "warmup_epochs": 1}, {0: 0.1, 9: 0.1, 10: 1.0}),
+        (
+            {"schedule": "exponential", "warmup_epochs": 2},
+            {9: 1e-3, 14: 10**-1.5, 19: 1.0, 60: 1.0},
+        ),
         ({"schedule": "one_cycle"}, {0: 0.04, 30: 1.0, 100: 4e-6}),
         ({"schedule": "one_cycle", "warmup_epochs": 2}, {0: 0.04, 20: 1.0}),
     ],
@@ -412,7 +416,7 @@ def test_a_warm_up_that_leaves_no_step_is_refused(schedule):
 
 
 @pytest.mark.parametrize(
-    "schedule", ["steps", "cosine", "one_cycle", "linear", "constant"]
+    "schedule", ["steps", "cosine", "one_cycle", "linear", "constant", "exponential"]
 )
 def test_a_strict_program_may_ask_for_the_rate(schedule):
     config = TrainConfig(epochs=10, schedule=schedule, warmup_epochs=1)
@@ -601,7 +605,7 @@ def test_step_number_and_seed_choose_the_crops_and_masked_labels_do_not_matter()
     ("field", "choices"),
     [
         ("optimizer", "'sgd', 'adamw', 'adam_l2', 'lars', 'muon'"),
-        ("schedule", "'steps', 'cosine', 'one_cycle', 'linear', 'constant'"),
+        ("schedule", "'steps', 'cosine', 'one_cycle', 'linear', 'constant', 'exp"),
         ("decay", "'kernels', 'all'"),
     ],
 )
