@@ -46,6 +46,9 @@ class AugmentConfig:
     test_crop: _Part = 1.0
     """Of streamed images: see of test images the central square of so much of the
     shorter side (0.875, 224 of 256, for ImageNet)."""
+    test_flip: bool = False
+    """Evaluate and predict by the mean logits of an image and its mirror image, at
+    twice the cost."""
     colour_jitter: Share = 0.0
     """Brightness, then contrast, then colour of the stored pixels times a factor from
     1 - colour_jitter to 1 + colour_jitter, by chance."""

@@ -1,5 +1,6 @@
 """The commands ``train.py RECIPE [--field value ...]``, ``predict.py RUN IMAGE ...``,
-``python -m flax_resnetv2 show PRESET``, ``python -m flax_resnetv2 doctor [RECIPE]``.
+``python -m flax_resnetv2 show PRESET``, ``python -m flax_resnetv2 doctor [RECIPE]``,
+``python -m flax_resnetv2 find-rate RECIPE``.
 
 Every flag is a field of ``Config`` and every help text its docstring. Exit codes: 0
 done, 2 bad use, 1 failed run, 75 stopped by a signal with all of it saved, 130 ended by
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,6 +23,19 @@ from flax_resnetv2 import process
 from flax_resnetv2.config import RECIPES, Config
 from flax_resnetv2.errors import RunError, Stopped, UsageError
 from flax_resnetv2.parallel import Executor
+
+
+@dataclass(frozen=True)
+class RateCommand(Config):
+    """Train while the learning rate rises, and say which to choose."""
+
+    workdir: str | None = None
+    """Directory for rates.jsonl and learning_rate.png, no run's; None: a new
+    runs/RECIPE-rate-N."""
+    steps: int = 100
+    """Steps over which the rate rises, from a millionth of the highest."""
+    highest: float = 10.0
+    """Where it ends."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +141,8 @@ def _check_processes(command: TrainCommand) -> bool:
 
 
 def _parse(
-    arguments: list[str], prog: str, description: str
-) -> tuple[str, Config, TrainCommand]:
+    arguments: list[str], prog: str, description: str, kind: type = TrainCommand
+) -> tuple[str, Config, Any]:
     """Read a recipe and what changes it: its name, the run, all that was said."""
     import tyro
 
@@ -137,7 +151,7 @@ def _parse(
         {
             name: (
                 recipe.description,
-                TrainCommand(**{n: getattr(recipe.config, n) for n in names}),
+                kind(**{n: getattr(recipe.config, n) for n in names}),
             )
             for name, recipe in RECIPES.items()
         },
@@ -186,12 +200,14 @@ def predict(arguments: Sequence[str] | None = None) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``python -m flax_resnetv2``: ``show`` or ``doctor``."""
+    """Run ``python -m flax_resnetv2``: ``show``, ``doctor`` or ``find-rate``."""
     import tyro
 
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["doctor"]:
         return _doctor(arguments[1:])
+    if arguments[:1] == ["find-rate"]:
+        return _find_rate(arguments[1:])
 
     def show(
         preset: tyro.conf.Positional[str],
@@ -241,7 +257,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         It takes what train.py takes: doctor [RECIPE] [--field value ...].
         """
 
-    commands = {"show": show, "doctor": doctor}
+    def find_rate() -> None:
+        """Say which learning rate to choose, by training while it rises.
+
+        It takes what train.py takes: find-rate RECIPE [--field value ...].
+        """
+
+    commands = {"show": show, "doctor": doctor, "find-rate": find_rate}
     return _guarded(
         lambda: tyro.extras.subcommand_cli_from_dict(
             commands, prog="python -m flax_resnetv2", args=arguments
@@ -271,6 +293,32 @@ def _doctor(arguments: list[str]) -> int:
             command.profile,
         )
     )
+
+
+def _find_rate(arguments: list[str]) -> int:
+    """Run ``python -m flax_resnetv2 find-rate``: print a learning rate."""
+    recipe, config, command = _parse(
+        arguments,
+        prog="python -m flax_resnetv2 find-rate",
+        description="Train by a recipe while the learning rate rises.",
+        kind=RateCommand,
+    )
+
+    def work() -> None:
+        from flax_resnetv2.find_rate import find_rate
+        from flax_resnetv2.rundir import new_workdir
+
+        process.tune()
+        chosen = command.workdir
+        if chosen == "":
+            raise UsageError("workdir='' names no directory; give --workdir DIR")
+        with nullcontext(chosen) if chosen else new_workdir(f"{recipe}-rate") as place:
+            rate = find_rate(
+                config, place, steps=command.steps, highest=command.highest
+            )
+        print(f"--train.learning-rate {rate:.2g}; drawn in {place}/learning_rate.png")
+
+    return _guarded(work)
 
 
 def _guarded(work: Callable[[], None]) -> int:

@@ -44,6 +44,10 @@ class Config:
     """Steps between two lines of training metrics."""
     evaluate_every: Count = 1
     """Epochs between two evaluations; the last epoch always has one."""
+    target_accuracy: Annotated[float, Range(0, 1, above=True)] | None = None
+    """End the run after the first evaluation that reaches this accuracy on the split
+    "validation", or, without one, on "test", whose accuracy is then selected by it;
+    None: train for all epochs."""
     checkpoint_every: Count = 1
     """Epochs between two checkpoints; the last epoch always has one."""
     checkpoint_steps: Count | None = None

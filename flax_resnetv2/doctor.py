@@ -240,7 +240,7 @@ def run(
         if config.data.stream:
             dataset = _on_disk(dataset)
         loop.check_weights(config, place)
-        loop.resolve(config, dataset)
+        loop.check_fits(config, dataset)
         steps = dataset.splits["train"].images // train.batch_size
         # How far a run in workdir has come, only opening its checkpoints would say.
         tracing.check_steps(tracing.parse_steps(profile), 0, steps * train.epochs)

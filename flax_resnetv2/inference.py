@@ -19,7 +19,7 @@ from flax_resnetv2.fields import check_choice
 from flax_resnetv2.images import careful, read_image, square, stretched
 from flax_resnetv2.model import ResNetV2, create_model
 from flax_resnetv2.rundir import load_config, load_dataset_facts
-from flax_resnetv2.training import train_state_shapes
+from flax_resnetv2.training import evaluated, train_state_shapes
 
 
 class Predictor:
@@ -38,7 +38,7 @@ class Predictor:
 
         Args:
             model, variables: a classifier and its parameters and statistics.
-            normalisation: with ``mean`` and ``std``.
+            normalisation: with ``mean`` and ``std``, and perhaps ``test_flip``.
             class_names: one for each logit.
             image_shape: (height, width, channels) of the images it was trained on.
             square: these were the central squares of larger ones (``data.size``), so
@@ -142,4 +142,5 @@ def _probabilities(
     model: ResNetV2, normalisation: AugmentConfig, variables: Any, images: jax.Array
 ) -> jax.Array:
     images = normalise(images, normalisation, model.execution.param_dtype)
-    return jax.nn.softmax(model.apply(variables, images, train=False))
+    logits, _ = evaluated(model, variables, images, normalisation.test_flip)
+    return jax.nn.softmax(logits)

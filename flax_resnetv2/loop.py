@@ -53,7 +53,8 @@ def fit(
         executor: what maps a step over the devices, "pmap" or "jit".
 
     Returns:
-        The last evaluation on "test": ``loss``, ``accuracy``, ``count``.
+        The last evaluation on "test": ``loss``, ``accuracy``, ``count``, and
+        ``epochs_to`` where the run ended by ``config.target_accuracy``.
 
     Raises:
         UsageError: the configuration, the data set and the devices do not fit
@@ -130,7 +131,9 @@ def fit(
                 for text in [*said, needed.describe(batch, count, limit)]:
                     report.say(text)
                 training.go(kept, report, tracer, stop)
-                return report.last["test"]
+                if training.epochs_to is None:
+                    return report.last["test"]
+                return {**report.last["test"], "epochs_to": training.epochs_to}
 
 
 @contextlib.contextmanager
@@ -214,6 +217,8 @@ class _Training:
         """The same on the devices."""
         self._validation: dict[str, float] = notes["validation"]
         """Accuracy on that split by step (as JSON has it, a text)."""
+        self.epochs_to: float | None = None
+        """Set where the run ended by its target."""
 
     def go(
         self, checkpoints: Checkpointer, report: Reporter, tracer: Tracer, stop: Stop
@@ -227,7 +232,8 @@ class _Training:
             stopping = one_of_all(stop.asked is not None)
             if not stopping and self.due.evaluation(self.done):
                 stopping = not self._evaluate(checkpoints, report, stop)
-            if stopping or self.due.checkpoint(self.done):
+            ended = not stopping and self._at_target(report)
+            if stopping or ended or self.due.checkpoint(self.done):
                 self._save(checkpoints, report)
             if stopping:
                 checkpoints.wait()
@@ -236,7 +242,13 @@ class _Training:
                     f"{self.done:,} of {self.due.total:,}; all is saved, and the same "
                     "command goes on"
                 )
-            if self.done >= self.due.total:
+            if ended:
+                self.epochs_to = self.done / self.run.steps_per_epoch
+                report.say(
+                    f"target_accuracy={self.run.config.target_accuracy} is reached on "
+                    f"{self._decides!r}: the run ends; epochs_to {self.epochs_to:g}"
+                )
+            if ended or self.done >= self.due.total:
                 return
             self._step(report, tracer)
             stop.listen()
@@ -244,6 +256,25 @@ class _Training:
                 self._log(checkpoints, report)
             else:
                 report.progress(self.done)
+
+    @property
+    def _decides(self) -> str:
+        """The split whose accuracy may end the run."""
+        return "validation" if "validation" in self.run.dataset.splits else "test"
+
+    def _reaches(self, name: str, accuracy: float) -> bool:
+        target = self.run.config.target_accuracy
+        return target is not None and name == self._decides and accuracy >= target
+
+    def _at_target(self, report: Reporter) -> bool:
+        """Whether the evaluation after this step ends the run."""
+        if self.run.config.target_accuracy is None or not self.due.evaluation(
+            self.done
+        ):
+            return False
+        line = report.last.get(self._decides, {})
+        there = line.get("step") == self.done
+        return the_first_says(there and self._reaches(self._decides, line["accuracy"]))
 
     def _step(self, report: Reporter, tracer: Tracer) -> None:
         """One step, or as many as nothing is due between."""
@@ -314,12 +345,16 @@ class _Training:
             if not math.isfinite(sums["loss"]):
                 what = f"the {name} loss after step {self.done:,}"
                 raise _diverged(what, checkpoints)
-            ratios = sums.pop("residual_ratio")
+            ratios, more = sums.pop("residual_ratio"), {}
+            epochs = self.done / self.run.steps_per_epoch
+            if self._reaches(name, sums["correct"] / sums["count"]):
+                more["epochs_to"] = epochs
             line = report.evaluation(
                 name,
                 self.done,
-                self.done / self.run.steps_per_epoch,
+                epochs,
                 sums,
+                **more,
                 residual_ratio={
                     stack: [
                         float(units[f"unit{k}"] / sums["count"])
@@ -424,6 +459,19 @@ def fill_in(config: Config, data: Facts | Dataset) -> Config:
 def resolve(config: Config, dataset: Dataset) -> Config:
     """Fill in what only the data set knows, and check that the two fit."""
     config = fill_in(config, dataset)
+    check_fits(config, dataset)
+    if config.augment.mean is None:
+        if config.weights is not None:
+            known = weights.NORMALISATION
+            mean, std = known.mean, known.std
+        else:
+            mean, std = dataset.channel_statistics()
+        config = replace(config, augment=replace(config.augment, mean=mean, std=std))
+    return config
+
+
+def check_fits(config: Config, dataset: Dataset) -> None:
+    """Refuse a configuration for other data."""
     classes, asked = len(dataset.class_names), config.architecture.num_classes
     if classes != asked:
         raise UsageError(
@@ -442,14 +490,6 @@ def resolve(config: Config, dataset: Dataset) -> Config:
             f"train.batch_size={batch} is more than the {images} training images of "
             f"{dataset.name}; choose one from 1 to {images}"
         )
-    if config.augment.mean is None:
-        if config.weights is not None:
-            known = weights.NORMALISATION
-            mean, std = known.mean, known.std
-        else:
-            mean, std = dataset.channel_statistics()
-        config = replace(config, augment=replace(config.augment, mean=mean, std=std))
-    return config
 
 
 def check_devices(config: Config, count: int) -> None:

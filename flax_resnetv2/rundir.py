@@ -172,7 +172,7 @@ def _checksums(dataset: Dataset) -> dict[str, str]:
 
 MAY_CHANGE = {
     *("data.dir", "data.archive", "data.url", "data.accept_checksum", "data.workers"),
-    *("log_every", "evaluate_every", "train.eval_batch_size"),
+    *("log_every", "evaluate_every", "target_accuracy", "train.eval_batch_size"),
     *("checkpoint_every", "checkpoint_steps", "keep_checkpoints"),
 }
 """Fields of ``Config`` that decide no number that a run learns."""

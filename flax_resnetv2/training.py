@@ -21,6 +21,7 @@ from flax_resnetv2.augment import (
     AugmentConfig,
     Batch,
     augment,
+    draw_keys,
     image_keys,
     mix,
     normalise,
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from flax_resnetv2.model import ResNetV2
 
 Metrics = dict[str, Any]
+DEPTH = 6
+"""The use of an image's key for stochastic depth, beside those of its pixels."""
 TOP5_CLASSES = 100
 """From so many classes on, evaluation also counts images whose class is among the five
 likeliest."""
@@ -75,10 +78,13 @@ class TrainConfig:
     parameters and statistics stay as they came."""
     decay: Literal["kernels", "all"] = "kernels"
     """What decays: kernels only, or scales and biases too."""
-    schedule: Literal["steps", "cosine", "one_cycle", "linear", "constant"] = "steps"
+    schedule: Literal[
+        "steps", "cosine", "one_cycle", "linear", "constant", "exponential"
+    ] = "steps"
     """steps: a tenth during the warm-up, then / 10 at each of drops (He). cosine,
     linear, constant: up linearly during the warm-up, then to 0 along the curve.
-    one_cycle: up and down along cosines, the warm-up being the rising part."""
+    one_cycle: up and down along cosines, the warm-up being the rising part.
+    exponential: up from a millionth during the warm-up, as find-rate does it."""
     warmup_epochs: Annotated[float, Range(0, 1e6)] = 0.0
     """Length of the warm-up."""
     drops: tuple[float, ...] = (0.5, 0.75)
@@ -89,6 +95,9 @@ class TrainConfig:
     ema: Share = 0.0
     """Share kept by a moving average of parameters and statistics, which is then what
     is evaluated; 0: none."""
+    stochastic_depth: Share = 0.0
+    """Share of images for which the last unit's residual is dropped in training; it
+    rises linearly from the first unit on (Huang et al. 2016); 0: none."""
     sync_batch_norm: bool = True
     """Batch statistics over all devices, so that results do not depend on them."""
 
@@ -130,6 +139,11 @@ def check_train(config: TrainConfig) -> None:
             f"train.drops={shown(c.drops)} must be rising shares of the training "
             "between 0 and 1, as (0.5, 0.75)"
         )
+    if c.stochastic_depth and c.learn != "all":
+        raise UsageError(
+            f"train.stochastic_depth={c.stochastic_depth} drops units that learn, and "
+            f"train.learn={c.learn!r} has none; leave it out, or choose learn='all'"
+        )
 
 
 def make_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
@@ -155,6 +169,11 @@ def make_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
 
         def schedule(step: jax.Array) -> jax.Array:
             return jnp.where(step < warmup, peak / 10, steps(step))
+
+    elif c.schedule == "exponential":
+
+        def schedule(step: jax.Array) -> jax.Array:
+            return peak * 1e-6 ** jnp.maximum(0.0, 1 - (step + 1) / max(warmup, 1))
 
     else:
         schedule = {
@@ -353,7 +372,12 @@ def make_train_step(
             return stats, (gradient, loss, correct)
 
         def loss_of(
-            images: jax.Array, target: jax.Array, batch: Batch, stats: Any, params: Any
+            images: jax.Array,
+            target: jax.Array,
+            keep: jax.Array | None,
+            batch: Batch,
+            stats: Any,
+            params: Any,
         ) -> tuple[jax.Array, Any]:
             if train.learn == "classifier":
                 params = jax.tree.map(
@@ -364,6 +388,7 @@ def make_train_step(
                 {"params": params, "batch_stats": stats},
                 images,
                 train=train.learn == "all",
+                keep=keep,
                 mutable=["batch_stats"],
             )
             loss, correct = score(logits, target, batch)
@@ -373,7 +398,11 @@ def make_train_step(
                 updated.get("batch_stats", {}),
             )
 
-        whole = images, target, batch._replace(image=None)
+        keep = None
+        if train.stochastic_depth:
+            units = sum(len(stack.units) for stack in model.plan.stacks)
+            keep = keep_factors(keys, units, train.stochastic_depth)
+        whole = images, target, keep, batch._replace(image=None)
         stats, sums = in_parts(gradient_of, state.batch_stats, whole, train.accumulate)
         gradient, loss, correct = total(sums)
         if axis_name is not None:
@@ -398,6 +427,17 @@ def make_train_step(
         return new, metrics
 
     return step
+
+
+def keep_factors(keys: jax.Array, units: int, share: float) -> jax.Array:
+    """What multiplies each unit's residual for each image, [B, units].
+
+    Unit u of L is dropped (0) with the probability ``share * u / L``; else its residual
+    is scaled up, so that on average it is what it is in evaluation.
+    """
+    dropped = share * jnp.arange(1, units + 1, dtype=float) / units
+    draw = jax.vmap(lambda key: jax.random.uniform(key, (units,), float))
+    return jnp.where(draw(draw_keys(keys, DEPTH)) < dropped, 0, 1 / (1 - dropped))
 
 
 def in_parts(
@@ -453,9 +493,7 @@ def make_eval_step(
 
     def step(variables: dict[str, Any], batch: Batch) -> Metrics:
         images = normalise(batch.image, augmentation, model.execution.param_dtype)
-        logits, sown = model.apply(
-            variables, images, train=False, mutable=["intermediates"]
-        )
+        logits, sown = evaluated(model, variables, images, augmentation.test_flip)
         classes, dtype = logits.shape[-1], logits.dtype
         target = targets(batch.label, classes, 0.0, dtype)
         loss, correct = score(logits, target, batch)
@@ -479,6 +517,25 @@ def make_eval_step(
         return metrics if axis_name is None else lax.psum(metrics, axis_name)
 
     return step
+
+
+def evaluated(
+    model: "ResNetV2", variables: dict[str, Any], images: jax.Array, flip: bool
+) -> tuple[jax.Array, Any]:
+    """Logits [B, classes] of normalised images, and what the modules sow of them.
+
+    With ``flip`` the logits are the means of an image's and its mirror image's: the
+    geometric mean of the two distributions, made one again. That of their
+    probabilities would be as good a choice, but has no logits; this serves softmax,
+    sigmoid and whoever reads the logits alike.
+    """
+    logits, sown = model.apply(
+        variables, images, train=False, mutable=["intermediates"]
+    )
+    if flip:
+        mirrored = model.apply(variables, images[:, :, ::-1], train=False)
+        logits = (logits + mirrored) / 2
+    return logits, sown
 
 
 def targets(

@@ -457,6 +457,18 @@ CASES = {
             "train.batch_size=64 cannot be shared equally by 8 devices in "
             "train.accumulate=48 parts each; choose a multiple of 384, as 384",
         ),
+        quickstart(
+            "stochastic depth",
+            "--train.stochastic-depth 1",
+            *("train.stochastic_depth=1.0", "in [0, 1)"),
+        ),
+        quickstart(
+            "stochastic depth of nothing",
+            "--train.stochastic-depth 0.2 --train.learn classifier",
+            "train.stochastic_depth=0.2 drops units that learn, and train.learn="
+            "'classifier' has none; leave it out",
+        ),
+        quickstart("target", "--target-accuracy 94", "target_accuracy=94.0", "or None"),
         quickstart("clip", "--train.clip 0", "train.clip=0.0", "or None"),
         quickstart("no epoch", "--train.epochs 0", "train.epochs=0", "1"),
         quickstart("epochs", "--train.epochs -1", "train.epochs=-1", "1"),
@@ -1183,7 +1195,7 @@ CASES = {
         ),
     ],
     "show and doctor": [
-        package("nothing", "", "{show, doctor}", box=True),
+        package("nothing", "", "{show, doctor, find-rate}", box=True),
         package("command", "paint", "paint", "show, doctor", box=True),
         package("no preset", "show", "as article-figure", box=True),
         package(
@@ -1219,6 +1231,22 @@ CASES = {
             *("--image-shape", "'32', '32'", "3"),
             box=True,
         ),
+        package("rate of nothing", "find-rate", *RECIPES, box=True),
+        package("rate of a recipe", "find-rate nope", "nope", *RECIPES, box=True),
+        package(
+            "steps of a rate",
+            "find-rate quickstart --steps 5",
+            *("steps=5 must be", "from 10"),
+        ),
+        package(
+            "highest rate", "find-rate quickstart --highest 0", "highest=0.0 must be"
+        ),
+        package(
+            "rates into a run",
+            "find-rate quickstart --workdir {run}",
+            *("holds a run, which find-rate leaves alone", "another --workdir"),
+        ),
+        package("nowhere for rates", "find-rate quickstart --workdir ''", "workdir=''"),
         package("doctor's recipe", "doctor nope", "nope", *RECIPES, box=True),
         package("doctor's flag", "doctor --nope 1", "--nope", box=True),
     ],

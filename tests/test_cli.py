@@ -287,6 +287,7 @@ def test_both_commands_of_the_package_are_listed(capsys):
     said = flat(capsys.readouterr().out)
     assert "show Say what a net consists of" in said
     assert "doctor Say what train.py would find and do" in said
+    assert "find-rate Say which learning rate to choose" in said
 
 
 def test_layers_of_a_preset_are_listed(capsys):

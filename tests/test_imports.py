@@ -50,6 +50,7 @@ OURS = {
     "parallel": "augment config data model records streaming training weights",
     "loop": "catalog checkpoint config data fields model parallel preflight process "
     "report rundir tracing training weights errors",
+    "find_rate": "config fields loop parallel rundir errors",
     "analysis": "model",
     "dialects": "model errors",
     "weights": "augment dialects fields model errors",
@@ -58,8 +59,8 @@ OURS = {
     "installed": "",
     "doctor": "catalog config data decoded folder installed loop model preflight "
     "preparation process records rundir tracing training errors",
-    "cli": "config counting doctor drawing inference installed loop parallel presets "
-    "process rundir tracing errors",
+    "cli": "config counting doctor drawing find_rate inference installed loop parallel "
+    "presets process rundir tracing errors",
     "__main__": "cli doctor installed",
 }
 """What each module may import of ours, anywhere in it."""
@@ -90,6 +91,7 @@ THEIRS = {
     "tracing": "jax",
     "parallel": "jax numpy",
     "loop": "jax",
+    "find_rate": "jax matplotlib",
     "analysis": "jax flax",
     "dialects": "numpy",
     "weights": "jax flax numpy h5py safetensors",

@@ -441,6 +441,55 @@ def test_the_second_epoch_has_its_own_order_and_compiles_nothing(fit, monkeypatc
     assert asked == [(50, 8, 0, 0), (50, 8, 0, 1)]
 
 
+# Ending at a target
+
+REACHED = replace(
+    CONFIG, train=replace(CONFIG.train, epochs=8, learning_rate=0.1), log_every=6
+)
+
+
+@pytest.mark.parametrize("dataset", [VALIDATED, data()], ids=["validation", "test"])
+def test_a_run_ends_where_it_reaches_its_target(fit, tmp_path, capsys, dataset):
+    name = "validation" if "validation" in dataset.splits else "test"
+    accuracies = iter([0.1, 0.6, 0.9])
+
+    def evaluate(self, state, split, stop):
+        sums = {"loss": 1.0, "count": 100.0, "residual_ratio": {}}
+        return sums | {"correct": 100 * next(accuracies) if split == name else 100.0}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel.Run, "evaluate", evaluate)
+        config = replace(REACHED, target_accuracy=0.6)
+        result, lines, state = fit(config, dataset=dataset)
+        assert [x["accuracy"] for x in lines if x["split"] == name] == [0.1, 0.6]
+        assert [x.get("epochs_to") for x in lines if x["split"] == name] == [None, 2]
+        assert int(state.step[0]) == lines[-1]["step"] == 12
+        assert (result["split"], result["step"], result["epochs_to"]) == ("test", 12, 2)
+        saved = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
+        assert max(saved) == 12
+        assert f"is reached on '{name}': the run ends; epochs_to 2" in flat(capsys)
+        # Once more: it says so, and trains no further.
+        assert fit(config, dataset=dataset)[:2] == (result, lines)
+        assert "the run ends; epochs_to 2" in flat(capsys)
+        # A higher target goes on where it ended.
+        higher = replace(config, target_accuracy=0.9)
+        result, lines, _ = fit(higher, dataset=dataset)
+        assert (result["step"], result["epochs_to"]) == (18, 3)
+        assert "changed: target_accuracy: 0.6 -> 0.9" in flat(capsys)
+
+
+def test_a_target_that_is_not_reached_changes_nothing(fit, finished):
+    config = replace(CONFIG, target_accuracy=1.0)
+    result, lines, state = fit(config, dataset=VALIDATED)
+    assert untimed(lines) == untimed(finished[2])
+    assert "epochs_to" not in result
+    jax.tree.map(np.testing.assert_array_equal, state, finished[3])
+
+
+def flat(capsys):
+    return " ".join(capsys.readouterr().out.split())
+
+
 # The same on any number of devices
 
 
@@ -466,7 +515,9 @@ def test_losses_do_not_depend_on_the_devices(fit, float64):
 
 def test_options_do_not_depend_on_the_devices_either(tmp_path, float64):
     """All that draws, mixes or takes parts of the global batch, together."""
-    config = configuration(epochs=1, batch_size=16, accumulate=2, clip=1.0)
+    config = configuration(
+        epochs=1, batch_size=16, accumulate=2, clip=1.0, stochastic_depth=0.5
+    )
     drawn = AugmentConfig(
         crop_padding=1,
         colour_jitter=0.4,

@@ -192,7 +192,9 @@ FIELDS = {
         "clip": either(NONE, number(0, 1e6, without=(0,))),
         "learn": word("all", "classifier"),
         "decay": word("kernels", "all"),
-        "schedule": word("steps", "cosine", "one_cycle", "linear", "constant"),
+        "schedule": word(
+            "steps", "cosine", "one_cycle", "linear", "constant", "exponential"
+        ),
         # Of the 200 epochs of TrainConfig().
         "warmup_epochs": number(0, 200, without=(200,)),
         "drops": tuples(
@@ -202,12 +204,14 @@ FIELDS = {
         ),
         "label_smoothing": SHARE,
         "ema": SHARE,
+        "stochastic_depth": SHARE,
         "sync_batch_norm": FLAG,
     },
     AugmentConfig: {
         "resize": either(NONE, whole(1, 1024)),
         "crop_padding": whole(0, 32),
         "flip": FLAG,
+        "test_flip": FLAG,
         "colour_jitter": SHARE,
         "randaugment": whole(0, 14),
         "randaugment_magnitude": whole(0, 30),
@@ -231,6 +235,7 @@ FIELDS = {
         "seed": whole(0, 2**32 - 1),
         "log_every": POSITIVE,
         "evaluate_every": POSITIVE,
+        "target_accuracy": either(NONE, number(0, 1, without=(0,))),
         "checkpoint_every": POSITIVE,
         "checkpoint_steps": either(NONE, POSITIVE),
         "keep_checkpoints": POSITIVE,

@@ -14,6 +14,7 @@ from flax_resnetv2 import (
     BIT,
     KERAS,
     Execution,
+    Predictor,
     TrainConfig,
     UsageError,
     create_model,
@@ -22,7 +23,7 @@ from flax_resnetv2 import (
     make_train_step,
     training,
 )
-from flax_resnetv2.augment import AugmentConfig, Batch
+from flax_resnetv2.augment import AugmentConfig, Batch, image_keys
 from tests import tiny
 
 PIXELS = AugmentConfig(crop_padding=1, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -69,6 +70,10 @@ def model():
         ({"schedule": "cosine", "warmup_epochs": 2}, {10: 0.5, 20: 1.0, 60: 0.5}),
         ({"schedule": "steps"}, {0: 1.0, 49: 1.0, 51: 0.1, 76: 0.01, 99: 0.01}),
         ({"schedule": "steps", "warmup_epochs": 1}, {0: 0.1, 9: 0.1, 10: 1.0}),
+        (
+            {"schedule": "exponential", "warmup_epochs": 2},
+            {9: 1e-3, 14: 10**-1.5, 19: 1.0, 60: 1.0},
+        ),
         ({"schedule": "one_cycle"}, {0: 0.04, 30: 1.0, 100: 4e-6}),
         ({"schedule": "one_cycle", "warmup_epochs": 2}, {0: 0.04, 20: 1.0}),
     ],
@@ -316,6 +321,33 @@ def test_the_five_likeliest_of_many_classes_are_counted():
     assert int(make_eval_step(model, PLAIN)(variables, masked)["correct_top5"]) == 3
 
 
+def test_a_mirror_image_has_half_a_say(model):
+    variables, batch = tiny.variables_of(model), batch_of(12)
+    images = (batch.image.astype(jnp.float32) / 255 - 0.5) / 0.25
+    logits = [
+        model.apply(variables, x, train=False) for x in (images, images[:, :, ::-1])
+    ]
+    # As a geometric mean of probabilities.
+    p = np.sqrt(np.prod([jax.nn.softmax(x) for x in logits], axis=0))
+    p /= p.sum(1, keepdims=True)
+    label = np.asarray(batch.label)
+    pixels = replace(PLAIN, test_flip=True)
+    metrics = jax.jit(make_eval_step(model, pixels))(variables, batch)
+    expected = -np.log(p[range(12), label]).sum()
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-4)
+    assert int(metrics["correct"]) == (p.argmax(1) == label).sum()
+    predictor = Predictor(model, variables, pixels, "abcd", tiny.SHAPE)
+    np.testing.assert_allclose(predictor(np.asarray(batch.image)), p, rtol=1e-4)
+    plain = jax.jit(make_eval_step(model, PLAIN))(variables, batch)
+    assert float(plain["loss"]) != pytest.approx(expected, rel=1e-4)
+    # The residuals reported are those of the image as it is.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4),
+        metrics["residual_ratio"],
+        plain["residual_ratio"],
+    )
+
+
 def test_padded_rows_count_for_nothing(model):
     variables = tiny.variables_of(model)
     step = jax.jit(make_eval_step(model, PLAIN))
@@ -384,7 +416,7 @@ def test_a_warm_up_that_leaves_no_step_is_refused(schedule):
 
 
 @pytest.mark.parametrize(
-    "schedule", ["steps", "cosine", "one_cycle", "linear", "constant"]
+    "schedule", ["steps", "cosine", "one_cycle", "linear", "constant", "exponential"]
 )
 def test_a_strict_program_may_ask_for_the_rate(schedule):
     config = TrainConfig(epochs=10, schedule=schedule, warmup_epochs=1)
@@ -514,6 +546,18 @@ def test_the_gradients_of_parts_add_up():
     )
 
 
+def test_units_are_dropped_more_and_more_and_scaled_to_the_same_mean():
+    keys = image_keys(jax.random.key(0), jnp.int32(0), jnp.arange(4000))
+    keep = np.asarray(training.keep_factors(keys, units=5, share=0.5))
+    assert keep.shape == (4000, 5)
+    dropped = (keep == 0).mean(0)
+    np.testing.assert_allclose(dropped, [0.1, 0.2, 0.3, 0.4, 0.5], atol=0.03)
+    np.testing.assert_allclose(keep.max(0), 1 / (1 - np.arange(0.1, 0.6, 0.1)), 1e-5)
+    np.testing.assert_allclose(keep.mean(0), 1, atol=0.05)
+    # Of each image by itself.
+    assert abs(np.corrcoef((keep == 0).T)[0, 1:]).max() < 0.06
+
+
 def test_a_masked_row_gives_neither_loss_nor_gradient_nor_hit():
     batch = batch_of(6, padding=2)
     few = jax.tree.map(lambda x: x[:4], batch)
@@ -561,7 +605,7 @@ def test_step_number_and_seed_choose_the_crops_and_masked_labels_do_not_matter()
     ("field", "choices"),
     [
         ("optimizer", "'sgd', 'adamw', 'adam_l2', 'lars', 'muon'"),
-        ("schedule", "'steps', 'cosine', 'one_cycle', 'linear', 'constant'"),
+        ("schedule", "'steps', 'cosine', 'one_cycle', 'linear', 'constant', 'exp"),
         ("decay", "'kernels', 'all'"),
     ],
 )
