@@ -51,8 +51,10 @@ OURS = {
     "installed": "",
     "doctor": "config data decoded download embedded installed loop model preflight "
     "preparation process records rundir tracing training errors",
+    "comparison": "",
+    "sweep": "comparison config counting data fields planning process rundir errors",
     "cli": "config counting doctor drawing inference installed loop parallel presets "
-    "process rundir tracing errors",
+    "process rundir sweep tracing errors",
     "__main__": "cli doctor installed",
 }
 """What each module may import of ours, anywhere in it."""
@@ -83,6 +85,7 @@ THEIRS = {
     "weights": "jax flax numpy h5py safetensors",
     "inference": "jax numpy PIL",
     "doctor": "jax numpy",
+    "comparison": "matplotlib",
     "cli": "numpy tyro",
     "__main__": "tyro",
 }
