@@ -309,7 +309,8 @@ def _sweep(arguments: list[str]) -> int:
             report: Run nothing, but write sweep.md and sweep.png of what is done; of
                 the other words only --workdir counts.
         """
-        return Path(workdir), vary or ("",), seeds, report
+        varied = tuple(words.strip() for words in vary) or ("",)
+        return Path(workdir), varied, seeds, report
 
     joined = []
     for word in arguments:

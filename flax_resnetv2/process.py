@@ -201,7 +201,10 @@ def run_child(command: Sequence[str], log: Path, stop: Stop, keeps: int) -> int:
 
 
 def follow_parent() -> None:
-    """Have Linux send this process SIGTERM when the one that started it has died."""
+    """Have Linux send this process SIGTERM when the one that started it has died.
+
+    (Its thread that did; ``run_child`` is called in the main one.)
+    """
     if sys.platform.startswith("linux"):
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
