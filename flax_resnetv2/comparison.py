@@ -151,8 +151,9 @@ def to_markdown(
         ]
         text.append("")
     if places := sorted({_place(x) for x in lines if x["status"] == "done"}):
-        same = len(places) == 1
-        text += ["Run on:" if same else "Run on (times may not compare):", ""]
+        one = "Run on:"
+        several = "Run on, so that times and even results may not compare:"
+        text += [one if len(places) == 1 else several, ""]
         text += [f"- {place}" for place in places] + [""]
     return "\n".join(text)
 

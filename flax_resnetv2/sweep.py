@@ -40,7 +40,7 @@ _say = partial(print, flush=True)
 
 @dataclass(frozen=True)
 class Override:
-    """One column of the study: what it changes of the runs."""
+    """One of the things compared: what it changes of the runs."""
 
     words: str
     """As given, as "--train.epochs 3"; empty: nothing is changed."""
@@ -96,19 +96,19 @@ def plan_sweep(
             f"seeds={shown(tuple(seeds))} must be different numbers, at least one"
         )
     overrides: list[Override] = []
-    for said, its in varied:
+    for said, given in varied:
         try:
-            check_config(its)
-            shape = IMAGE_SHAPES.get(its.data.name)
-            plan(its.architecture, shape and its.augment.input_shape(shape))
+            check_config(given)
+            shape = IMAGE_SHAPES.get(given.data.name)
+            plan(given.architecture, shape and given.augment.input_shape(shape))
         except UsageError as error:
             raise UsageError(f"--vary {said!r}: {error}" if said else error) from error
-        if same := [o for o in overrides if not _learning(o.config, its)]:
+        if same := [o for o in overrides if not _learning(o.config, given)]:
             raise UsageError(
                 f"--vary {said!r} and --vary {same[0].words!r} learn the same; leave "
                 "one of them out"
             )
-        overrides.append(Override(said, its, _directory(said, overrides)))
+        overrides.append(Override(said, given, _directory(said, overrides)))
     return Sweep(tuple(words), config, tuple(overrides), tuple(seeds))
 
 
