@@ -94,6 +94,15 @@ def load_config(workdir: str | Path) -> Config:
         ) from error
 
 
+def load_environment(workdir: str | Path) -> list[dict[str, Any]]:
+    """Read ``environment.json`` of a run: commit, versions, devices of each start.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    return _load(Path(workdir) / "environment.json", list)
+
+
 def load_dataset_facts(workdir: str | Path) -> dict[str, Any]:
     """Read ``dataset.json`` of a run: name, class_names, image_shape, images.
 
@@ -217,8 +226,11 @@ def check_same(workdir: Path, config: Config) -> list[str]:
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
-    """Keep other processes out of a run's directory.
+def locked(workdir: Path) -> Iterator[int]:
+    """Keep other processes out of a run's directory, or a sweep's.
+
+    Yields:
+        The descriptor of the file whose lock does it.
 
     Raises:
         UsageError: one is in it.
@@ -240,7 +252,7 @@ def locked(workdir: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n")
             file.flush()
-        yield
+        yield file.fileno()
 
 
 def write_records(
@@ -272,11 +284,11 @@ def write_records(
             write_whole(path, text)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all."""
     new = path.with_name(f"{path.name}.part")
-    with new.open("w") as file:
-        file.write(text)
+    with new.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())  # or a crash of the machine could leave it empty
     os.replace(new, path)

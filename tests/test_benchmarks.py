@@ -8,15 +8,16 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cpu, gpu, operations, peers, startup
+from benchmarks import cpu, gpu, operations, peers, startup, together
 from benchmarks.measure import append, interleaved, summary
-from flax_resnetv2 import ARTICLE, HE2016, PRESETS, Architecture
+from flax_resnetv2 import ARTICLE, HE2016, PRESETS, Architecture, Execution
 from tests import tiny
 
 SIZE = (9, 9, 3)
@@ -259,6 +260,25 @@ def test_the_table_of_starts_takes_the_last_cold_and_the_median_warm_one():
         ["cold", "9.0"],
         ["warm", "4.0"],
     ]
+
+
+def test_seeds_in_one_program_are_the_seeds_one_by_one(float64):
+    config = replace(
+        tiny.config(ema=0.9),
+        architecture=tiny.SMALL,
+        execution=Execution(dtype="float64"),
+    )
+    step, states, batches = together.prepare(config, tiny.SHAPE, range(2))
+    alone, joined = jax.jit(step), jax.jit(jax.vmap(step))
+    stacked, seeds = together.stack(states), jnp.arange(2)
+    for _ in range(2):
+        stacked, _ = joined(seeds, stacked, together.stack(batches))
+        rows = zip(seeds, states, batches, strict=True)
+        states = [alone(*row)[0] for row in rows]
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=0, atol=1e-10),
+        *(stacked, together.stack(states)),
+    )
 
 
 def test_neither_torch_nor_keras_nor_the_command_line_is_loaded():

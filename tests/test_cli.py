@@ -281,13 +281,14 @@ def test_a_preset_is_described_and_drawn(tmp_path, capsys):
     assert drawing.read_text().startswith("<svg")
 
 
-def test_both_commands_of_the_package_are_listed(capsys):
+def test_the_commands_of_the_package_are_listed(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
     said = flat(capsys.readouterr().out)
     assert "show Say what a net consists of" in said
     assert "doctor Say what train.py would find and do" in said
     assert "find-rate Say which learning rate to choose" in said
+    assert "sweep Train a recipe under each override and seed, and compare" in said
 
 
 def test_layers_of_a_preset_are_listed(capsys):

@@ -59,8 +59,10 @@ OURS = {
     "installed": "",
     "doctor": "catalog config data decoded folder installed loop model preflight "
     "preparation process records rundir tracing training errors",
+    "comparison": "",
+    "sweep": "comparison config counting data fields planning process rundir errors",
     "cli": "config counting doctor drawing find_rate inference installed loop parallel "
-    "presets process rundir tracing errors",
+    "presets process rundir sweep tracing errors",
     "__main__": "cli doctor installed",
 }
 """What each module may import of ours, anywhere in it."""
@@ -97,6 +99,7 @@ THEIRS = {
     "weights": "jax flax numpy h5py safetensors",
     "inference": "jax numpy",
     "doctor": "jax numpy",
+    "comparison": "matplotlib",
     "cli": "numpy tyro",
     "__main__": "tyro",
 }
