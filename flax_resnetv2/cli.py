@@ -202,7 +202,7 @@ def predict(arguments: Sequence[str] | None = None) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``python -m flax_resnetv2``: ``show``, ``doctor``, ``find-rate``, ``sweep``."""
+    """Run ``python -m flax_resnetv2``: show, doctor, find-rate or sweep."""
     import tyro
 
     arguments = sys.argv[1:] if arguments is None else list(arguments)
