@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax_resnetv2 import process, rundir, weights
 from flax_resnetv2.catalog import Facts
 from flax_resnetv2.checkpoint import Checkpointer, best_step
-from flax_resnetv2.config import Config, check_config
+from flax_resnetv2.config import Config, check_config, check_shape
 from flax_resnetv2.data import Dataset, describe, open_dataset
 from flax_resnetv2.errors import RunError, Stopped, UsageError
 from flax_resnetv2.fields import check_choice
@@ -362,6 +362,7 @@ def agree(config: Config, workdir: Path, devices: int) -> tuple[Config, Dataset]
     # Planned before anything is read, so that a mistake costs no waiting.
     facts = describe(config.data)
     config = fill_in(config, facts)
+    check_shape(config, facts.image_shape)
     count = sum(facts.images.values())
     check_images(config.data.name, count, facts.size, jax.local_devices()[0])
     shape = config.augment.input_shape(facts.image_shape)

@@ -96,7 +96,7 @@ def load_config(workdir: str | Path) -> Config:
 
 
 def load_dataset_facts(workdir: str | Path) -> dict[str, Any]:
-    """Read ``dataset.json`` of a run: name, class_names, image_shape, images.
+    """Read ``dataset.json`` of a run: name, class_names, image_shape, images, ...
 
     Raises:
         UsageError: the run has none.
@@ -249,6 +249,7 @@ def write_records(
         "name": dataset.name,
         "image_shape": dataset.image_shape,
         "class_names": dataset.class_names,
+        "multi_label": dataset.multi_label,
         "images": {name: len(s.label) for name, s in dataset.splits.items()},
         "checksums": _checksums(dataset),
     }
