@@ -20,8 +20,6 @@ class Facts:
     """In the order of the logits."""
     images: dict[str, int]
     """How many of the splits "train" and "test"."""
-    multi_label: bool = False
-    """Each class is there or not, whatever the others."""
     notes: tuple[str, ...] = ()
     """What a person may not expect of it."""
 
@@ -104,6 +102,16 @@ _CIFAR100 = {
 }
 """In the order of the two bytes before an image."""
 
+_ATTRIBUTES = """
+    5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips
+    Big_Nose Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin
+    Eyeglasses Goatee Gray_Hair Heavy_Makeup High_Cheekbones Male Mouth_Slightly_Open
+    Mustache Narrow_Eyes No_Beard Oval_Face Pale_Skin Pointy_Nose Receding_Hairline
+    Rosy_Cheeks Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat
+    Wearing_Lipstick Wearing_Necklace Wearing_Necktie Young
+"""
+"""Of CelebA, in the order of the alphabet, which is its makers', too."""
+
 DATASETS: dict[str, Known] = {
     "cifar10": _cifar(
         "CIFAR-10",
@@ -120,6 +128,15 @@ DATASETS: dict[str, Known] = {
         "fashion_mnist",
         *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
         *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    ),
+    "celeba": Known(
+        "CelebA",
+        "celeb_a",
+        (218, 178, 3),
+        {"train": 162_770, "test": 19_962},
+        {"attributes": tuple(_ATTRIBUTES.split())},
+        label="attributes",
+        source="tfds",
     ),
     embedded.NAME: Known(
         "the embedded shapes",

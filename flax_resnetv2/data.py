@@ -6,6 +6,7 @@ a batch inside the compiled step. Or its images stay on disk (see ``streaming``)
 """
 
 import os
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +17,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_resnetv2.augment import Batch
-from flax_resnetv2.catalog import DATASETS, Facts, Known
+from flax_resnetv2.catalog import DATASETS, Facts
 from flax_resnetv2.decoded import Decoded, read_dataset
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.fields import Range, shown
 from flax_resnetv2.folder import Files, list_folder, read_folder
 from flax_resnetv2.images import square
 from flax_resnetv2.process import user_cache
-from flax_resnetv2.records import Records, find_prepared, label_of, parts
+from flax_resnetv2.records import (
+    USUAL_LABELS,
+    Records,
+    find_prepared,
+    image_shape_of,
+    label_of,
+    notes,
+    parts,
+)
 
 STATISTICS_OF = 4096
 """Images on disk from which the statistics of channels are taken."""
+PREPARED = [n for n, known in DATASETS.items() if known.source in ("archive", "files")]
+"""What is prepared here from official files."""
 PADDING = -1
 """In an order: a place of the batch that holds no image."""
 
@@ -36,9 +47,10 @@ class DataConfig:
     """Which images, and where they are."""
 
     name: str = "cifar10"
-    """cifar10, cifar100, cifar100_coarse (its 20 classes), mnist, fashion_mnist, or
-    embedded_shapes, which the project draws itself; or folder:PATH, of a folder in
-    which every sub-folder is a class."""
+    """cifar10, cifar100, cifar100_coarse (its 20 classes), mnist, fashion_mnist,
+    celeba, or embedded_shapes, which the project draws itself; folder:PATH, of a folder
+    in which every sub-folder is a class; or another that TFDS prepared, by its name
+    there."""
     dir: str | None = None
     """Directory of TFDS data sets. None: TFDS_DATA_DIR, then TFDS's own default; for
     embedded_shapes the user's cache directory."""
@@ -83,6 +95,11 @@ class Split(NamedTuple):
         """(height, width, channels)."""
         return self.image.shape[1:]
 
+    @property
+    def multi_label(self) -> bool:
+        """Whether labels are of the second kind."""
+        return self.label.ndim == 2
+
     def take(self, first: int, images: int) -> "Split":
         """Some of them."""
         last = first + images
@@ -101,6 +118,11 @@ class Dataset:
     class_names: tuple[str, ...]
     splits: dict[str, Split] | dict[str, Records] | dict[str, Files]
     """Of images in memory, or of images that stay on disk."""
+
+    @property
+    def multi_label(self) -> bool:
+        """Each class is there or not, whatever the others."""
+        return self.splits["train"].multi_label
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -150,16 +172,57 @@ def describe(config: DataConfig) -> Facts:
     """
     if (path := folder_of(config)) is not None:
         return list_folder(path).facts(_side(config))
-    known = _known(config)
-    return Facts(known_shape(config), known.class_names, known.images)
+    if (known := DATASETS.get(config.name)) is not None:
+        return Facts(known_shape(config), known.class_names, known.images)
+    directory = find(config)
+    height, width, channels = image_shape_of(directory)
+    if config.size is not None or None in (height, width):
+        height = width = _side(config)
+    return Facts(
+        (height, width, channels),
+        label_of(directory).names,
+        {split: len(part.places) for split, part in parts(directory).items()},
+        notes(directory),
+    )
 
 
-def known_shape(config: DataConfig) -> tuple[int, int, int]:
-    """(height, width, channels) of the images, as far as nothing needs to be opened."""
+def known_shape(config: DataConfig) -> tuple[int, int, int] | None:
+    """(height, width, channels) of the images; None: only ``describe`` knows.
+
+    Raises:
+        UsageError: the name is none, or needs a ``size``.
+    """
     if folder_of(config) is not None:
         return (_side(config), _side(config), 3)
-    shape = _known(config).image_shape
-    return shape if config.size is None else (config.size, config.size, shape[2])
+    if (known := DATASETS.get(config.name)) is not None:
+        side, channels = config.size, known.image_shape[2]
+        return known.image_shape if side is None else (side, side, channels)
+    if not re.fullmatch(r"[a-z]\w*(/[\w.+-]*\w)?", config.name, re.ASCII):
+        raise UsageError(
+            f"data.name={shown(config.name)} is no name of a data set; choose one of "
+            f"{', '.join(DATASETS)}, folder:PATH, or one that TFDS prepared"
+        )
+    return None
+
+
+def find(config: DataConfig) -> Path | None:
+    """Find where the data set is prepared; None: a run prepares it first.
+
+    Raises:
+        UsageError: only TFDS itself can prepare it, or what is there is broken.
+    """
+    known, root = DATASETS.get(config.name), data_dir(config)
+    stored = config.name if known is None else known.stored
+    directory = find_prepared(stored, root)
+    if directory is None and (known is None or known.source == "tfds"):
+        raise UsageError(
+            f"data.name={config.name} is none of {', '.join(PREPARED)} and folder:PATH,"
+            f" and not prepared in {root}; TFDS prepares it once, with TensorFlow, in "
+            "an environment of its own: python -m venv tf && tf/bin/pip install "
+            "tensorflow-datasets tensorflow array_record && tf/bin/tfds build "
+            f"{stored} --file_format=array_record --data_dir={root}"
+        )
+    return directory
 
 
 def folder_of(config: DataConfig) -> str | None:
@@ -196,13 +259,13 @@ def open_dataset(config: DataConfig) -> Dataset:
             splits = {k: Files(files, shape) for k, files in folder.files.items()}
             return _dataset(config, splits, folder.class_names)
         return _dataset(config, *_placed(read_folder(folder, side)))
-    known, root = _known(config), data_dir(config)
-    directory = find_prepared(known.stored, root)
+    directory = find(config)
     if directory is not None and given:
         print(f"{directory} is prepared already and used; not used: {given}")
     if directory is None:
         from flax_resnetv2 import preparation
 
+        known, root = DATASETS[config.name], data_dir(config)
         if known.source == "drawn":
             preparation.prepare_embedded(root)
         else:
@@ -213,7 +276,9 @@ def open_dataset(config: DataConfig) -> Dataset:
                 url=config.url,
                 accept_checksum=config.accept_checksum,
             )
-        directory = find_prepared(known.stored, root)
+        directory = find(config)
+    for note in describe(config).notes:
+        print(f"{config.name}: {note}")
     if config.stream:
         return _on_disk(config, directory)
     decoded = read_dataset(directory, label_feature(config), config.size)
@@ -247,18 +312,9 @@ def _on_disk(config: DataConfig, directory: Path) -> Dataset:
 
 
 def label_feature(config: DataConfig) -> str | None:
-    """The feature of a record to learn; None: the one that every data set has."""
-    label = _known(config).label
-    return None if label == "label" else label
-
-
-def _known(config: DataConfig) -> Known:
-    if config.name not in DATASETS:
-        raise UsageError(
-            f"data.name={shown(config.name)} is unknown; choose one of "
-            f"{', '.join(DATASETS)}, or folder:PATH"
-        )
-    return DATASETS[config.name]
+    """The feature of a record to learn; None: the usual one."""
+    known = DATASETS.get(config.name)
+    return None if known is None or known.label in USUAL_LABELS else known.label
 
 
 def hold_out(splits: dict[str, Any], config: DataConfig) -> dict[str, Any]:
@@ -346,12 +402,10 @@ def _sources(config: DataConfig) -> str:
         raise UsageError(f"{' and '.join(given)} are two sources; give one of them")
     if config.accept_checksum:
         given.append("data.accept_checksum")
-    what = "is read as it is"
-    if folder_of(config) is None:
-        what = "is drawn" if _known(config).source == "drawn" else None
-    if given and what:
+    if given and config.name not in PREPARED:
+        how = "drawn" if config.name in DATASETS else "read as it is"
         raise UsageError(
-            f"{' and '.join(given)}: {config.name} {what} and has no archive; leave "
+            f"{' and '.join(given)}: {config.name} is {how} and has no archive; leave "
             "it out, or choose --data.name cifar10"
         )
     return " and ".join(given)

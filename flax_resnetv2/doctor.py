@@ -18,13 +18,14 @@ import numpy as np
 
 from flax_resnetv2 import loop, preparation, process, rundir, tracing
 from flax_resnetv2.catalog import DATASETS
-from flax_resnetv2.config import Config, check_config
+from flax_resnetv2.config import Config, check_config, check_shape
 from flax_resnetv2.data import (
     DataConfig,
     Dataset,
     Split,
     data_dir,
     describe,
+    find,
     folder_of,
     hold_out,
     label_feature,
@@ -46,7 +47,6 @@ from flax_resnetv2.records import (
     Label,
     Part,
     Records,
-    find_prepared,
     label_of,
     parts,
     split_sizes,
@@ -173,17 +173,20 @@ def data(config: DataConfig) -> Iterator[Finding]:
     if (path := folder_of(config)) is not None:
         yield from _folder(list_folder(path), config)
         return
-    root, known = data_dir(config), DATASETS[config.name]
-    if directory := find_prepared(known.stored, root):
+    root = data_dir(config)
+    if directory := find(config):
         sizes = split_sizes(directory).items()
         counts = ", ".join(f"{count:,} {split}" for split, count in sizes)
         yield Finding("ok", "data", f"{directory}: array_record; images: {counts}")
+        for note in describe(config).notes:
+            yield Finding("note", "data", note)
         if kept := find_decoded(directory, label_feature(config), config.size):
             text = f"decoded images are kept in {kept}"
             yield Finding("ok", "data", f"{text}: {amount(kept.stat().st_size, 'B')}")
         else:
             yield Finding("note", "data", "the images will be decoded, once")
         return
+    known = DATASETS[config.name]
     # The records are no larger than the pixels, and these are kept decoded, too.
     size = 2 * size_of(_stand_in(config).splits)
     source = "draws it"
@@ -231,6 +234,7 @@ def run(
         dataset = _stand_in(config.data)
         facts = describe(config.data)
         config = loop.fill_in(config, facts)
+        check_shape(config, facts.image_shape)
         shape = config.augment.input_shape(dataset.image_shape)
         model = create_model(config.architecture, config.execution, shape)
         loop.check_devices(config, len(devices))
@@ -309,10 +313,8 @@ def _on_disk(dataset: Dataset) -> Dataset:
 def _stand_in(config: DataConfig) -> Dataset:
     """The data set as to sizes and classes: its arrays are views of one number."""
     facts = describe(config)
-    sizes, names, stored = facts.images, facts.class_names, None
-    if folder_of(config) is None:
-        stored = DATASETS[config.name].stored
-    if stored and (directory := find_prepared(stored, data_dir(config))):
+    sizes, names = facts.images, facts.class_names
+    if folder_of(config) is None and (directory := find(config)):
         sizes = {split: len(part.places) for split, part in parts(directory).items()}
         names = label_of(directory, label_feature(config)).names
     shape = facts.image_shape

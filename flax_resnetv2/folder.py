@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -58,6 +59,7 @@ class Files:
     """Path and class."""
     image_shape: tuple[int, int, int]
     """(height, width, channels) of what is made of them: a square."""
+    multi_label: Literal[False] = False
 
     @property
     def images(self) -> int:

@@ -33,6 +33,7 @@ class Predictor:
         class_names: Sequence[str],
         image_shape: tuple[int, int, int],
         square: bool = False,
+        multi_label: bool = False,
     ) -> None:
         """Take a net apart from any run.
 
@@ -43,12 +44,16 @@ class Predictor:
             image_shape: (height, width, channels) of the images it was trained on.
             square: these were the central squares of larger ones (``data.size``), so
                 ``load`` cuts the same out; else it scales an image as a whole.
+            multi_label: each class is there or not, whatever the others: a sigmoid
+                gives the probabilities, not the softmax of all.
         """
         self.class_names = tuple(class_names)
         self.image_shape = image_shape
         self._square = square
         self._variables = variables
-        self._apply = jax.jit(partial(_probabilities, model, normalisation))
+        self._apply = jax.jit(
+            partial(_probabilities, model, normalisation, multi_label)
+        )
 
     @classmethod
     def from_run(
@@ -107,7 +112,9 @@ class Predictor:
             config.augment,
             names,
             image_shape,
-            config.data.size is not None,
+            square=config.data.size is not None,
+            # Runs of earlier versions have one class for each image.
+            multi_label=facts.get("multi_label", False),
         )
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -139,8 +146,12 @@ class Predictor:
 
 
 def _probabilities(
-    model: ResNetV2, normalisation: AugmentConfig, variables: Any, images: jax.Array
+    model: ResNetV2,
+    normalisation: AugmentConfig,
+    multi_label: bool,
+    variables: Any,
+    images: jax.Array,
 ) -> jax.Array:
     images = normalise(images, normalisation, model.execution.param_dtype)
     logits, _ = evaluated(model, variables, images, normalisation.test_flip)
-    return jax.nn.softmax(logits)
+    return jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)

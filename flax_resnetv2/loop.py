@@ -14,7 +14,7 @@ import jax
 from flax_resnetv2 import process, rundir, weights
 from flax_resnetv2.catalog import Facts
 from flax_resnetv2.checkpoint import Checkpointer, best_step
-from flax_resnetv2.config import Config, check_config
+from flax_resnetv2.config import Config, check_config, check_shape
 from flax_resnetv2.data import Dataset, describe, open_dataset
 from flax_resnetv2.errors import RunError, Stopped, UsageError
 from flax_resnetv2.fields import check_choice
@@ -402,6 +402,7 @@ def agree(
     # Planned before anything is read, so that a mistake costs no waiting.
     facts = describe(config.data)
     config = fill_in(config, facts)
+    check_shape(config, facts.image_shape)
     shape = config.augment.input_shape(facts.image_shape)
     create_model(config.architecture, config.execution, shape)
     check_devices(config, devices)

@@ -16,6 +16,8 @@ import numpy as np
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.images import Fit, careful, read_image, read_squares
 
+USUAL_LABELS = ("label", "attributes")
+"""Features that are learned, the first that is there."""
 TENTH = 10
 """One image of so many is tested on, where a data set does not say which."""
 _AT_ONCE = 1024
@@ -96,6 +98,14 @@ def parts(directory: Path) -> dict[str, Part]:
     }
 
 
+def notes(directory: Path) -> tuple[str, ...]:
+    """Say what a person may not expect of the splits."""
+    tested = parts(directory)["test"].split
+    if tested == "train":
+        return ("every tenth record is tested on, as there is no split but train",)
+    return () if tested == "test" else (f"the split {tested} is tested on",)
+
+
 class Label(NamedTuple):
     """What a record says that the net learns."""
 
@@ -107,7 +117,7 @@ class Label(NamedTuple):
 
 
 def label_of(directory: Path, feature: str | None = None) -> Label:
-    """Describe a feature of a data set; None: "label", or else "attributes".
+    """Describe a feature of a data set; None: the first of ``USUAL_LABELS``.
 
     Raises:
         UsageError: it does not exist, or is no label of this kind.
@@ -116,7 +126,7 @@ def label_of(directory: Path, feature: str | None = None) -> Label:
     with reading(directory):
         features = dict(builder.info.features.items())
         if feature is None:
-            feature = "label" if "label" in features else "attributes"
+            feature = next((f for f in USUAL_LABELS if f in features), None)
         found = features.get(feature)
         if hasattr(found, "num_classes"):
             return Label(feature, tuple(found.names), multi=False)
@@ -225,6 +235,11 @@ class Records:
     def images(self) -> int:
         """How many."""
         return len(self.part.places)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a label says of each class whether it is there."""
+        return self.label.multi
 
     def take(self, first: int, images: int) -> "Records":
         """Some of them."""

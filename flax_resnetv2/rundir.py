@@ -104,7 +104,7 @@ def load_environment(workdir: str | Path) -> list[dict[str, Any]]:
 
 
 def load_dataset_facts(workdir: str | Path) -> dict[str, Any]:
-    """Read ``dataset.json`` of a run: name, class_names, image_shape, images.
+    """Read ``dataset.json`` of a run: name, class_names, image_shape, images, ...
 
     Raises:
         UsageError: the run has none.
@@ -267,6 +267,7 @@ def write_records(
         "name": dataset.name,
         "image_shape": dataset.image_shape,
         "class_names": dataset.class_names,
+        "multi_label": dataset.multi_label,
         "images": {name: s.images for name, s in dataset.splits.items()},
         "checksums": _checksums(dataset),
     }

@@ -23,7 +23,7 @@ from typing import Any
 from flax_resnetv2 import comparison, rundir
 from flax_resnetv2.config import Config, check_config, differences, from_json, to_json
 from flax_resnetv2.counting import layer_table
-from flax_resnetv2.data import IMAGE_SHAPES
+from flax_resnetv2.data import known_shape
 from flax_resnetv2.errors import RunError, Stopped, UsageError
 from flax_resnetv2.fields import check, hints_of, shown
 from flax_resnetv2.planning import plan
@@ -99,7 +99,7 @@ def plan_sweep(
     for said, given in varied:
         try:
             check_config(given)
-            shape = IMAGE_SHAPES.get(given.data.name)
+            shape = known_shape(given.data)
             plan(given.architecture, shape and given.augment.input_shape(shape))
         except UsageError as error:
             raise UsageError(f"--vary {said!r}: {error}" if said else error) from error

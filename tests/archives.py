@@ -8,8 +8,11 @@ import tarfile
 import time
 
 import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
 
 from flax_resnetv2 import preparation
+from flax_resnetv2.catalog import DATASETS
 from flax_resnetv2.records import find_prepared
 
 BATCHES = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]
@@ -147,6 +150,73 @@ def prepare(root, name="cifar10", **where):
     root.mkdir(exist_ok=True)
     preparation.prepare(name, root, accept_checksum=True, **where)
     return find_prepared(name, root)
+
+
+def write_tfds(root, name, version, features, splits):
+    """Have TFDS write records of any kind, as array_record."""
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        """Given records."""
+
+        VERSION = tfds.core.Version(version)
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, dl_manager):
+            return {split: enumerate(records) for split, records in splits.items()}
+
+        def _generate_examples(self):
+            raise AssertionError("the splits are given as they are")
+
+    Builder.name, Builder.pkg_dir_path = name, None
+    tfds.disable_progress_bar()
+    Builder(data_dir=root, file_format="array_record").download_and_prepare()
+    return root / name / version
+
+
+def encoded(shape, seed=0, kind="JPEG"):
+    """An open image file of noise, as TFDS takes it without TensorFlow."""
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if shape[2] == 1 else pixels).save(buffer, kind)
+    buffer.seek(0)
+    return buffer
+
+
+def write_celeba(root, train=12, test=5):
+    """A small CelebA with the features that TFDS's own builder gives it."""
+    names = DATASETS["celeba"].class_names
+    marks = [f"{part}_{axis}" for part in ("lefteye", "nose") for axis in "xy"]
+    features = {
+        "image": tfds.features.Image(shape=(218, 178, 3), encoding_format="jpeg"),
+        "landmarks": dict.fromkeys(marks, np.int64),
+        "attributes": dict.fromkeys(reversed(names), np.bool_),
+        "identity": {"Identity_No": np.int64},
+    }
+
+    def records(count, first):
+        for k in range(first, first + count):
+            yield {
+                "image": encoded((218, 178, 3), k),
+                "landmarks": dict.fromkeys(marks, k),
+                "attributes": {n: celeba_bit(k, j) for j, n in enumerate(names)},
+                "identity": {"Identity_No": k},
+            }
+
+    splits = {
+        "train": records(train, 0),
+        "validation": records(3, train),
+        "test": records(test, train + 3),
+    }
+    return write_tfds(root, "celeb_a", "2.1.0", features, splits)
+
+
+def celeba_bit(image, attribute):
+    """Whether an image has an attribute, so that rows and columns all differ."""
+    return bool((image * 37 + 1) >> (attribute % 7) & 1) != (attribute % 3 == 0)
 
 
 class Server(http.server.ThreadingHTTPServer):

@@ -638,8 +638,20 @@ CASES = {
         ),
         quickstart(
             "another data set",
-            "--data.name nope",
-            "data.name='nope' is unknown; choose one of cifar10, cifar100, ",
+            "--data.name nope --data.dir {data}",
+            "data.name=nope is none of cifar10, cifar100, cifar100_coarse, mnist, ",
+            "TFDS prepares it once, with TensorFlow, in an environment of its own: ",
+            "tf/bin/tfds build nope --file_format=array_record --data_dir=",
+        ),
+        quickstart(
+            "CelebA without TFDS",
+            "--data.name celeba --data.size 64 --data.dir {data}",
+            "tf/bin/tfds build celeb_a --file_format=array_record --data_dir=",
+        ),
+        quickstart(
+            "no name",
+            "--data.name '../x'",
+            "data.name='../x' is no name of a data set; choose one of cifar10, ",
         ),
         quickstart("no side", "--data.size 0", "data.size=0 must be", "from 1 to 1024"),
         Case(

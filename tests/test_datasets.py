@@ -59,6 +59,30 @@ def test_cifar100_from_its_archive(home, capsys, name):
     assert capsys.readouterr().out.split()[1] in names
 
 
+def test_celeba_as_tfds_prepared_it(home, capsys):
+    archives.write_celeba(home / "data", train=16)
+    where = "--data.dir data --data.size 16 --workdir run"
+    train("celeba-article", where)
+    found = facts(home / "run")
+    assert found["class_names"] == list(DATASETS["celeba"].class_names)
+    assert found["multi_label"] is True
+    assert found["images"] == {"train": 16, "test": 5}
+    lines = (home / "run" / "metrics.jsonl").read_text().splitlines()
+    assert all(0 <= json.loads(line)["accuracy"] <= 1 for line in lines)
+    train("celeba-article", where)
+    Image.new("RGB", (178, 218), (200, 100, 50)).save("a.png")
+    predictor = Predictor.from_run("run")
+    [row] = predictor(predictor.load("a.png")[None])
+    assert row.shape == (40,)
+    # Not shares of one: each attribute is there or not, as far as one can know.
+    assert row.sum() > 5
+    assert ((row >= 0) & (row <= 1)).all()
+    capsys.readouterr()
+    assert cli.predict(["run", "a.png", "--top", "2"]) == 0
+    best = int(row.argmax())
+    assert f"{predictor.class_names[best]} {row[best]:.1%}" in capsys.readouterr().out
+
+
 def noise(path, size, mode, seed):
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)

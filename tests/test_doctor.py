@@ -375,7 +375,7 @@ def test_whatever_a_part_raises_is_a_finding(monkeypatch):
     def fail(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(doctor, "find_prepared", fail)
+    monkeypatch.setattr(doctor, "find", fail)
     [problem] = [f.text for f in examined(QUICKSTART) if f.about == "data"]
     assert "cannot be looked at (ZeroDivisionError)" in problem
 

@@ -42,6 +42,24 @@ def test_probabilities_are_those_of_the_averaged_net(run):
     np.testing.assert_allclose(probabilities, jax.nn.softmax(logits), rtol=1e-3)
 
 
+def test_labels_that_exclude_no_other_have_a_probability_each(run):
+    images = tiny.dataset().splits["test"].image[:5]
+    config = load_config(run)
+    one = Predictor.from_run(run)
+    several = Predictor(
+        create_model(config.architecture),
+        one._variables,
+        config.augment,
+        "abcd",
+        tiny.SHAPE,
+        multi_label=True,
+    )
+    odds = several(images) / (1 - several(images))
+    # Sigmoid and softmax of the same logits: the odds are as the probabilities.
+    shares = odds / odds.sum(1, keepdims=True)
+    np.testing.assert_allclose(shares, one(images), rtol=1e-3)
+
+
 def test_the_command_names_files_of_any_size(run, tmp_path, capsys):
     path = tmp_path / "a.png"
     Image.new("L", (31, 17), 200).save(path)

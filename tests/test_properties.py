@@ -222,7 +222,14 @@ FIELDS = {
         "std": tuples(number(1e-6, 1), 3, 3),
     },
     DataConfig: {
-        "name": word("cifar10", "cifar100", "mnist", "embedded_shapes"),
+        "name": Kind(
+            st.sampled_from(["cifar10", "cifar100", "mnist", "embedded_shapes"]),
+            # Any other name may be one of TFDS; only the data directory says.
+            lambda v: (
+                type(v) is str
+                and re.fullmatch(r"[a-z]\w*(/[\w.+-]*\w)?", v, re.ASCII) is not None
+            ),
+        ),
         "dir": either(NONE, TEXT),
         "archive": either(NONE, TEXT),
         "url": either(NONE, TEXT),
