@@ -224,6 +224,26 @@ _TRANSFER = Config(
         nesterov=False,
     ),
 )
+# Goyal et al. 2017, arXiv 1706.02677, without their batches of 8192.
+_IMAGENET = Config(
+    execution=Execution(dtype="bfloat16"),
+    data=DataConfig(name="imagenet2012", size=224, stream=True),
+    augment=AugmentConfig(
+        crop_padding=0,
+        crop_scale=(0.08, 1.0),
+        test_crop=0.875,
+        # As everybody has them; counted over the whole of it once.
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    ),
+    train=TrainConfig(
+        epochs=90,
+        batch_size=256,
+        eval_batch_size=256,
+        warmup_epochs=5.0,
+        drops=(1 / 3, 2 / 3, 8 / 9),
+    ),
+)
 _PUBLISHED = {
     "keras-resnet50v2": "resnet50v2_weights_tf_dim_ordering_tf_kernels_notop.h5",
     "timm-resnetv2-50": "model.safetensors",
@@ -311,6 +331,13 @@ def _others() -> dict[str, Recipe]:
         ),
         "29 layers; the 40 attributes of CelebA, which TFDS prepared; one cycle",
     )
+    for name in ("he2016-resnet200", "keras-resnet50v2", "timm-resnetv2-50"):
+        preset = PRESETS[name]
+        recipes[f"imagenet-{name}"] = Recipe(
+            replace(_IMAGENET, architecture=preset.architecture),
+            f"{preset.architecture.depth} layers; ImageNet 2012, which TFDS prepared, "
+            "90 epochs",
+        )
     recipes["folder"] = Recipe(
         Config(
             replace(PRESETS["article"].architecture, num_classes=None, stem_stride=2),

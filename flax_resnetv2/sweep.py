@@ -100,7 +100,10 @@ def plan_sweep(
         try:
             check_config(given)
             shape = known_shape(given.data)
-            plan(given.architecture, shape and given.augment.input_shape(shape))
+            architecture = given.architecture
+            if architecture.num_classes is None:  # the data set says how many
+                architecture = replace(architecture, num_classes=2)
+            plan(architecture, shape and given.augment.input_shape(shape))
         except UsageError as error:
             raise UsageError(f"--vary {said!r}: {error}" if said else error) from error
         if same := [o for o in overrides if not _learning(o.config, given)]:
@@ -304,7 +307,7 @@ def _run(
     line = {"override": override.words, "seed": seed, "status": "done", "reason": None}
     if code:
         return line | {"status": "failed", "reason": _reason(code, log, begin)}
-    return line | _outcome(override.config, directory)
+    return line | _outcome(directory)
 
 
 def _reason(code: int, log: Path, begin: int) -> str:
@@ -318,8 +321,9 @@ def _reason(code: int, log: Path, begin: int) -> str:
     return said[-1].strip().removeprefix("failed: ").removeprefix("error: ")
 
 
-def _outcome(config: Config, directory: Path) -> dict[str, Any]:
+def _outcome(directory: Path) -> dict[str, Any]:
     """What is told of a finished run, from its own records."""
+    config = rundir.load_config(directory)
     last = {line["split"]: line for line in rundir.read_metrics(directory)}
     start = rundir.load_environment(directory)[-1]
     image_shape = tuple(rundir.load_dataset_facts(directory)["image_shape"])

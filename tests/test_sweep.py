@@ -401,3 +401,10 @@ def test_bad_uses_are_a_line_and_change_nothing(
     assert said.count("\n") == 1
     assert words in said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_that_leaves_the_classes_to_its_data_set():
+    config = RECIPES["cifar100-article"].config
+    assert config.architecture.num_classes is None
+    planned = sweep.plan_sweep(["cifar100-article"], config, [("", config)], (0,))
+    assert planned.overrides[0].config == config
