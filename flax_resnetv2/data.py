@@ -403,7 +403,9 @@ def _sources(config: DataConfig) -> str:
     if config.accept_checksum:
         given.append("data.accept_checksum")
     if given and config.name not in PREPARED:
-        how = "drawn" if config.name in DATASETS else "read as it is"
+        known = DATASETS.get(config.name)
+        drawn = known is not None and known.source == "drawn"
+        how = "drawn" if drawn else "read as it is"
         raise UsageError(
             f"{' and '.join(given)}: {config.name} is {how} and has no archive; leave "
             "it out, or choose --data.name cifar10"

@@ -146,7 +146,10 @@ def test_two_runs_that_start_together_take_two_directories(tmp_path, monkeypatch
         ("quickstart --seed", ["--seed"]),
         ("quickstart --architecture.unit b", ["'b'", "bottleneck", "basic"]),
         ("quickstart --train.optimizer lion", ["lion", "sgd", "adamw", "adam_l2"]),
-        ("quickstart --data.name nope", ["nope", "cifar10", "embedded_shapes"]),
+        (
+            "quickstart --data.name nope",
+            ["data.name=nope", "cifar10", "tfds build nope"],
+        ),
         (
             "quickstart --architecture.reduction 3",
             ["reduction=3", "width=32", "stack 1", "1, 2, 4, 8, 16, 32", "'previous'"],

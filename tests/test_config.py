@@ -16,6 +16,7 @@ from flax_resnetv2 import (
     plan,
 )
 from flax_resnetv2.augment import AugmentConfig
+from flax_resnetv2.catalog import DATASETS
 from flax_resnetv2.config import check_config, differences, from_json, to_json
 from flax_resnetv2.data import known_shape
 
@@ -36,6 +37,13 @@ def test_every_preset_of_ten_classes_has_a_recipe():
     scratch = {n for n in RECIPES if re.match("cifar10-(?!transfer-)", n)}
     trained = {name.removesuffix("-paper") for name in scratch}
     assert trained == {f"cifar10-{name}" for name in ten}
+
+
+def test_every_data_set_has_a_recipe():
+    assert {recipe.config.data.name for recipe in RECIPES.values()} == {
+        *DATASETS,
+        "folder:images",
+    }
 
 
 def test_uneven_fields_survive_json():
