@@ -75,7 +75,7 @@ def find_rate(
     )
     run = Run(replace(config, train=train), dataset, devices)
     state, split = run.initial_state(), run.split("train")
-    one, lines, average = run.place(jnp.int32(1)), [], 0.0
+    one, lines, lowest, average = run.place(jnp.int32(1)), [], None, 0.0
     rundir.make_directory(directory)
     with (directory / "rates.jsonl").open("w", buffering=1) as file:
         for step in range(steps):
@@ -95,10 +95,11 @@ def find_rate(
             }
             lines.append(line)
             file.write(json.dumps(line) + "\n")
-            lowest = min(lines, key=lambda line: line["smoothed"])
+            if lowest is None or line["smoothed"] < lowest["smoothed"]:
+                lowest = line
             if line["smoothed"] > DIVERGED * lowest["smoothed"]:
                 break
-    if not lines:
+    if lowest is None:
         raise RunError(
             "the loss of the first step is not a finite number; look at the "
             "normalisation (--augment.mean, --augment.std) and the weights"
