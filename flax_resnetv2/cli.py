@@ -331,7 +331,10 @@ def _find_rate(arguments: list[str]) -> int:
             rate = find_rate(
                 config, place, steps=command.steps, highest=command.highest
             )
-        print(f"--train.learning-rate {rate:.2g}; drawn in {place}/learning_rate.png")
+        print(
+            f"--train.learning-rate {rate:.2g}; the loss was lowest at "
+            f"{10 * rate:.2g}; drawn in {place}/learning_rate.png"
+        )
 
     return _guarded(work)
 

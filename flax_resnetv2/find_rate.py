@@ -74,7 +74,7 @@ def find_rate(
         warmup_epochs=steps / per_epoch,
     )
     run = Run(replace(config, train=train), dataset, devices)
-    state, lines, average = run.initial_state(), [], 0.0
+    state, lines, lowest, average = run.initial_state(), [], None, 0.0
     rundir.make_directory(directory)
     with (directory / "rates.jsonl").open("w", buffering=1) as file, closing(run):
         for step in range(steps):
@@ -93,10 +93,11 @@ def find_rate(
             }
             lines.append(line)
             file.write(json.dumps(line) + "\n")
-            lowest = min(lines, key=lambda line: line["smoothed"])
+            if lowest is None or line["smoothed"] < lowest["smoothed"]:
+                lowest = line
             if line["smoothed"] > DIVERGED * lowest["smoothed"]:
                 break
-    if not lines:
+    if lowest is None:
         raise RunError(
             "the loss of the first step is not a finite number; look at the "
             "normalisation (--augment.mean, --augment.std) and the weights"

@@ -7,6 +7,7 @@ which change nothing: pixels are moved, looked up in a table, blended with anoth
 image. So each image is computed once a kind.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -99,7 +100,7 @@ def plan_change(
         """``value`` if this is the operation, and 0 if not."""
         return jnp.where(operation == OPERATIONS.index(name), value, 0.0)
 
-    angle = of("rotate", jnp.deg2rad(_DEGREES) * amount)
+    angle = of("rotate", math.radians(_DEGREES) * amount)
     cosine, sine = jnp.cos(angle), jnp.sin(angle)
     # Turned around the centre; sheared from the corner.
     x, y = width / 2, height / 2
@@ -131,15 +132,8 @@ def apply_change(image: jax.Array, change: Change, colour: jax.Array) -> jax.Arr
     """Change an image, uint8 [H, W, C]; ``colour`` [C] is that of what is moved in."""
     image = _moved(image, change.move, colour)
     image = _looked_up(image, change.table, change.strength)
-    grey, mean, black, smooth = (
-        _grey_of(image),
-        _mean_of(image),
-        jnp.zeros_like(image),
-        _smooth_of(image),
-    )
-    return _blend(
-        lax.select_n(change.blend, grey, mean, black, smooth), image, change.factor
-    )
+    others = _grey_of(image), _mean_of(image), jnp.zeros_like(image), _smooth_of(image)
+    return _blend(lax.select_n(change.blend, *others), image, change.factor)
 
 
 def _jitter(image: jax.Array, key: jax.Array, strength: float) -> jax.Array:

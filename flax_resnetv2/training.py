@@ -402,6 +402,7 @@ def make_train_step(
         if train.stochastic_depth:
             units = sum(len(stack.units) for stack in model.plan.stacks)
             keep = keep_factors(keys, units, train.stochastic_depth)
+            keep = keep.astype(model.execution.param_dtype)
         whole = images, target, keep, batch._replace(image=None)
         stats, sums = in_parts(gradient_of, state.batch_stats, whole, train.accumulate)
         gradient, loss, correct = total(sums)
@@ -525,9 +526,8 @@ def evaluated(
     """Logits [B, classes] of normalised images, and what the modules sow of them.
 
     With ``flip`` the logits are the means of an image's and its mirror image's: the
-    geometric mean of the two distributions, made one again. That of their
-    probabilities would be as good a choice, but has no logits; this serves softmax,
-    sigmoid and whoever reads the logits alike.
+    geometric mean of the two distributions, made a distribution again. Unlike a mean of
+    probabilities it is a logit still, which softmax and sigmoid read alike.
     """
     logits, sown = model.apply(
         variables, images, train=False, mutable=["intermediates"]

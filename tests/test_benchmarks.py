@@ -15,9 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cpu, gpu, operations, peers, startup, together
+from benchmarks import cpu, gpu, operations, options, peers, startup, together
 from benchmarks.measure import append, interleaved, summary
-from flax_resnetv2 import ARTICLE, HE2016, PRESETS, Architecture, Execution
+from flax_resnetv2 import (
+    ARTICLE,
+    HE2016,
+    PRESETS,
+    RECIPES,
+    Architecture,
+    Execution,
+)
+from flax_resnetv2.config import check_config
 from tests import tiny
 
 SIZE = (9, 9, 3)
@@ -90,6 +98,27 @@ def test_rivals_take_turns():
     seconds = interleaved(runs, rounds=3, warmup=1)
     assert "".join(seen) == "ab" + "ab" + "ba" + "ab"
     assert [len(s) for s in seconds.values()] == [3, 3]
+
+
+def test_each_measured_option_is_one_that_a_person_may_give():
+    config, seen = RECIPES["quickstart"].config, set()
+    for name, changes in options.OPTIONS.items():
+        changed = options.changed(config, changes)
+        check_config(changed)
+        seen.add(changed)
+        words = [f"{p}.{f}" for p, fields in changes.items() for f in fields]
+        if name != options.PLAIN:
+            assert [name.split()[0].replace("-", "_")] == words
+        else:
+            assert changed == config
+    assert len(seen) == len(options.OPTIONS)
+
+
+def test_the_options_table_says_what_a_step_takes_more():
+    row = {"option": "train.clip 1", "seconds": 0.0525, "more": 0.05, "error": 0.01}
+    assert options.format_row(row) == "| `--train.clip 1` | 52.5 ms | +5% ± 1% |"
+    plain = row | {"option": options.PLAIN}
+    assert options.format_row(plain) == "| none | 52.5 ms |  |"
 
 
 def test_a_summary_is_median_and_middle_half():
