@@ -76,7 +76,7 @@ def turn(config: Config, dataset: Dataset, steps: int) -> Callable[[], None]:
     def go() -> None:
         nonlocal state
         for _ in range(calls):
-            state, metrics = run.train(state, split, order, count)
+            state, metrics = run.train_step(state, split, order, count)
         jax.block_until_ready((state, metrics))
 
     return go

@@ -39,7 +39,8 @@ class Predictor:
 
         Args:
             model, variables: a classifier and its parameters and statistics.
-            normalisation: with ``mean`` and ``std``, and perhaps ``test_flip``.
+            normalisation: with ``mean`` and ``std``, and perhaps ``test_flip`` and
+                ``test_crop``.
             class_names: one for each logit.
             image_shape: (height, width, channels) of the images it was trained on.
             square: these were the central squares of larger ones (``data.size``), so
@@ -49,7 +50,7 @@ class Predictor:
         """
         self.class_names = tuple(class_names)
         self.image_shape = image_shape
-        self._square = square
+        self._square, self._share = square, normalisation.test_crop
         self._variables = variables
         self._apply = jax.jit(
             partial(_probabilities, model, normalisation, multi_label)
@@ -112,7 +113,7 @@ class Predictor:
             config.augment,
             names,
             image_shape,
-            square=config.data.size is not None,
+            square=config.data.size is not None or bool(config.data.stream),
             # Runs of earlier versions have one class for each image.
             multi_label=facts.get("multi_label", False),
         )
@@ -140,7 +141,9 @@ class Predictor:
             UsageError: not a file, not an image, cut short, or too large.
         """
         height, width, channels = self.image_shape
-        fit = square(height) if self._square else stretched(height, width)
+        fit = stretched(height, width)
+        if self._square:
+            fit = square(height, self._share)
         with careful():
             return read_image(path, path, channels, fit)
 

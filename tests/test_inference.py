@@ -8,6 +8,7 @@ from PIL import Image
 
 from flax_resnetv2 import Checkpointer, Predictor, UsageError, cli, create_model, loop
 from flax_resnetv2.augment import AugmentConfig
+from flax_resnetv2.images import square
 from flax_resnetv2.rundir import load_config
 from tests import tiny
 
@@ -229,3 +230,21 @@ def test_a_run_without_a_checkpoint_is_refused(run, tmp_path):
         (tmp_path / name).write_bytes((run / name).read_bytes())
     with pytest.raises(UsageError, match="holds no checkpoint yet"):
         Predictor.from_run(tmp_path)
+
+
+def test_an_image_is_cut_as_in_evaluation(run, tmp_path):
+    """A streamed run with ``test_crop`` sees the middle of an image, and so do we."""
+    config = load_config(run)
+    image = Image.effect_noise((64, 48), 100).convert("RGB")
+    image.save(tmp_path / "noise.png")
+    predictor = Predictor(
+        create_model(config.architecture),
+        {},
+        tiny.replace(config.augment, test_crop=0.5),
+        "abcd",
+        tiny.SHAPE,
+        square=True,
+    )
+    expected = np.asarray(square(8, 0.5)(image))
+    np.testing.assert_array_equal(predictor.load(tmp_path / "noise.png"), expected)
+    assert (np.asarray(square(8)(image)) != expected).any()
