@@ -1207,7 +1207,7 @@ CASES = {
         ),
     ],
     "show and doctor": [
-        package("nothing", "", "{show, doctor, find-rate}", box=True),
+        package("nothing", "", "{show, doctor, find-rate, sweep}", box=True),
         package("command", "paint", "paint", "show, doctor", box=True),
         package("no preset", "show", "as article-figure", box=True),
         package(
