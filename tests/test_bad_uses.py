@@ -772,9 +772,9 @@ CASES = {
         ),
         folder(
             "more than the memory",
-            "--data.name folder:f --data.size 1024",
+            "--data.name folder:f --data.size 1024 --data.stream False",
             "data.name=folder:f has 3 images, which need 9.44 MB of memory, and this "
-            "machine has 1 MB; choose a smaller --data.size",
+            "machine has 1 MB; add --data.stream True, or choose a smaller --data.size",
             prepare=small_machine,
         ),
     ],
