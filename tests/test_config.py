@@ -42,6 +42,7 @@ def test_every_preset_of_ten_classes_has_a_recipe():
 def test_every_data_set_has_a_recipe():
     assert {recipe.config.data.name for recipe in RECIPES.values()} == {
         *DATASETS,
+        "imagenet2012",
         "folder:images",
     }
 

@@ -211,6 +211,11 @@ FIELDS = {
         "resize": either(NONE, whole(1, 1024)),
         "crop_padding": whole(0, 32),
         "flip": FLAG,
+        "crop_scale": either(
+            NONE,
+            tuples(number(0, 1, without=(0,)), 2, 2, rule=lambda v: v[0] <= v[1]),
+        ),
+        "test_crop": number(0, 1, without=(0,)),
         "test_flip": FLAG,
         "colour_jitter": SHARE,
         "randaugment": whole(0, 14),
@@ -236,6 +241,8 @@ FIELDS = {
         "accept_checksum": FLAG,
         "size": either(NONE, whole(1, 1024)),
         "validation": whole(0, 2**31),
+        "stream": either(NONE, FLAG),
+        "workers": whole(0, 1024),
     },
     Config: {
         "weights": either(NONE, TEXT),
