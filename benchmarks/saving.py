@@ -69,7 +69,7 @@ def measure(recipe: str, options: Options) -> dict:
                     blocked.append(time.perf_counter() - began)
             for _ in range(options.steps if run.one_by_one else 1):
                 steps = one if run.one_by_one else run.place(jnp.int32(options.steps))
-                state, metrics = run.train(state, split, order, steps)
+                state, metrics = run.train_step(state, split, order, steps)
                 jax.block_until_ready(metrics)
             jax.block_until_ready(state)
             if interval >= 0:

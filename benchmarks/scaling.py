@@ -109,13 +109,13 @@ def measure(name: str, mode: str, count: int, seconds: float) -> dict[str, Any]:
     row: dict[str, Any] = {"net": name, "mode": mode, "devices": count, "batch": batch}
     row |= expected(config.architecture, config.train.sync_batch_norm)
     if count > 1:
-        program = jax.jit(run.train).lower(state, *rest).compile()
+        program = jax.jit(run.train_step).lower(state, *rest).compile()
         row |= all_reduces(program.as_text())
         del program
 
     def step() -> None:
         nonlocal state
-        state, metrics = run.train(state, *rest)
+        state, metrics = run.train_step(state, *rest)
         jax.block_until_ready((state, metrics))
 
     step()

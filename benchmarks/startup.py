@@ -174,7 +174,7 @@ def parts(recipe: str) -> dict[str, float]:
 
     jax.devices()
     lap("imports")
-    config, dataset = loop.agree(config, Path("nowhere"), jax.local_devices())
+    config, dataset = loop.agree(config, Path("nowhere"), jax.local_device_count())
     run = parallel.Run(config, dataset, jax.local_devices())
     lap("data")
     state = jax.block_until_ready(run.initial_state())
@@ -183,7 +183,7 @@ def parts(recipe: str) -> dict[str, float]:
         loop.epoch_order(run.images, config.train.batch_size, config.seed, 0)
     )
     given = state, run.split("train"), order, jax.numpy.int32(1)
-    lowered = jax.jit(run.train, donate_argnums=0).lower(*given)
+    lowered = jax.jit(run.train_step, donate_argnums=0).lower(*given)
     lap("lower")
     program = lowered.compile()
     lap("compile")

@@ -1,4 +1,4 @@
-"""``python -m flax_resnetv2 show PRESET``, ``python -m flax_resnetv2 doctor [RECIPE]``.
+"""``python -m flax_resnetv2``: ``show PRESET``, ``doctor [RECIPE]``, ``sweep RECIPE``.
 
 The doctor says what is wrong with the packages where these keep ``cli`` from loading.
 """

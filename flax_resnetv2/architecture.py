@@ -66,8 +66,9 @@ class Architecture:
     """classifier: logits. latent: a vector, for encoders. none: the last maps."""
     head_input: Literal["pooled", "flattened"] = "pooled"
     """What classifier and latent read: the maps' averages, or all their values."""
-    num_classes: Size = 10
-    """Logits of the classifier."""
+    num_classes: Size | None = 10
+    """Logits of the classifier; None: as many as the data set has classes (a run fills
+    the number in)."""
     hidden: tuple[Size, ...] = ()
     """Widths of fully connected hidden layers (with ReLU) before logits or latent."""
     latent: Size = 64

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from flax_resnetv2.architecture import Architecture, Execution
 from flax_resnetv2.augment import AugmentConfig
-from flax_resnetv2.data import IMAGE_SHAPES, DataConfig
+from flax_resnetv2.data import DataConfig, known_shape
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.fields import Count, Range, check, check_dataclass, shown
 from flax_resnetv2.presets import PRESETS
@@ -44,6 +44,10 @@ class Config:
     """Steps between two lines of training metrics."""
     evaluate_every: Count = 1
     """Epochs between two evaluations; the last epoch always has one."""
+    target_accuracy: Annotated[float, Range(0, 1, above=True)] | None = None
+    """End the run after the first evaluation that reaches this accuracy on the split
+    "validation", or, without one, on "test", whose accuracy is then selected by it;
+    None: train for all epochs."""
     checkpoint_every: Count = 1
     """Epochs between two checkpoints; the last epoch always has one."""
     checkpoint_steps: Count | None = None
@@ -61,9 +65,6 @@ def check_config(config: Config) -> None:
     """
     check_dataclass(config, Config)
     check_train(config.train)
-    side = min(config.augment.input_shape(IMAGE_SHAPES[config.data.name])[:2])
-    padding = Annotated[int, Range(0, side)]
-    check("augment.crop_padding", config.augment.crop_padding, padding)
     if config.architecture.head != "classifier":
         raise UsageError(
             f"architecture.head={config.architecture.head!r} gives no logits to train "
@@ -75,17 +76,36 @@ def check_config(config: Config) -> None:
             "set by fit; leave it out, and choose --train.sync-batch-norm or "
             "--train.no-sync-batch-norm"
         )
-    _check_normalisation(config)
+    scale = config.augment.crop_scale
+    if scale is not None and scale[0] > scale[1]:
+        raise UsageError(
+            f"augment.crop_scale={shown(scale)} must be the least share and the "
+            "largest, as 0.08 1"
+        )
+    if (shape := known_shape(config.data)) is not None:
+        check_shape(config, shape)
 
 
-def _check_normalisation(config: Config) -> None:
+def check_shape(config: Config, shape: tuple[int, int, int]) -> None:
+    """Check what the size of the images decides.
+
+    Args:
+        config: the run.
+        shape: (height, width, channels) of its images.
+
+    Raises:
+        UsageError: a field is out of its range.
+    """
+    side, channels = min(config.augment.input_shape(shape)[:2]), shape[2]
+    for name in ("crop_padding", "cutout"):
+        value = getattr(config.augment, name)
+        check(f"augment.{name}", value, Annotated[int, Range(0, side)])
     mean, std = config.augment.mean, config.augment.std
     if (mean is None) != (std is None):
         raise UsageError(
             f"augment.mean={shown(mean)} and augment.std={shown(std)} are given both "
             "or not at all"
         )
-    channels = IMAGE_SHAPES[config.data.name][2]
     for name, values in (("mean", mean), ("std", std)):
         if values is not None and len(values) != channels:
             raise UsageError(
@@ -204,6 +224,26 @@ _TRANSFER = Config(
         nesterov=False,
     ),
 )
+# Goyal et al. 2017, arXiv 1706.02677, without their batches of 8192.
+_IMAGENET = Config(
+    execution=Execution(dtype="bfloat16"),
+    data=DataConfig(name="imagenet2012", size=224, stream=True),
+    augment=AugmentConfig(
+        crop_padding=0,
+        crop_scale=(0.08, 1.0),
+        test_crop=0.875,
+        # As everybody has them; counted over the whole of it once.
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    ),
+    train=TrainConfig(
+        epochs=90,
+        batch_size=256,
+        eval_batch_size=256,
+        warmup_epochs=5.0,
+        drops=(1 / 3, 2 / 3, 8 / 9),
+    ),
+)
 _PUBLISHED = {
     "keras-resnet50v2": "resnet50v2_weights_tf_dim_ordering_tf_kernels_notop.h5",
     "timm-resnetv2-50": "model.safetensors",
@@ -228,6 +268,7 @@ def _recipes() -> dict[str, Recipe]:
             recipes[f"cifar10-{name}-paper"] = Recipe(
                 replace(config, train=_PAPER), f"{about}; CIFAR-10, as He et al. train"
             )
+    recipes |= _others()
     for name in ("keras-resnet50v2", "timm-resnetv2-50", "bit-r50x1"):
         preset = PRESETS[name]
         recipes[f"cifar10-transfer-{name}"] = Recipe(
@@ -238,6 +279,73 @@ def _recipes() -> dict[str, Recipe]:
             ),
             "from published weights (--weights FILE) to CIFAR-10, scaled to 128x128",
         )
+    return recipes
+
+
+def _others() -> dict[str, Recipe]:
+    """The recipes of the data sets beside CIFAR-10."""
+    recipes = {}
+    short = replace(_ONE_CYCLE, epochs=15, learning_rate=0.2)
+    # Digits are not themselves when mirrored.
+    digits = AugmentConfig(crop_padding=2, flip=False)
+    for data, title, names, augment, train in (
+        (
+            "cifar100",
+            "CIFAR-100",
+            ("article", "he2016-resnet164"),
+            AugmentConfig(),
+            _ONE_CYCLE,
+        ),
+        (
+            "cifar100_coarse",
+            "the 20 coarse classes of CIFAR-100",
+            ("article",),
+            AugmentConfig(),
+            _ONE_CYCLE,
+        ),
+        ("mnist", "MNIST", ("article",), digits, short),
+        (
+            "fashion_mnist",
+            "Fashion-MNIST",
+            ("article",),
+            replace(digits, flip=True),
+            _ONE_CYCLE,
+        ),
+    ):
+        for name in names:
+            architecture = replace(PRESETS[name].architecture, num_classes=None)
+            config = Config(
+                architecture, data=DataConfig(name=data), augment=augment, train=train
+            )
+            recipes[f"{data.replace('_', '-')}-{name}"] = Recipe(
+                config, f"{architecture.depth} layers; {title}, one cycle"
+            )
+    recipes["celeba-article"] = Recipe(
+        Config(
+            # Half the resolution from the stem on: 64x64 -> 8x8.
+            replace(PRESETS["article"].architecture, num_classes=None, stem_stride=2),
+            data=DataConfig(name="celeba", size=64),
+            train=replace(
+                _ONE_CYCLE, epochs=15, learning_rate=0.2, label_smoothing=0.0
+            ),
+        ),
+        "29 layers; the 40 attributes of CelebA, which TFDS prepared; one cycle",
+    )
+    for name in ("he2016-resnet200", "keras-resnet50v2", "timm-resnetv2-50"):
+        preset = PRESETS[name]
+        recipes[f"imagenet-{name}"] = Recipe(
+            replace(_IMAGENET, architecture=preset.architecture),
+            f"{preset.architecture.depth} layers; ImageNet 2012, which TFDS prepared, "
+            "90 epochs",
+        )
+    recipes["folder"] = Recipe(
+        Config(
+            replace(PRESETS["article"].architecture, num_classes=None, stem_stride=2),
+            data=DataConfig(name="folder:images", size=64),
+            train=replace(_ONE_CYCLE, learning_rate=0.1, batch_size=64),
+        ),
+        "29 layers; your own images: --data.name folder:PATH, a class a sub-folder",
+    )
     return recipes
 
 

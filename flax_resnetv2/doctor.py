@@ -9,32 +9,30 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from flax_resnetv2 import (
-    download,
-    embedded,
-    loop,
-    preparation,
-    process,
-    rundir,
-    tracing,
-)
-from flax_resnetv2.config import Config, check_config
+from flax_resnetv2 import loop, preparation, process, rundir, tracing
+from flax_resnetv2.catalog import DATASETS
+from flax_resnetv2.config import Config, check_config, check_shape
 from flax_resnetv2.data import (
-    IMAGE_SHAPES,
     DataConfig,
     Dataset,
     Split,
     data_dir,
+    describe,
+    find,
+    folder_of,
     hold_out,
+    label_feature,
 )
 from flax_resnetv2.decoded import SPLITS, find_decoded
 from flax_resnetv2.errors import UsageError
+from flax_resnetv2.folder import Folder, find_decoded_folder, list_folder
 from flax_resnetv2.installed import (
     Finding,
     packages,
@@ -45,7 +43,14 @@ from flax_resnetv2.installed import (
 )
 from flax_resnetv2.model import create_model
 from flax_resnetv2.preflight import amount, memory_limit, needs, size_of
-from flax_resnetv2.records import class_names, find_prepared, split_sizes
+from flax_resnetv2.records import (
+    Label,
+    Part,
+    Records,
+    label_of,
+    parts,
+    split_sizes,
+)
 from flax_resnetv2.training import train_state_shapes
 
 _ACCELERATORS = {
@@ -165,29 +170,35 @@ def programs(keep: bool) -> Iterator[Finding]:
 
 def data(config: DataConfig) -> Iterator[Finding]:
     """Where is the data set, or how would it come there?"""
+    if (path := folder_of(config)) is not None:
+        yield from _folder(list_folder(path), config)
+        return
     root = data_dir(config)
-    if directory := find_prepared(config.name, root):
+    if directory := find(config):
         sizes = split_sizes(directory).items()
         counts = ", ".join(f"{count:,} {split}" for split, count in sizes)
         yield Finding("ok", "data", f"{directory}: array_record; images: {counts}")
-        if kept := find_decoded(directory):
+        for note in describe(config).notes:
+            yield Finding("note", "data", note)
+        if kept := find_decoded(directory, label_feature(config), config.size):
             text = f"decoded images are kept in {kept}"
             yield Finding("ok", "data", f"{text}: {amount(kept.stat().st_size, 'B')}")
         else:
             yield Finding("note", "data", "the images will be decoded, once")
         return
+    known = DATASETS[config.name]
     # The records are no larger than the pixels, and these are kept decoded, too.
     size = 2 * size_of(_stand_in(config).splits)
     source = "draws it"
-    if config.name == "cifar10":
-        url = download.CIFAR10_URL if config.url is None else config.url
-        preparation.check_source(config.archive, url)
+    official = preparation.SOURCES[known.stored]
+    if known.source != "drawn":
+        url = official.url if config.url is None else config.url
+        preparation.check_source(known.stored, config.archive, url)
         source = f"prepares it from {config.archive}"
         if config.archive is None:
-            source = f"downloads {amount(download.ARCHIVE_BYTES, 'B')} from {url}"
-            size += download.ARCHIVE_BYTES
-    version = preparation.VERSIONS[config.name]
-    preparation.check_place(root / config.name / version)
+            source = f"downloads {amount(official.size, 'B')} from {url}"
+            size += official.size
+    preparation.check_place(root / known.stored / official.version)
     if not process.writable(root):
         text = f"{config.name} is not in {root}, which cannot be written"
         yield Finding("problem", "data", f"{text}; choose a writable --data.dir")
@@ -195,6 +206,22 @@ def data(config: DataConfig) -> Iterator[Finding]:
     text = f"{config.name} is not in {root}: the run {source} and keeps it there"
     yield Finding("note", "data", text)
     yield _room("data", root, size, config.name, "--data.dir")
+
+
+def _folder(folder: Folder, config: DataConfig) -> Iterator[Finding]:
+    facts = describe(config)
+    counts = ", ".join(f"{count:,} {split}" for split, count in facts.images.items())
+    text = f"{folder.root}: {len(facts.class_names)} classes; images: {counts}"
+    yield Finding("ok", "data", text)
+    for note in facts.notes:
+        yield Finding("note", "data", note)
+    if kept := find_decoded_folder(folder, config.size):
+        text = f"decoded images are kept in {kept}"
+        yield Finding("ok", "data", f"{text}: {amount(kept.stat().st_size, 'B')}")
+        return
+    yield Finding("note", "data", "the images will be decoded, once")
+    what = "the decoded images"
+    yield _room("data", process.user_cache(), facts.size, what, "XDG_CACHE_HOME")
 
 
 def run(
@@ -205,18 +232,26 @@ def run(
     try:  # in the order of fit
         check_config(config)
         dataset = _stand_in(config.data)
+        facts = describe(config.data)
+        config = loop.fill_in(config, facts)
+        check_shape(config, facts.image_shape)
         shape = config.augment.input_shape(dataset.image_shape)
         model = create_model(config.architecture, config.execution, shape)
         loop.check_devices(config, len(devices))
         rundir.check_same(place, config)
+        config = rundir.as_begun(place, config)
+        config = loop.in_memory_or_not(config, facts, memory_limit(devices[0]))
+        if config.data.stream:
+            dataset = _on_disk(dataset)
         loop.check_weights(config, place)
-        loop.resolve(config, dataset)
-        steps = len(dataset.splits["train"].label) // train.batch_size
+        loop.check_fits(config, dataset)
+        steps = dataset.splits["train"].images // train.batch_size
         # How far a run in workdir has come, only opening its checkpoints would say.
         tracing.check_steps(tracing.parse_steps(profile), 0, steps * train.epochs)
         state = train_state_shapes(model, train, shape)
-        needed = needs(config.architecture, config.execution, shape)
-        needed = needed.beside(state, dataset.splits)
+        parts = train.accumulate
+        needed = needs(config.architecture, config.execution, shape, parts)
+        needed = needed.beside(state, dataset.in_memory())
         limit = memory_limit(devices[0])
         needed.check(train.batch_size, len(devices), limit)
     except UsageError as error:
@@ -265,16 +300,24 @@ def _safely(
         yield Finding("problem", about, text)
 
 
+def _on_disk(dataset: Dataset) -> Dataset:
+    """The same stand-in, its images not in memory."""
+    label = Label("label", dataset.class_names, dataset.splits["train"].label.ndim > 1)
+    splits = {
+        name: Records(Path(), Part(name, range(s.images)), label, s.image_shape)
+        for name, s in dataset.splits.items()
+    }
+    return replace(dataset, splits=splits)
+
+
 def _stand_in(config: DataConfig) -> Dataset:
     """The data set as to sizes and classes: its arrays are views of one number."""
-    directory = find_prepared(config.name, data_dir(config))
-    if directory:
-        sizes, names = split_sizes(directory), class_names(directory)
-    else:  # both data sets have ten classes
-        sizes, names = {"train": 50_000, "test": 10_000}, embedded.CLASSES
-        if config.name == embedded.NAME:
-            sizes = {k: n * len(names) for k, n in embedded.PER_CLASS.items()}
-    shape = IMAGE_SHAPES[config.name]
+    facts = describe(config)
+    sizes, names = facts.images, facts.class_names
+    if folder_of(config) is None and (directory := find(config)):
+        sizes = {split: len(part.places) for split, part in parts(directory).items()}
+        names = label_of(directory, label_feature(config)).names
+    shape = facts.image_shape
     splits = {
         split: Split(
             np.broadcast_to(np.uint8(0), (sizes[split], *shape)),

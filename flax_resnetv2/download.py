@@ -11,17 +11,12 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from flax_resnetv2.archive import CIFAR10_SHA256
 from flax_resnetv2.errors import RunError, UsageError
 
-CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-"""The official address."""
-ARCHIVE_BYTES = 170_052_171
-"""Of what is there."""
 TIMEOUT = 8
 """Seconds without a byte after which a download gives up."""
 LARGEST = 256 << 20
-"""Bytes of a download; the official archives have 170 million."""
+"""Bytes of a download; the official archives have up to 170 million."""
 
 _GZIP = b"\x1f\x8b"
 _LOCAL = {
@@ -40,8 +35,14 @@ def check_url(url: str) -> None:
         )
 
 
-def fetch(url: str, directory: Path) -> Path:
+def fetch(url: str, directory: Path, title: str, local: str) -> Path:
     """Fetch ``url`` with a progress bar, going on where an earlier try stopped.
+
+    Args:
+        url: of an archive, or of another file that gzip wrote.
+        directory: receives it.
+        title: what it is, for the bar.
+        local: the files that can be given instead, for a message.
 
     Raises:
         RunError: no connection, it broke off, or something else than an archive came;
@@ -51,7 +52,7 @@ def fetch(url: str, directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     # A mirror's bytes are never appended to another's.
     digest = hashlib.sha256(url.encode()).hexdigest()[:8]
-    path = directory / f"cifar-10-{digest}.tar.gz"
+    path = directory / f"{title.lower()}-{digest}.gz"
     partial = path.with_suffix(".partial")
     if path.exists():
         return path
@@ -60,7 +61,7 @@ def fetch(url: str, directory: Path) -> Path:
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
         try:
             with _open(request) as answer:
-                _save(answer, partial, have)
+                _save(answer, partial, have, title)
         except urllib.error.HTTPError as error:
             error.close()  # it is the answer, too
             # 416: nothing is left to send, so all of it is here.
@@ -72,8 +73,8 @@ def fetch(url: str, directory: Path) -> Path:
         reason = " ".join(str(getattr(error, "reason", None) or error).split())
         have = partial.stat().st_size if partial.exists() else 0
         raise RunError(
-            f"cannot download {url} ({reason}); ways on: --data.archive PATH with a "
-            f"local {' or '.join(CIFAR10_SHA256)}, --data.url MIRROR, --data.dir DIR "
+            f"cannot download {url} ({reason}); ways on: --data.archive PATH with "
+            f"local {local}, --data.url MIRROR, --data.dir DIR "
             "with a data set that TFDS prepared, or the recipe quickstart, which needs "
             "no data" + (f"; {have:,} bytes are kept" if have else "")
         ) from error
@@ -104,7 +105,7 @@ def _open(request: urllib.request.Request) -> Any:
     return answer
 
 
-def _save(answer: Any, partial: Path, have: int) -> None:
+def _save(answer: Any, partial: Path, have: int, title: str) -> None:
     """Append what comes, or begin again where the server does not do ranges."""
     from rich.progress import DownloadColumn, Progress, TimeRemainingColumn
     from rich.progress import TransferSpeedColumn as Speed
@@ -120,7 +121,7 @@ def _save(answer: Any, partial: Path, have: int) -> None:
             f"what came is no archive but {answer.headers.get_content_type()}; a "
             "network that asks for a login answers so"
         )
-    columns = ("CIFAR-10", DownloadColumn(), Speed(), TimeRemainingColumn())
+    columns = (title, DownloadColumn(), Speed(), TimeRemainingColumn())
     with Progress(*columns) as bar, partial.open("ab" if resumed else "wb") as file:
         live = bar.console.is_terminal
         task = bar.add_task("", total=total, completed=have)

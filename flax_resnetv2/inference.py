@@ -4,7 +4,6 @@
 >>> predictor(images).argmax(-1)
 """
 
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,13 +16,10 @@ from flax_resnetv2.augment import AugmentConfig, normalise
 from flax_resnetv2.checkpoint import Checkpointer, best_step
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.fields import check_choice
+from flax_resnetv2.images import careful, read_image, square, stretched
 from flax_resnetv2.model import ResNetV2, create_model
 from flax_resnetv2.rundir import load_config, load_dataset_facts
-from flax_resnetv2.training import train_state_shapes
-
-LONGEST_SIDE = 65_535
-"""Pixels, as of JPEG. Scaling a longer one would take gigabytes, however narrow it is;
-PIL itself limits the number of pixels."""
+from flax_resnetv2.training import evaluated, train_state_shapes
 
 
 class Predictor:
@@ -36,19 +32,29 @@ class Predictor:
         normalisation: AugmentConfig,
         class_names: Sequence[str],
         image_shape: tuple[int, int, int],
+        square: bool = False,
+        multi_label: bool = False,
     ) -> None:
         """Take a net apart from any run.
 
         Args:
             model, variables: a classifier and its parameters and statistics.
-            normalisation: with ``mean`` and ``std``.
+            normalisation: with ``mean`` and ``std``, and perhaps ``test_flip`` and
+                ``test_crop``.
             class_names: one for each logit.
             image_shape: (height, width, channels) of the images it was trained on.
+            square: these were the central squares of larger ones (``data.size``), so
+                ``load`` cuts the same out; else it scales an image as a whole.
+            multi_label: each class is there or not, whatever the others: a sigmoid
+                gives the probabilities, not the softmax of all.
         """
         self.class_names = tuple(class_names)
         self.image_shape = image_shape
+        self._square, self._share = square, normalisation.test_crop
         self._variables = variables
-        self._apply = jax.jit(partial(_probabilities, model, normalisation))
+        self._apply = jax.jit(
+            partial(_probabilities, model, normalisation, multi_label)
+        )
 
     @classmethod
     def from_run(
@@ -101,7 +107,16 @@ class Predictor:
                 raise missing
             else:
                 _, state, _ = found
-        return cls(model, state.variables(), config.augment, names, image_shape)
+        return cls(
+            model,
+            state.variables(),
+            config.augment,
+            names,
+            image_shape,
+            square=config.data.size is not None or bool(config.data.stream),
+            # Runs of earlier versions have one class for each image.
+            multi_label=facts.get("multi_label", False),
+        )
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Give probabilities [N, classes] for uint8 images [N, H, W, C].
@@ -117,7 +132,7 @@ class Predictor:
         return np.asarray(self._apply(self._variables, images))
 
     def load(self, path: str | Path) -> np.ndarray:
-        """Read an image file as uint8 [H, W, C], scaled to the size trained on.
+        """Read an image file as uint8 [H, W, C], brought to the size trained on.
 
         Of an animation it is the first frame, turned as its camera says; what is
         transparent has the colour that is stored there; 16 bits become 8.
@@ -125,56 +140,21 @@ class Predictor:
         Raises:
             UsageError: not a file, not an image, cut short, or too large.
         """
-        from PIL import Image, ImageOps, UnidentifiedImageError
-
         height, width, channels = self.image_shape
-        bombs = Image.DecompressionBombWarning, Image.DecompressionBombError
-        try:
-            with warnings.catch_warnings():
-                # PIL speaks of oddities of a file that change no pixel.
-                warnings.simplefilter("ignore")
-                warnings.simplefilter("error", bombs[0])
-                with Image.open(path) as image:
-                    if max(image.size) > LONGEST_SIDE:
-                        raise UsageError(
-                            f"{path} is {image.width}x{image.height} pixels; the limit "
-                            f"of a side is {LONGEST_SIDE}; scale it down"
-                        )
-                    pixels = _eight_bits(ImageOps.exif_transpose(image), path)
-                    pixels = pixels.convert("RGB" if channels == 3 else "L")
-                    pixels = pixels.resize((width, height), Image.Resampling.BICUBIC)
-        except UsageError:
-            raise
-        except UnidentifiedImageError as error:
-            raise UsageError(
-                f"{path} is not an image; give a PNG or JPEG file"
-            ) from error
-        except bombs as error:
-            raise UsageError(f"{path} is too large ({error}); scale it down") from error
-        except Exception as error:  # decoders raise anything where a file is damaged
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise UsageError(
-                f"{path} cannot be read ({reason}); give a whole PNG or JPEG file"
-            ) from error
-        return np.asarray(pixels, np.uint8).reshape(self.image_shape)
-
-
-def _eight_bits(image: Any, path: str | Path) -> Any:
-    """Scale 16 bits: PIL would cut all that is brighter than 255."""
-    from PIL import Image
-
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise UsageError(
-            f"{path} has pixels of mode {image.mode}, whose range is not known; give "
-            "an image of 8 or 16 bits a channel"
-        )
-    return image
+        fit = stretched(height, width)
+        if self._square:
+            fit = square(height, self._share)
+        with careful():
+            return read_image(path, path, channels, fit)
 
 
 def _probabilities(
-    model: ResNetV2, normalisation: AugmentConfig, variables: Any, images: jax.Array
+    model: ResNetV2,
+    normalisation: AugmentConfig,
+    multi_label: bool,
+    variables: Any,
+    images: jax.Array,
 ) -> jax.Array:
     images = normalise(images, normalisation, model.execution.param_dtype)
-    return jax.nn.softmax(model.apply(variables, images, train=False))
+    logits, _ = evaluated(model, variables, images, normalisation.test_flip)
+    return jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)

@@ -10,21 +10,24 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 
 from flax_resnetv2 import process, rundir, weights
+from flax_resnetv2.catalog import Facts
 from flax_resnetv2.checkpoint import Checkpointer, best_step
-from flax_resnetv2.config import Config, check_config
-from flax_resnetv2.data import IMAGE_SHAPES, Dataset, open_dataset
+from flax_resnetv2.config import Config, check_config, check_shape
+from flax_resnetv2.data import Dataset, describe, open_dataset
 from flax_resnetv2.errors import RunError, Stopped, UsageError
 from flax_resnetv2.fields import check_choice
 from flax_resnetv2.model import create_model
 from flax_resnetv2.parallel import Executor, Run, add_up, one_of_all, the_first_says
-from flax_resnetv2.preflight import memory_limit, needs, peak_flops
+from flax_resnetv2.preflight import check_images, memory_limit, needs, peak_flops
 from flax_resnetv2.process import Stop
 from flax_resnetv2.report import Reporter
 from flax_resnetv2.tracing import Tracer, check_steps
 from flax_resnetv2.training import Metrics, TrainState
+
+IN_MEMORY = 4
+"""Images take at most one part in so many of a device's memory, or stay on disk."""
 
 
 def fit(
@@ -50,7 +53,8 @@ def fit(
         executor: what maps a step over the devices, "pmap" or "jit".
 
     Returns:
-        The last evaluation on "test": ``loss``, ``accuracy``, ``count``.
+        The last evaluation on "test": ``loss``, ``accuracy``, ``count``, and
+        ``epochs_to`` where the run ended by ``config.target_accuracy``.
 
     Raises:
         UsageError: the configuration, the data set and the devices do not fit
@@ -69,14 +73,15 @@ def fit(
         )
     check_choice("executor", executor, get_args(Executor))
     batch, count = config.train.batch_size, len(devices) * jax.process_count()
-    config, dataset = agree(config, workdir, count)
-    input_shape = config.augment.input_shape(dataset.image_shape)
-    needed = needs(config.architecture, config.execution, input_shape)
     limit, peak = memory_limit(devices[0]), peak_flops(devices[0])
+    config, dataset = agree(config, workdir, count, limit)
+    input_shape = config.augment.input_shape(dataset.image_shape)
+    parts = config.train.accumulate
+    needed = needs(config.architecture, config.execution, input_shape, parts)
     needed.check(batch, count, limit)
-    process.touch_memory(needed.image_bytes * batch)
+    process.touch_memory(needed.image_bytes * (batch // parts))
     run = Run(config, dataset, devices, executor)
-    needed = needed.beside(run.state_shapes(), dataset.splits)
+    needed = needed.beside(run.state_shapes(), dataset.in_memory())
     needed.check(batch, count, limit)
     begun, total = rundir.has_begun(workdir), config.train.epochs * run.steps_per_epoch
     first = jax.process_index() == 0
@@ -92,6 +97,7 @@ def fit(
             # Around the checkpoints: a signal does not cut the last one off.
             Stop() as stop,
             Checkpointer(workdir / "checkpoints", config.keep_checkpoints) as kept,
+            contextlib.closing(run),
         ):
             said = [f"changed: {x}" for x in rundir.check_same(workdir, config)]
             if training is None:
@@ -125,7 +131,9 @@ def fit(
                 for text in [*said, needed.describe(batch, count, limit)]:
                     report.say(text)
                 training.go(kept, report, tracer, stop)
-                return report.last["test"]
+                if training.epochs_to is None:
+                    return report.last["test"]
+                return {**report.last["test"], "epochs_to": training.epochs_to}
 
 
 @contextlib.contextmanager
@@ -146,7 +154,8 @@ def _explained(workdir: Path) -> Iterator[None]:
             raise RunError(
                 f"the devices' memory is too small for this run ({reason}); give a "
                 "smaller --train.batch-size or --train.eval-batch-size, or "
-                "--execution.remat units, in another --workdir"
+                "--train.accumulate 2, or --execution.remat units, in another "
+                "--workdir"
             ) from error
         if jax.process_count() > 1:
             raise RunError(
@@ -208,6 +217,8 @@ class _Training:
         """The same on the devices."""
         self._validation: dict[str, float] = notes["validation"]
         """Accuracy on that split by step (as JSON has it, a text)."""
+        self.epochs_to: float | None = None
+        """Set where the run ended by its target."""
 
     def go(
         self, checkpoints: Checkpointer, report: Reporter, tracer: Tracer, stop: Stop
@@ -221,7 +232,8 @@ class _Training:
             stopping = one_of_all(stop.asked is not None)
             if not stopping and self.due.evaluation(self.done):
                 stopping = not self._evaluate(checkpoints, report, stop)
-            if stopping or self.due.checkpoint(self.done):
+            ended = not stopping and self._at_target(report)
+            if stopping or ended or self.due.checkpoint(self.done):
                 self._save(checkpoints, report)
             if stopping:
                 checkpoints.wait()
@@ -230,7 +242,13 @@ class _Training:
                     f"{self.done:,} of {self.due.total:,}; all is saved, and the same "
                     "command goes on"
                 )
-            if self.done >= self.due.total:
+            if ended:
+                self.epochs_to = self.done / self.run.steps_per_epoch
+                report.say(
+                    f"target_accuracy={self.run.config.target_accuracy} is reached on "
+                    f"{self._decides!r}: the run ends; epochs_to {self.epochs_to:g}"
+                )
+            if ended or self.done >= self.due.total:
                 return
             self._step(report, tracer)
             stop.listen()
@@ -239,18 +257,31 @@ class _Training:
             else:
                 report.progress(self.done)
 
+    @property
+    def _decides(self) -> str:
+        """The split whose accuracy may end the run."""
+        return "validation" if "validation" in self.run.dataset.splits else "test"
+
+    def _reaches(self, name: str, accuracy: float) -> bool:
+        target = self.run.config.target_accuracy
+        return target is not None and name == self._decides and accuracy >= target
+
+    def _at_target(self, report: Reporter) -> bool:
+        """Whether the evaluation after this step ends the run."""
+        if self.run.config.target_accuracy is None or not self.due.evaluation(
+            self.done
+        ):
+            return False
+        line = report.last.get(self._decides, {})
+        there = line.get("step") == self.done
+        return the_first_says(there and self._reaches(self._decides, line["accuracy"]))
+
     def _step(self, report: Reporter, tracer: Tracer) -> None:
         """One step, or as many as nothing is due between."""
-        run = self.run
         tracer.before(self.done)
         border = tracer.border(self.done, self.due.border(self.done))
-        steps = 1 if run.one_by_one else border - self.done
-        self.state, metrics = run.train(
-            self.state,
-            run.split("train"),
-            run.order(self.done // run.steps_per_epoch),
-            run.place(jnp.int32(steps)),
-        )
+        steps = 1 if self.run.one_by_one else border - self.done
+        self.state, metrics = self.run.train(self.state, self.done, steps)
         report.dispatched()
         self._pending.append(metrics)
         # No further ahead of the devices: a signal or an error would come late.
@@ -314,12 +345,16 @@ class _Training:
             if not math.isfinite(sums["loss"]):
                 what = f"the {name} loss after step {self.done:,}"
                 raise _diverged(what, checkpoints)
-            ratios = sums.pop("residual_ratio")
+            ratios, more = sums.pop("residual_ratio"), {}
+            epochs = self.done / self.run.steps_per_epoch
+            if self._reaches(name, sums["correct"] / sums["count"]):
+                more["epochs_to"] = epochs
             line = report.evaluation(
                 name,
                 self.done,
-                self.done / self.run.steps_per_epoch,
+                epochs,
                 sums,
+                **more,
                 residual_ratio={
                     stack: [
                         float(units[f"unit{k}"] / sums["count"])
@@ -353,12 +388,22 @@ def _diverged(what: str, checkpoints: Checkpointer) -> RunError:
     )
 
 
-def agree(config: Config, workdir: Path, devices: int) -> tuple[Config, Dataset]:
-    """Everything that can be refused, cheapest first; the configuration filled in."""
+def agree(
+    config: Config, workdir: Path, devices: int, limit: int | None = None
+) -> tuple[Config, Dataset]:
+    """Everything that can be refused, cheapest first; the configuration filled in.
+
+    Args:
+        config, workdir: of the run.
+        devices: how many share a batch.
+        limit: bytes of memory of one of them; None: unknown.
+    """
     check_config(config)
     # Planned before anything is read, so that a mistake costs no waiting.
-    shape = IMAGE_SHAPES.get(config.data.name)
-    shape = shape and config.augment.input_shape(shape)
+    facts = describe(config.data)
+    config = fill_in(config, facts)
+    check_shape(config, facts.image_shape)
+    shape = config.augment.input_shape(facts.image_shape)
     create_model(config.architecture, config.execution, shape)
     check_devices(config, devices)
     if not process.writable(workdir):
@@ -366,10 +411,31 @@ def agree(config: Config, workdir: Path, devices: int) -> tuple[Config, Dataset]
             f"workdir={workdir} cannot be written, or made; choose another --workdir"
         )
     rundir.check_same(workdir, config)
+    config = in_memory_or_not(rundir.as_begun(workdir, config), facts, limit)
     check_weights(config, workdir)
     dataset = open_dataset(config.data)
     rundir.check_data(workdir, dataset)
     return resolve(config, dataset), dataset
+
+
+def in_memory_or_not(config: Config, facts: Facts, limit: int | None) -> Config:
+    """Decide where images are to be, if that is left open.
+
+    Args:
+        config: of the run.
+        facts: of its data set.
+        limit: bytes of memory of a device; None: unknown.
+
+    Raises:
+        UsageError: they are to be in memory, and do not fit.
+    """
+    stream = config.data.stream
+    if stream is None:
+        stream = limit is not None and facts.size * IN_MEMORY > limit
+    if not stream:
+        count = sum(facts.images.values())
+        check_images(config.data.name, count, facts.size, jax.local_devices()[0])
+    return replace(config, data=replace(config.data, stream=stream))
 
 
 def check_weights(config: Config, workdir: Path) -> None:
@@ -382,20 +448,19 @@ def check_weights(config: Config, workdir: Path) -> None:
         raise UsageError(f"weights={error}; name it by --weights FILE") from error
 
 
+def fill_in(config: Config, data: Facts | Dataset) -> Config:
+    """Fill in the number of classes where it was left to the data set."""
+    if config.architecture.num_classes is not None:
+        return config
+    classes = len(data.class_names)
+    architecture = replace(config.architecture, num_classes=classes)
+    return replace(config, architecture=architecture)
+
+
 def resolve(config: Config, dataset: Dataset) -> Config:
     """Fill in what only the data set knows, and check that the two fit."""
-    classes, asked = len(dataset.class_names), config.architecture.num_classes
-    if classes != asked:
-        raise UsageError(
-            f"architecture.num_classes={asked}, but {dataset.name} has {classes} "
-            f"classes; set --architecture.num_classes {classes}"
-        )
-    images, batch = len(dataset.splits["train"].label), config.train.batch_size
-    if batch > images:
-        raise UsageError(
-            f"train.batch_size={batch} is more than the {images} training images of "
-            f"{dataset.name}; choose one from 1 to {images}"
-        )
+    config = fill_in(config, dataset)
+    check_fits(config, dataset)
     if config.augment.mean is None:
         if config.weights is not None:
             known = weights.NORMALISATION
@@ -406,13 +471,37 @@ def resolve(config: Config, dataset: Dataset) -> Config:
     return config
 
 
-def check_devices(config: Config, count: int) -> None:
-    """Refuse a batch that ``count`` devices cannot share equally."""
-    batch = config.train.batch_size
-    if batch % count:
-        below, above = batch // count * count, (batch // count + 1) * count
-        choices = f"{below} or {above}" if below else str(above)
+def check_fits(config: Config, dataset: Dataset) -> None:
+    """Refuse a configuration for other data."""
+    classes, asked = len(dataset.class_names), config.architecture.num_classes
+    if classes != asked:
         raise UsageError(
-            f"train.batch_size={batch} cannot be shared equally by {count} devices; "
-            f"choose a multiple of {count}, as {choices}"
+            f"architecture.num_classes={asked}, but {dataset.name} has {classes} "
+            f"classes; set --architecture.num_classes {classes}"
+        )
+    cut = config.augment.crop_scale, config.augment.test_crop
+    if dataset.in_memory() and cut != (None, 1.0):
+        raise UsageError(
+            f"augment.crop_scale={cut[0]} and augment.test_crop={cut[1]} are for "
+            "images that stay on disk; add --data.stream True, or leave them out"
+        )
+    images, batch = dataset.splits["train"].images, config.train.batch_size
+    if batch > images:
+        raise UsageError(
+            f"train.batch_size={batch} is more than the {images} training images of "
+            f"{dataset.name}; choose one from 1 to {images}"
+        )
+
+
+def check_devices(config: Config, count: int) -> None:
+    """Refuse a batch that ``count`` devices cannot share equally, part by part."""
+    batch, parts = config.train.batch_size, config.train.accumulate
+    unit = count * parts
+    if batch % unit:
+        below, above = batch // unit * unit, (batch // unit + 1) * unit
+        choices = f"{below} or {above}" if below else str(above)
+        each = "" if parts == 1 else f" in train.accumulate={parts} parts each"
+        raise UsageError(
+            f"train.batch_size={batch} cannot be shared equally by {count} devices"
+            f"{each}; choose a multiple of {unit}, as {choices}"
         )

@@ -185,8 +185,13 @@ class ResidualUnit(nn.Module):
     execution: Execution = Execution()
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Add the filtered input to the unfiltered one."""
+    def __call__(
+        self, x: jax.Array, *, train: bool, keep: jax.Array | None = None
+    ) -> jax.Array:
+        """Add the filtered input to the unfiltered one.
+
+        ``keep`` [N] multiplies each image's filtered part: 0 drops it.
+        """
         first, *rest = [
             ResidualLayer(layer, self.execution, name=f"layer{number}")
             for number, layer in enumerate(self.plan.layers, start=1)
@@ -212,6 +217,9 @@ class ResidualUnit(nn.Module):
             dtype = self.execution.param_dtype
             ratio = _norms(residual, dtype) / jnp.maximum(_norms(carried, dtype), 1e-12)
             self.sow("intermediates", "residual_ratio", ratio)
+        if keep is not None:
+            scaled = residual.astype(keep.dtype) * keep[:, None, None, None]
+            residual = scaled.astype(residual.dtype)
         y = carried + residual
         return nn.relu(y) if p.relu else y
 
@@ -227,31 +235,38 @@ class ResidualStack(nn.Module):
     execution: Execution = Execution()
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Run the units in order; add the bridge."""
+    def __call__(
+        self, x: jax.Array, *, train: bool, keep: jax.Array | None = None
+    ) -> jax.Array:
+        """Run the units in order; add the bridge. ``keep`` [N, units] is theirs."""
         # What is made, or looked into, is run by modules one by one.
         seen = self.is_initializing() or self.is_mutable_collection("intermediates")
         y = x
         for number, unit in enumerate(self.plan.units, start=1):
-            name = f"unit{number}"
+            name, of_unit = f"unit{number}", None
+            if keep is not None:
+                of_unit = keep[:, number - 1]
             if train and not seen:
-                y = self._train_unit(unit, name, y)
+                y = self._train_unit(unit, name, y, of_unit)
             else:
-                y = ResidualUnit(unit, self.execution, name=name)(y, train=train)
+                run = ResidualUnit(unit, self.execution, name=name)
+                y = run(y, train=train, keep=of_unit)
         if self.plan.bridge == "identity":
             return y + x
         if self.plan.bridge is not None:
             return y + Convolution(self.plan.bridge, self.execution, name="bridge")(x)
         return y
 
-    def _train_unit(self, plan: UnitPlan, name: str, x: jax.Array) -> jax.Array:
+    def _train_unit(
+        self, plan: UnitPlan, name: str, x: jax.Array, keep: jax.Array | None
+    ) -> jax.Array:
         """Run one of our units by the function that all equal units share."""
         variables = {
             kind: self.get_variable(kind, name)
             for kind in ("params", "batch_stats")
             if self.has_variable(kind, name)
         }
-        y, stats = _train_unit(plan, self.execution, variables, x)
+        y, stats = _train_unit(plan, self.execution, variables, x, keep)
         if stats and self.is_mutable_collection("batch_stats"):
             self.put_variable("batch_stats", name, stats)
         return y
@@ -327,20 +342,27 @@ class ResNetV2(nn.Module):
     execution: Execution = Execution()
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array | Latent:
+    def __call__(
+        self, images: jax.Array, *, train: bool, keep: jax.Array | None = None
+    ) -> jax.Array | Latent:
         """Apply the net to normalised images.
 
         Args:
             images: [N, H, W, channels] float.
             train: use and keep the batch's statistics (the collection ``batch_stats``
                 must then be mutable), or use the running ones.
+            keep: [N, units] float, in the order of the units of all stacks: multiplies
+                what a unit adds to an image (stochastic depth); None: nothing does.
         """
         x = images.astype(self.execution.dtype)
         if self.plan.stem is not None:
             x = Stem(self.plan.stem, self.execution, name="stem")(x, train=train)
+        first = 0
         for number, stack in enumerate(self.plan.stacks, start=1):
             run = ResidualStack(stack, self.execution, name=f"stack{number}")
-            x = run(x, train=train)
+            units = slice(first, first + len(stack.units))
+            x = run(x, train=train, keep=None if keep is None else keep[:, units])
+            first = units.stop
         return Head(self.plan.head, self.execution, name="head")(x, train=train)
 
     @nn.nowrap
@@ -466,7 +488,11 @@ def _cut(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _train_unit(
-    plan: UnitPlan, execution: Execution, variables: dict[str, Any], x: jax.Array
+    plan: UnitPlan,
+    execution: Execution,
+    variables: dict[str, Any],
+    x: jax.Array,
+    keep: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
     """Maps and new statistics of a residual unit in training.
 
@@ -474,14 +500,18 @@ def _train_unit(
     once: ResNet-164 has 54 units and 6 different ones.
     """
 
-    def run(variables: dict[str, Any], x: jax.Array) -> tuple[jax.Array, Any]:
+    def run(
+        variables: dict[str, Any], x: jax.Array, keep: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
         unit = ResidualUnit(plan, execution, parent=None)
-        y, updated = unit.apply(variables, x, train=True, mutable=["batch_stats"])
+        y, updated = unit.apply(
+            variables, x, train=True, keep=keep, mutable=["batch_stats"]
+        )
         return y, updated.get("batch_stats", {})
 
     if execution.remat == "units":
         run = jax.checkpoint(run)
-    return run(variables, x)
+    return run(variables, x, keep)
 
 
 def _norms(x: jax.Array, dtype: str) -> jax.Array:

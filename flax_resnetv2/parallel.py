@@ -1,12 +1,14 @@
 """A run on its devices: the one place with ``pmap``.
 
-State and data set are whole on every device; each device takes its share of every batch
-(see ``augment.positions``). Of many processes each places them on its own devices, and
-the mapped axis goes over the devices of all.
+The state is whole on every device, and so is a data set in memory: each device takes
+its share of every batch (see ``augment.positions``). Of a data set that is streamed
+each device is given its share. Of many processes each places them on its own devices,
+and the mapped axis goes over the devices of all.
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from functools import reduce
 from typing import Any, Literal
@@ -18,7 +20,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flax_resnetv2.augment import positions
+from flax_resnetv2.augment import Batch, positions
 from flax_resnetv2.config import Config
 from flax_resnetv2.data import (
     Dataset,
@@ -28,6 +30,7 @@ from flax_resnetv2.data import (
     fetch,
 )
 from flax_resnetv2.model import ResNetV2, create_model
+from flax_resnetv2.streaming import EvaluationRow, Row, TrainingRow, batches
 from flax_resnetv2.training import (
     Metrics,
     TrainState,
@@ -67,10 +70,12 @@ class Run:
         self.executor = executor
         self.count = len(devices) * jax.process_count()
         """Devices of all processes."""
-        self.images = len(dataset.splits["train"].label)
+        self.images = dataset.splits["train"].images
         self.steps_per_epoch = self.images // train.batch_size
         self.schedule = jax.jit(make_schedule(train, self.steps_per_epoch))
-        self.one_by_one = devices[0].platform == "cpu"
+        self.streams = not dataset.in_memory()
+        """Whether batches come from disk."""
+        self.one_by_one = self.streams or devices[0].platform == "cpu"
         """XLA's CPU convolutions take a slow path inside a loop; elsewhere one
         dispatch runs all steps up to the next line of metrics."""
         # Evaluation fills its batches up, so any device count divides them.
@@ -83,10 +88,42 @@ class Run:
         here = Mesh(np.asarray(devices), (AXIS,))
         self._everywhere = NamedSharding(self._mesh, PartitionSpec())
         self._here = NamedSharding(here, PartitionSpec())
+        self._shared = NamedSharding(
+            self._mesh if executor == "jit" else here, PartitionSpec(AXIS)
+        )
         self._splits: dict[str, Split] = {}
         self._order: tuple[int, Any] = (-1, None)
-        self.train = self.parallel(self._train_chunk(), donate=True)
-        self._eval = self.parallel(self._eval_batch())
+        self._reader: tuple[int, Any] = (-1, None)
+        """The next step, and the batches from there on."""
+        train_step, eval_step = self._train_step(), self._eval_step()
+        if not self.streams:
+            train_step, eval_step = self._chunk(train_step), self._gather(eval_step)
+        self.train_step = self.parallel(train_step, donate=True, shared=self.streams)
+        """Of the state (given away) and a batch, or a split, an order and a number of
+        steps."""
+        self._eval = self.parallel(eval_step, shared=self.streams)
+
+    def close(self) -> None:
+        """End what reads ahead."""
+        if self._reader[1] is not None:
+            self._reader[1].close()
+        self._reader = (-1, None)
+
+    def train(
+        self, state: TrainState, done: int, steps: int
+    ) -> tuple[TrainState, Metrics]:
+        """Train for some steps after step ``done``, of one epoch.
+
+        Args:
+            state: is given away.
+            done: equal to ``state.step``, without waiting for it.
+            steps: 1 where steps go ``one_by_one``.
+        """
+        if self.streams:
+            return self.train_step(state, self._next(done))
+        order = self.order(done // self.steps_per_epoch)
+        at = self.place(jnp.int32(steps))
+        return self.train_step(state, self.split("train"), order, at)
 
     def place(self, tree: Any) -> Any:
         """Put arrays whole on every device, as the executor gives them back."""
@@ -100,6 +137,18 @@ class Run:
     def as_placed(self, tree: Any) -> Any:
         """The way back from ``everywhere``."""
         return tree if self.executor == "jit" else _assemble(tree, self._here)
+
+    def share(self, rows: Row) -> Batch:
+        """Put rows of a batch on the devices, as many on each."""
+
+        def put(rows: np.ndarray) -> jax.Array:
+            if self.executor == "jit":
+                return jax.make_array_from_process_local_data(self._shared, rows)
+            count = len(self.devices)
+            rows = rows.reshape(count, len(rows) // count, *rows.shape[1:])
+            return jax.device_put(rows, self._shared)
+
+        return jax.tree.map(put, Batch(*rows))
 
     def split(self, name: str) -> Split:
         """The arrays of a split on the devices, placed once."""
@@ -147,7 +196,9 @@ class Run:
         done, count = int(state.step), self.count
         many = jax.process_count()
         return (
-            f"{self.dataset.name}: {self.images:,} training images, {parameters:,} "
+            f"{self.dataset.name}: {self.images:,} training images "
+            + ("read from disk" if self.streams else "in memory")
+            + f", {parameters:,} "
             f"parameters, {count} {self.devices[0].platform} "
             + ("device" if count == 1 else "devices")
             + (f" of {many} processes" if many > 1 else "")
@@ -158,30 +209,30 @@ class Run:
         self, state: TrainState, name: str, stop: Callable[[], bool] = lambda: False
     ) -> Metrics | None:
         """Sums over a whole split; None: ``stop`` became true on the way."""
-        split = self.split(name)
-        order = evaluation_order(len(split.label), self.eval_batch)
-        placed, variables = self.place(order), state.variables()
-        found: list[Metrics] = []
-        for start in range(0, len(order), self.eval_batch):
-            if stop():
-                return None
-            at = self.place(jnp.int32(start))
-            found.append(self._eval(variables, split, placed, at))
-            # No further ahead of the devices, or ``stop`` would come late.
-            jax.block_until_ready(found[-2:-1])
+        variables, found = state.variables(), []
+        with closing(self._batches(name)) as all_of_it:
+            for batch in all_of_it:
+                if stop():
+                    return None
+                found.append(self._eval(variables, *batch))
+                # No further ahead of the devices, or ``stop`` would come late.
+                jax.block_until_ready(found[-2:-1])
         return add_up(found)
 
-    def parallel(self, function: Callable, donate: bool = False) -> Callable:
+    def parallel(
+        self, function: Callable, donate: bool = False, shared: bool = False
+    ) -> Callable:
         """The seam: run ``function(first, *rest)`` on all devices at once.
 
-        Arguments and results are whole on every device; ``first`` may be given away.
+        Arguments and results are whole on every device; ``first`` may be given away,
+        and the rest may be ``shared``: a device is given its rows.
         """
         if self.executor == "jit":
             whole = PartitionSpec()
             mapped = jax.shard_map(
                 function,
                 mesh=self._mesh,
-                in_specs=whole,
+                in_specs=(whole, PartitionSpec(AXIS)) if shared else whole,
                 out_specs=whole,
                 check_vma=False,  # as pmap: sums make the results equal
             )
@@ -190,7 +241,7 @@ class Run:
             # pmap wants one argument with a mapped axis: each device gets its number.
             lambda number, first, rest: function(first, *rest),
             axis_name=AXIS,
-            in_axes=(0, None, None),
+            in_axes=(0, None, 0 if shared else None),
             out_axes=None,
             devices=self.devices if jax.process_count() == 1 else None,
             donate_argnums=(1,) if donate else (),
@@ -198,10 +249,50 @@ class Run:
         numbers = np.arange(len(self.devices))
         return lambda first, *rest: mapped(numbers, first, rest)
 
-    def _train_chunk(self) -> Callable:
+    def _next(self, done: int) -> Batch:
+        """The batch of the step after ``done``."""
+        if self._reader[0] != done:
+            self.close()
+            train, augment = self.config.train, self.config.augment
+            records = self.dataset.splits["train"]
+            row = TrainingRow(
+                records, train.batch_size, self.config.seed, augment.crop_scale
+            )
+            last = train.epochs * self.steps_per_epoch
+            self._reader = done, self._read(row, train.batch_size, done, last)
+        _, reader = self._reader
+        rows = next(reader)
+        self._reader = done + 1, reader
+        return self.share(rows)
+
+    def _batches(self, name: str) -> Iterator[tuple]:
+        """What one evaluation step after the other takes."""
+        split, batch = self.dataset.splits[name], self.eval_batch
+        if not self.streams:
+            order = evaluation_order(split.images, batch)
+            placed = self.place(order)
+            for start in range(0, len(order), batch):
+                yield self.split(name), placed, self.place(jnp.int32(start))
+            return
+        row = EvaluationRow(split, self.config.augment.test_crop)
+        with closing(self._read(row, batch, 0, -(-split.images // batch))) as reader:
+            for rows in reader:
+                yield (self.share(rows),)
+
+    def _read(self, row: Callable, batch: int, first: int, last: int) -> Any:
+        processes = jax.process_count()
+        return batches(
+            row,
+            batch // processes,
+            first,
+            last,
+            workers=self.config.data.workers,
+            part=(jax.process_index(), processes),
+        )
+
+    def _train_step(self) -> Callable:
         config = self.config
-        share = config.train.batch_size // self.count
-        step = make_train_step(
+        return make_train_step(
             self.model,
             config.train,
             config.augment,
@@ -210,9 +301,14 @@ class Run:
             axis_name=self.axis,
         )
 
+    def _chunk(self, step: Callable) -> Callable:
+        """``step`` on images in memory, as many times as is said."""
+        batch_size = self.config.train.batch_size
+
         def chunk(state, split, order, steps):
             def one(state):
-                first = state.step % self.steps_per_epoch * config.train.batch_size
+                first = state.step % self.steps_per_epoch * batch_size
+                share = batch_size // self.count
                 places = first + positions(share, self.axis)
                 return step(state, fetch(split, order, places))
 
@@ -229,8 +325,11 @@ class Run:
 
         return chunk
 
-    def _eval_batch(self) -> Callable:
-        step = make_eval_step(self.model, self.config.augment, axis_name=self.axis)
+    def _eval_step(self) -> Callable:
+        return make_eval_step(self.model, self.config.augment, axis_name=self.axis)
+
+    def _gather(self, step: Callable) -> Callable:
+        """``step`` on images in memory."""
         share = self.eval_batch // self.count
 
         def one(variables, split, order, start):

@@ -357,6 +357,11 @@ def _plan_stem(a: Architecture, channels: int | None) -> StemPlan:
 
 
 def _plan_head(a: Architecture) -> HeadPlan:
+    if a.head == "classifier" and a.num_classes is None:
+        raise UsageError(
+            "num_classes=None is for a run, which has a data set to count them in; "
+            "give a number"
+        )
     return HeadPlan(
         kind=a.head,
         norm=_norm(a.semantics, a.widths[-1], "head")

@@ -51,6 +51,8 @@ class Needs:
     """On each device whatever the batch: gradients and, once known, state and data."""
     execution: Execution
     """The way of running that this is for."""
+    parts: int = 1
+    """Of a batch, one after the other (``train.accumulate``): one's images are kept."""
 
     def beside(self, *trees: Any) -> "Needs":
         """The same with arrays (or shapes) that lie on each device all the time."""
@@ -61,7 +63,7 @@ class Needs:
 
         A lower bound: what the compiler needs between operations comes on top.
         """
-        return self.fixed_bytes + share * self.image_bytes
+        return self.fixed_bytes + share // self.parts * self.image_bytes
 
     def check(self, batch: int, devices: int, limit: int | None) -> None:
         """Refuse a batch that cannot fit.
@@ -80,16 +82,20 @@ class Needs:
         raise UsageError(
             f"train.batch_size={batch} needs at least {amount(needed, 'B')} on each of "
             f"{devices} devices, which have {amount(limit, 'B')}; choose "
-            f"{self._repair(devices, limit)}"
+            f"{self._repair(batch // devices, devices, limit)}"
         )
 
-    def _repair(self, devices: int, limit: int) -> str:
+    def _repair(self, share: int, devices: int, limit: int) -> str:
         """What would make it fit."""
         if limit <= self.fixed_bytes:
             return "a smaller net, or a device with more memory"
         ways = []
-        if fits := (limit - self.fixed_bytes) // self.image_bytes * devices:
-            ways.append(f"--train.batch-size {fits} or less")
+        if fits := (limit - self.fixed_bytes) // self.image_bytes:
+            images = fits * devices * self.parts
+            ways.append(f"--train.batch-size {images} or less")
+            enough = (n for n in range(1, share + 1) if share % n == 0)
+            parts = next(n for n in enough if share // n <= fits)
+            ways.append(f"--train.accumulate {parts}")
         ways.append("more devices")
         if self.execution.dtype != "bfloat16":
             ways.append("--execution.dtype bfloat16")
@@ -111,12 +117,14 @@ def needs(
     architecture: Architecture,
     execution: Execution,
     image_shape: tuple[int, int, int],
+    parts: int = 1,
 ) -> Needs:
     """Count what training takes, whatever state and data lie beside it.
 
     Args:
         architecture, execution: the net and how it is run.
         image_shape: (height, width, channels).
+        parts: of a batch, one after the other.
     """
     rows = layer_table(architecture, image_shape)
     parameters = sum(row.parameters for row in rows)
@@ -125,9 +133,10 @@ def needs(
         parameters=parameters,
         flops=6.0 * sum(row.multiply_adds for row in rows),
         image_bytes=sum(math.prod(row.shape) for row in kept) * _BYTES[execution.dtype],
-        # The gradients are as large as the parameters.
-        fixed_bytes=parameters * _BYTES[execution.param_dtype],
+        # The gradients are as large as the parameters; so is the sum of several.
+        fixed_bytes=parameters * _BYTES[execution.param_dtype] * min(parts, 2),
         execution=execution,
+        parts=parts,
     )
 
 
@@ -161,11 +170,40 @@ def memory_limit(device: jax.Device) -> int | None:
     """
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
+    whole = machine_memory()
+    return whole and whole // len(jax.local_devices(backend="cpu"))
+
+
+def machine_memory() -> int | None:
+    """Give the bytes of the machine's memory; None where the system does not say."""
     try:
-        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return whole // len(jax.local_devices(backend="cpu"))
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
         return None
+
+
+def check_images(name: str, images: int, size: int, device: jax.Device) -> None:
+    """Refuse images that cannot lie in memory, here and whole on the device.
+
+    Args:
+        name: of the data set.
+        images: how many.
+        size: bytes of all, decoded.
+        device: one of those that train.
+
+    Raises:
+        UsageError: with what would help.
+    """
+    for place, limit in (
+        ("this machine", machine_memory()),
+        (f"each device ({device.device_kind})", memory_limit(device)),
+    ):
+        if limit is not None and size > limit:
+            raise UsageError(
+                f"data.name={name} has {images:,} images, which need "
+                f"{amount(size, 'B')} of memory, and {place} has {amount(limit, 'B')}; "
+                "add --data.stream True, or choose a smaller --data.size"
+            )
 
 
 def peak_flops(device: jax.Device) -> float | None:

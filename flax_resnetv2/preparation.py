@@ -1,8 +1,9 @@
 """Writing ordinary TFDS directories without TensorFlow.
 
-CIFAR-10 from its official archive, local or downloaded, and the embedded shapes. TFDS
-itself opens the result: the builders are TFDS's own, given PNG bytes, and array_record
-files, because its CIFAR reader and its image encoder are what needs TensorFlow.
+CIFAR-10, CIFAR-100, MNIST and Fashion-MNIST from their official files, local or
+downloaded, and the embedded shapes. TFDS itself opens the result: the builders are
+TFDS's own, given PNG bytes, and array_record files, because its readers and its image
+encoder are what needs TensorFlow.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import functools
 import io
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,97 +21,198 @@ import numpy as np
 
 from flax_resnetv2 import download, embedded
 from flax_resnetv2.archive import (
-    CIFAR10_CLASSES,
+    ARCHIVES,
+    Archive,
     Examples,
     check_sum,
     find_archive,
     read_archive,
 )
+from flax_resnetv2.catalog import DATASETS, Known
 from flax_resnetv2.errors import RunError, UsageError
+from flax_resnetv2.idx import IDX_FILES, IdxFiles, find_files, read_files
 
-VERSIONS = {"cifar10": "3.0.2", embedded.NAME: "1.0.0"}
-"""Of the data sets that are written here."""
+
+@dataclass(frozen=True)
+class Source:
+    """How a data set is written here: as the TFDS builder of its name would."""
+
+    version: str
+    description: str
+    homepage: str = ""
+    citation: str = ""
+    url: str = ""
+    """The official address of the archive, or of the directory of the files."""
+    size: int = 0
+    """Bytes of what is there."""
+    identified: bool = True
+    """Each record has a feature "id"."""
+
+
+_KRIZHEVSKY = """@TECHREPORT{Krizhevsky09learningmultiple,
+    author = {Alex Krizhevsky},
+    title = {Learning multiple layers of features from tiny images},
+    institution = {},
+    year = {2009}
+}"""
+_LECUN = """@article{lecun2010mnist,
+    title = {MNIST handwritten digit database},
+    author = {LeCun, Yann and Cortes, Corinna and Burges, CJ},
+    journal = {ATT Labs [Online]. Available: http://yann.lecun.com/exdb/mnist},
+    volume = {2},
+    year = {2010}
+}"""
+_XIAO = """@article{xiao2017fashion,
+    title = {Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning
+             Algorithms},
+    author = {Xiao, Han and Rasul, Kashif and Vollgraf, Roland},
+    journal = {arXiv:1708.07747},
+    year = {2017}
+}"""
+_CIFAR = "https://www.cs.toronto.edu/~kriz/"
+
+SOURCES = {
+    "cifar10": Source(
+        "3.0.2",
+        "CIFAR-10: 60,000 colour images of 32x32 pixels, 6,000 in each of ten classes; "
+        "50,000 to train on and 10,000 to test.",
+        _CIFAR + "cifar.html",
+        _KRIZHEVSKY,
+        _CIFAR + "cifar-10-binary.tar.gz",
+        170_052_171,
+    ),
+    "cifar100": Source(
+        "3.0.2",
+        "CIFAR-100: 60,000 colour images of 32x32 pixels, 600 in each of 100 classes, "
+        "which 20 coarse classes gather; 50,000 to train on and 10,000 to test.",
+        _CIFAR + "cifar.html",
+        _KRIZHEVSKY,
+        _CIFAR + "cifar-100-binary.tar.gz",
+        168_513_733,
+    ),
+    "mnist": Source(
+        "3.0.1",
+        "The MNIST database of handwritten digits: 70,000 grey images of 28x28 pixels; "
+        "60,000 to train on and 10,000 to test.",
+        "http://yann.lecun.com/exdb/mnist/",
+        _LECUN,
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+        11_594_722,
+        identified=False,
+    ),
+    "fashion_mnist": Source(
+        "3.0.1",
+        "Fashion-MNIST: 70,000 grey images of 28x28 pixels of ten kinds of clothes; "
+        "60,000 to train on and 10,000 to test.",
+        "https://github.com/zalandoresearch/fashion-mnist",
+        _XIAO,
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        30_878_645,
+        identified=False,
+    ),
+    embedded.NAME: Source(
+        "1.0.0", "Ten shapes on 32x32 pixels, drawn by flax_resnetv2.embedded."
+    ),
+}
+"""By the name among TFDS data sets."""
+
+_FORMS = {**ARCHIVES, **IDX_FILES}
+"""What the official files are."""
 
 _NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 
 
-def prepare_cifar10(
+def prepare(
+    name: str,
     root: Path,
     *,
     archive: str | None = None,
     url: str | None = None,
     accept_checksum: bool = False,
 ) -> None:
-    """Write ``root/cifar10/3.0.2`` from a local archive or a download.
+    """Write ``root/NAME/VERSION`` from local files or a download.
 
     Args:
+        name: of a data set with official files, as "cifar10".
         root: a directory of TFDS data sets.
-        archive: a local cifar-10-binary.tar.gz or cifar-10-python.tar.gz.
-        url: a mirror of cifar-10-binary.tar.gz; None: the official address.
-        accept_checksum: take an archive with another SHA-256.
+        archive: a local official archive, or a directory with the files.
+        url: a mirror of the official address; None: that address.
+        accept_checksum: take files with another SHA-256.
 
     Raises:
-        UsageError: the archive is missing, another one, or damaged; ``root`` cannot be
+        UsageError: a file is missing, another one, or damaged; ``root`` cannot be
             written.
         RunError: the download failed (what has arrived is kept and gone on with), or
             the disk is full.
     """
-    url = download.CIFAR10_URL if url is None else url
-    local = check_source(archive, url)
-    directory = root / "cifar10" / VERSIONS["cifar10"]
+    source, form = SOURCES[name], _FORMS[name]
+    url = source.url if url is None else url
+    local = check_source(name, archive, url)
+    directory = root / name / source.version
     check_place(directory)
 
-    def read(path: Path) -> dict[str, Examples]:
-        if not accept_checksum:
-            check_sum(path, archive or url)
-        return read_archive(path)
-
     # A local one is read before anything is made: refused, it leaves nothing.
-    splits = None if local is None else read(local)
-    with _writing(root, "cifar10"), _alone(directory) as wanted:
+    splits = local and _read(form, local, accept_checksum)
+    with _writing(root, name), _alone(directory) as wanted:
         if not wanted:
             return
-        if local is None:
-            path = download.fetch(url, root / "downloads")
+        fetched = {}
+        if splits is None:
+            for address in _addresses(form, url):
+                fetched[address] = download.fetch(
+                    address, root / "downloads", form.known.title, form.names
+                )
             try:
-                splits = read(path)
+                splits = _read(form, fetched, accept_checksum)
             except UsageError:
-                path.unlink()  # or every later run would meet the same file
+                for path in fetched.values():
+                    path.unlink()  # or every later run would meet the same file
                 raise
         _write(
             root,
-            name="cifar10",
-            version=VERSIONS["cifar10"],
-            description=(
-                "CIFAR-10: 60,000 colour images of 32x32 pixels, 6,000 in each of ten "
-                "classes; 50,000 to train on and 10,000 to test."
-            ),
-            homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
-            citation=(
-                "@TECHREPORT{Krizhevsky09learningmultiple,\n"
-                "    author = {Alex Krizhevsky},\n"
-                "    title = {Learning multiple layers of features from tiny images},\n"
-                "    institution = {},\n"
-                "    year = {2009}\n}"
-            ),
-            names=CIFAR10_CLASSES,
-            splits={split: lambda s=split: splits[s] for split in splits},
+            form.known,
+            source,
+            {split: lambda s=split: splits[s] for split in splits},
         )
-        if local is None:
+        for path in fetched.values():
             path.unlink()
 
 
-def check_source(archive: str | None, url: str) -> Path | None:
-    """Refuse what CIFAR-10 cannot come from; arguments as of ``prepare_cifar10``.
+def check_source(name: str, archive: str | None, url: str) -> dict[str, Path] | None:
+    """Refuse what a data set cannot come from; arguments as of ``prepare``.
 
     Returns:
-        The path of the local archive.
+        The local files, by how they are told.
 
     Raises:
         UsageError: no such file, or no address.
     """
     download.check_url(url)
-    return None if archive is None else find_archive(archive)
+    if archive is None:
+        return None
+    form = _FORMS[name]
+    if isinstance(form, Archive):
+        return {archive: find_archive(archive, form)}
+    return {str(path): path for path in find_files(archive, form)}
+
+
+def _addresses(form: Archive | IdxFiles, url: str) -> list[str]:
+    if isinstance(form, Archive):
+        return [url]
+    return [f"{url.rstrip('/')}/{name}" for name in form.sha256]
+
+
+def _read(
+    form: Archive | IdxFiles, files: dict[str, Path], accept_checksum: bool
+) -> dict[str, Examples]:
+    """Read official files, given by how they are told, in the order of ``form``."""
+    one = isinstance(form, Archive)
+    if not accept_checksum:
+        for (said, path), official in zip(files.items(), form.sha256, strict=not one):
+            expected = form.sha256 if one else {official: form.sha256[official]}
+            check_sum(path, said, expected)
+    paths = list(files.values())
+    return read_archive(paths[0], form) if one else read_files(paths, form)
 
 
 def check_place(directory: Path) -> None:
@@ -132,23 +235,22 @@ def prepare_embedded(root: Path) -> None:
         UsageError: ``root`` cannot be written.
         RunError: the disk is full.
     """
-    directory = root / embedded.NAME / VERSIONS[embedded.NAME]
+    source = SOURCES[embedded.NAME]
+    directory = root / embedded.NAME / source.version
     with _writing(root, embedded.NAME), _alone(directory) as wanted:
         if not wanted:
             return
         _write(
             root,
-            name=embedded.NAME,
-            version=VERSIONS[embedded.NAME],
-            description="Ten shapes on 32x32 pixels, drawn by flax_resnetv2.embedded.",
-            homepage="",
-            citation="",
-            names=embedded.CLASSES,
-            splits={
-                split: functools.partial(embedded.draw, split)
-                for split in embedded.PER_CLASS
-            },
+            DATASETS[embedded.NAME],
+            source,
+            {split: functools.partial(_drawn, split) for split in embedded.PER_CLASS},
         )
+
+
+def _drawn(split: str) -> Examples:
+    images, labels = embedded.draw(split)
+    return images, {"label": labels}
 
 
 @contextlib.contextmanager
@@ -212,13 +314,8 @@ def _locked(lock: Path, waiting: str) -> IO[str]:
 
 def _write(
     root: Path,
-    *,
-    name: str,
-    version: str,
-    description: str,
-    homepage: str,
-    citation: str,
-    names: tuple[str, ...],
+    known: Known,
+    source: Source,
     splits: dict[str, Callable[[], Examples]],
 ) -> None:
     """Have TFDS write a data set; it appears under its name when it is whole."""
@@ -227,23 +324,23 @@ def _write(
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """A data set of labelled images, given as arrays."""
 
-        VERSION = tfds.core.Version(version)
+        VERSION = tfds.core.Version(source.version)
 
         def _info(self) -> tfds.core.DatasetInfo:
-            shape = (embedded.SIZE, embedded.SIZE, 3)
             return tfds.core.DatasetInfo(
                 builder=self,
-                description=description,
+                description=source.description,
                 features=tfds.features.FeaturesDict(
-                    {
-                        "id": tfds.features.Text(),
-                        "image": tfds.features.Image(shape=shape),
-                        "label": tfds.features.ClassLabel(names=list(names)),
+                    ({"id": tfds.features.Text()} if source.identified else {})
+                    | {"image": tfds.features.Image(shape=known.image_shape)}
+                    | {
+                        feature: tfds.features.ClassLabel(names=list(names))
+                        for feature, names in known.classes.items()
                     }
                 ),
                 supervised_keys=("image", "label"),
-                homepage=homepage or None,
-                citation=citation or None,
+                homepage=source.homepage or None,
+                citation=source.citation or None,
             )
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
@@ -251,20 +348,21 @@ def _write(
 
         def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
             images, labels = splits[split]()
-            for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+            for index, image in enumerate(images):
                 yield (
                     index,
-                    {
-                        "id": f"{split}_{index:05d}",
-                        "image": io.BytesIO(_png(image)),
-                        "label": int(label),
+                    ({"id": f"{split}_{index:05d}"} if source.identified else {})
+                    | {"image": io.BytesIO(_png(image))}
+                    | {
+                        feature: int(values[index])
+                        for feature, values in labels.items()
                     },
                 )
 
     # TFDS takes the name of a data set from its class.
-    Builder.name = name
+    Builder.name = known.stored
     Builder.pkg_dir_path = None
-    print(f"preparing {name} in {root} (once)", flush=True)
+    print(f"preparing {known.stored} in {root} (once)", flush=True)
     tfds.disable_progress_bar()
     # TFDS announces a download of unknown size, whatever is written.
     with contextlib.redirect_stdout(io.StringIO()):
@@ -276,5 +374,6 @@ def _png(image: np.ndarray) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
+    grey = image.shape[-1] == 1
+    Image.fromarray(image[..., 0] if grey else image).save(buffer, "PNG")
     return buffer.getvalue()

@@ -7,8 +7,11 @@ about his own. ``fit`` itself touches memory ahead and listens to signals.
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import threading
+import time
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -135,6 +138,7 @@ class Stop:
     def __init__(self) -> None:
         self.asked: str | None = None
         """Name of the signal that came."""
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def listen(self) -> None:
@@ -145,9 +149,13 @@ class Stop:
             self._before[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, _: object) -> None:
+        name, now = signal.Signals(number).name, time.monotonic()
         if self.asked is not None:
+            # A cluster tells every process, and a sweep passes on what it was told.
+            if name == self.asked == "SIGTERM" and now < self._since + 1:
+                return
             os._exit(128 + number)
-        self.asked = signal.Signals(number).name
+        self.asked, self._since = name, now
         # print and logging may be in the middle of a line, and may wait for it.
         os.write(2, f"\n{self.asked}: saving; a second one ends at once\n".encode())
 
@@ -157,6 +165,49 @@ class Stop:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def run_child(command: Sequence[str], log: Path, stop: Stop, keeps: int) -> int:
+    """Run a command to its end, and pass on to it that ``stop`` was asked.
+
+    Args:
+        command: its words.
+        log: receives, behind what is there, what the child says.
+        stop: listens in this process.
+        keeps: a file that stays open in the child too, and with it the file's lock: it
+            holds until the child has ended, whatever becomes of this process.
+
+    Returns:
+        Its exit code; below 0: minus the signal that ended it.
+    """
+    with log.open("ab") as said:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            pass_fds=[keeps],
+            process_group=0,  # a terminal's Ctrl-C would be its second signal
+        )
+    told = False
+    while True:
+        try:
+            return child.wait(timeout=0.1)
+        except subprocess.TimeoutExpired:
+            if stop.asked is not None and not told:
+                child.terminate()
+                told = True
+
+
+def follow_parent() -> None:
+    """Have Linux send this process SIGTERM when the one that started it has died.
+
+    (Its thread that did; ``run_child`` is called in the main one.)
+    """
+    if sys.platform.startswith("linux"):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 HEARTBEAT = 30

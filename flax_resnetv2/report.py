@@ -129,10 +129,13 @@ class Reporter:
         self, split: str, done: int, epoch: float, sums: dict[str, Any], **more: Any
     ) -> dict[str, Any]:
         """Record the metrics of a whole split; give the line."""
+        if "correct_top5" in sums:
+            more["top5"] = float(sums["correct_top5"] / sums["count"])
         line = self._record(split, done, epoch, sums, **more)
         self.say(
             f"epoch {epoch:g}  {split} loss {line['loss']:.3f}  accuracy "
             f"{line['accuracy']:.4f} ({sums['correct']:,.0f} of {sums['count']:,.0f})"
+            + (f"  top 5 {line['top5']:.4f}" if "top5" in line else "")
         )
         # The next training line's rate is of training alone.
         self._time = time.perf_counter()

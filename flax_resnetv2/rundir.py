@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import subprocess
-import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -95,8 +94,17 @@ def load_config(workdir: str | Path) -> Config:
         ) from error
 
 
+def load_environment(workdir: str | Path) -> list[dict[str, Any]]:
+    """Read ``environment.json`` of a run: commit, versions, devices of each start.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    return _load(Path(workdir) / "environment.json", list)
+
+
 def load_dataset_facts(workdir: str | Path) -> dict[str, Any]:
-    """Read ``dataset.json`` of a run: name, class_names, image_shape, images.
+    """Read ``dataset.json`` of a run: name, class_names, image_shape, images, ...
 
     Raises:
         UsageError: the run has none.
@@ -167,23 +175,33 @@ def check_data(workdir: Path, dataset: Dataset) -> None:
 
 
 def _checksums(dataset: Dataset) -> dict[str, str]:
-    """CRC-32 of images and labels of each split, in their order."""
-    return {
-        name: f"{zlib.crc32(split.label, zlib.crc32(split.image)):08x}"
-        for name, split in dataset.splits.items()
-    }
+    """Of each split."""
+    return {name: f"{s.checksum():08x}" for name, s in dataset.splits.items()}
 
 
 MAY_CHANGE = {
-    *("data.dir", "data.archive", "data.url", "data.accept_checksum"),
-    *("log_every", "evaluate_every", "train.eval_batch_size"),
+    *("data.dir", "data.archive", "data.url", "data.accept_checksum", "data.workers"),
+    *("log_every", "evaluate_every", "target_accuracy", "train.eval_batch_size"),
     *("checkpoint_every", "checkpoint_steps", "keep_checkpoints"),
 }
 """Fields of ``Config`` that decide no number that a run learns."""
 
 
+def as_begun(workdir: Path, config: Config) -> Config:
+    """Fill in what was decided when the run began, where None leaves it open."""
+    if not (workdir / "config.json").exists():
+        return config
+    old = load_config(workdir)
+    if config.augment.mean is None:
+        mean, std = old.augment.mean, old.augment.std
+        config = replace(config, augment=replace(config.augment, mean=mean, std=std))
+    if config.data.stream is None:
+        config = replace(config, data=replace(config.data, stream=old.data.stream))
+    return config
+
+
 def check_same(workdir: Path, config: Config) -> list[str]:
-    """Refuse to go on with a run as another; None means "as the data set says".
+    """Refuse to go on with a run as another, but for what ``as_begun`` fills in.
 
     Returns:
         What differs and may.
@@ -193,10 +211,7 @@ def check_same(workdir: Path, config: Config) -> list[str]:
     """
     if not (workdir / "config.json").exists():
         return []
-    old = load_config(workdir)
-    if config.augment.mean is None:
-        mean, std = old.augment.mean, old.augment.std
-        config = replace(config, augment=replace(config.augment, mean=mean, std=std))
+    old, config = load_config(workdir), as_begun(workdir, config)
     free = MAY_CHANGE | (
         # The other schedules bend towards the end.
         {"train.epochs"} if config.train.schedule == "constant" else set()
@@ -211,8 +226,11 @@ def check_same(workdir: Path, config: Config) -> list[str]:
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
-    """Keep other processes out of a run's directory.
+def locked(workdir: Path) -> Iterator[int]:
+    """Keep other processes out of a run's directory, or a sweep's.
+
+    Yields:
+        The descriptor of the file whose lock does it.
 
     Raises:
         UsageError: one is in it.
@@ -234,7 +252,7 @@ def locked(workdir: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n")
             file.flush()
-        yield
+        yield file.fileno()
 
 
 def write_records(
@@ -249,7 +267,8 @@ def write_records(
         "name": dataset.name,
         "image_shape": dataset.image_shape,
         "class_names": dataset.class_names,
-        "images": {name: len(s.label) for name, s in dataset.splits.items()},
+        "multi_label": dataset.multi_label,
+        "images": {name: s.images for name, s in dataset.splits.items()},
         "checksums": _checksums(dataset),
     }
     path = workdir / "environment.json"
@@ -266,11 +285,11 @@ def write_records(
             write_whole(path, text)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all."""
     new = path.with_name(f"{path.name}.part")
-    with new.open("w") as file:
-        file.write(text)
+    with new.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())  # or a crash of the machine could leave it empty
     os.replace(new, path)

@@ -1,4 +1,4 @@
-"""Reading the pickled batches of cifar-10-python.tar.gz without Python's unpickler.
+"""Reading the pickled batches of CIFAR's archives without Python's unpickler.
 
 A pickle is a program: it can name any function to call, and even harmless functions
 can be had to fill the memory. Here its instructions are interpreted, and only those
@@ -67,8 +67,12 @@ class _Array:
         self.value = values.reshape(shape, order="F" if by_columns else "C")
 
 
-def load(content: bytes) -> dict[str | bytes, Any]:
+def load(content: bytes, instructions: int = INSTRUCTIONS) -> dict[str | bytes, Any]:
     """Give the dictionary that a pickle of protocol 2 to 4 describes.
+
+    Args:
+        content: the pickle.
+        instructions: how many it may have.
 
     Raises:
         ValueError, TypeError, LookupError, AttributeError, RecursionError: it asks for
@@ -86,8 +90,8 @@ def load(content: bytes) -> dict[str | bytes, Any]:
 
     for count, (instruction, argument, _) in enumerate(pickletools.genops(content)):
         name = instruction.name
-        if count == INSTRUCTIONS:
-            raise ValueError(f"it has more than {INSTRUCTIONS:,} instructions")
+        if count == instructions:
+            raise ValueError(f"it has more than {instructions:,} instructions")
         if name in _NUMBERS or name in _TEXTS:
             stack.append(argument)
         elif name in ("SHORT_BINSTRING", "BINSTRING"):

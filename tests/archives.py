@@ -1,5 +1,6 @@
-"""Small archives of CIFAR-10, in each form there is, and a server for them."""
+"""Small official files, in each form there is, and a server for them."""
 
+import gzip
 import http.server
 import io
 import pickle
@@ -7,8 +8,11 @@ import tarfile
 import time
 
 import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
 
 from flax_resnetv2 import preparation
+from flax_resnetv2.catalog import DATASETS
 from flax_resnetv2.records import find_prepared
 
 BATCHES = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]
@@ -72,18 +76,156 @@ MEMBERS = {
 }
 
 
-def prepare(root, **where):
-    """Prepare CIFAR-10 from whatever checksum, and find it."""
+FINE, COARSE = np.arange(0, 100, 9), np.arange(12) % 20
+"""Labels of the training images of CIFAR-100 here; the test set has the first four."""
+
+
+def pixels100(split):
+    count = {"train": 12, "test": 4}[split]
+    return np.random.default_rng(count).integers(0, 256, (count, 3072), dtype=np.uint8)
+
+
+def binary100_members():
+    members = {"cifar-100-binary/fine_label_names.txt": b"apple"}
+    for split in ("train", "test"):
+        pixels = pixels100(split)
+        labels = np.stack([COARSE, FINE], axis=1)[: len(pixels)].astype(np.uint8)
+        records = np.concatenate([labels, pixels], axis=1)
+        members[f"cifar-100-binary/{split}.bin"] = records.tobytes()
+    return members
+
+
+def python100_members():
+    members = {"cifar-100-python/meta": b"", "cifar-100-python/file.txt~": b""}
+    for split in ("train", "test"):
+        pixels = pixels100(split)
+        values = {
+            b"filenames": [b"a"] * len(pixels),
+            b"batch_label": b"training batch 1 of 1",
+            b"fine_labels": FINE[: len(pixels)].tolist(),
+            b"coarse_labels": COARSE[: len(pixels)].tolist(),
+            b"data": pixels,
+        }
+        members[f"cifar-100-python/{split}"] = pickle.dumps(values, 2)
+    return members
+
+
+MEMBERS100 = {"binary": binary100_members, "python": python100_members}
+
+
+def digits(split):
+    """Images [count, 28, 28] and labels as MNIST has them."""
+    count = {"train": 12, "t10k": 4}[split]
+    rng = np.random.default_rng(count)
+    return rng.integers(0, 256, (count, 28, 28), np.uint8), np.arange(count) % 10
+
+
+def idx(values):
+    """An array of bytes as the format IDX has it, compressed."""
+    values = np.asarray(values, np.uint8)
+    header = bytes([0, 0, 8, values.ndim])
+    shape = b"".join(length.to_bytes(4, "big") for length in values.shape)
+    return gzip.compress(header + shape + values.tobytes(), 1)
+
+
+def idx_files():
+    """The four files by name."""
+    files = {}
+    for split in ("train", "t10k"):
+        images, labels = digits(split)
+        files[f"{split}-images-idx3-ubyte.gz"] = idx(images)
+        files[f"{split}-labels-idx1-ubyte.gz"] = idx(labels)
+    return files
+
+
+def write_files(directory, files):
+    directory.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    return directory
+
+
+def prepare(root, name="cifar10", **where):
+    """Prepare a data set from whatever checksum, and find it."""
     root.mkdir(exist_ok=True)
-    preparation.prepare_cifar10(root, accept_checksum=True, **where)
-    return find_prepared("cifar10", root)
+    preparation.prepare(name, root, accept_checksum=True, **where)
+    return find_prepared(name, root)
+
+
+def write_tfds(root, name, version, features, splits):
+    """Have TFDS write records of any kind, as array_record."""
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        """Given records."""
+
+        VERSION = tfds.core.Version(version)
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, dl_manager):
+            return {split: enumerate(records) for split, records in splits.items()}
+
+        def _generate_examples(self):
+            raise AssertionError("the splits are given as they are")
+
+    Builder.name, Builder.pkg_dir_path = name, None
+    tfds.disable_progress_bar()
+    Builder(data_dir=root, file_format="array_record").download_and_prepare()
+    return root / name / version
+
+
+def encoded(shape, seed=0, kind="JPEG"):
+    """An open image file of noise, as TFDS takes it without TensorFlow."""
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if shape[2] == 1 else pixels).save(buffer, kind)
+    buffer.seek(0)
+    return buffer
+
+
+def write_celeba(root, train=12, test=5):
+    """A small CelebA with the features that TFDS's own builder gives it."""
+    names = DATASETS["celeba"].class_names
+    marks = [f"{part}_{axis}" for part in ("lefteye", "nose") for axis in "xy"]
+    features = {
+        "image": tfds.features.Image(shape=(218, 178, 3), encoding_format="jpeg"),
+        "landmarks": dict.fromkeys(marks, np.int64),
+        "attributes": dict.fromkeys(reversed(names), np.bool_),
+        "identity": {"Identity_No": np.int64},
+    }
+
+    def records(count, first):
+        for k in range(first, first + count):
+            yield {
+                "image": encoded((218, 178, 3), k),
+                "landmarks": dict.fromkeys(marks, k),
+                "attributes": {n: celeba_bit(k, j) for j, n in enumerate(names)},
+                "identity": {"Identity_No": k},
+            }
+
+    splits = {
+        "train": records(train, 0),
+        "validation": records(3, train),
+        "test": records(test, train + 3),
+    }
+    return write_tfds(root, "celeb_a", "2.1.0", features, splits)
+
+
+def celeba_bit(image, attribute):
+    """Whether an image has an attribute, so that rows and columns all differ."""
+    return bool((image * 37 + 1) >> (attribute % 7) & 1) != (attribute % 3 == 0)
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves one file; can break off, ignore ranges, and take its time."""
+    """Serves files by name, and one under every other name; can break off, ignore
+    ranges, and take its time."""
 
-    def __init__(self, content):
+    def __init__(self, content, files=None):
         self.content, self.ranges, self.sent = content, True, 0
+        self.files = files or {}
         self.break_at, self.asked, self.delay = None, [], 0.0
         self.kind = "application/gzip"
         super().__init__(("127.0.0.1", 0), Handler)
@@ -99,12 +241,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         asked = self.headers.get("Range", "bytes=0-")
         s.asked.append(asked)
         time.sleep(s.delay)
+        content = s.files.get(self.path.rpartition("/")[2], s.content)
         start = int(asked[len("bytes=") : -1]) if s.ranges else 0
         self.send_response(206 if s.ranges else 200)
         self.send_header("Content-Type", s.kind)
-        self.send_header("Content-Length", str(len(s.content) - start))
+        self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
-        body = s.content[start : s.break_at]
+        body = content[start : s.break_at]
         s.sent += len(body)
         self.wfile.write(body)
 

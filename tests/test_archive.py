@@ -1,4 +1,4 @@
-"""Archives of CIFAR-10: either is read, and what is wrong or hostile is refused."""
+"""Archives of CIFAR: either is read, and what is wrong or hostile is refused."""
 
 import gzip
 import hashlib
@@ -13,9 +13,15 @@ import pytest
 from flax_resnetv2 import UsageError, archive
 from tests.archives import (
     BATCHES,
+    COARSE,
+    FINE,
     MEMBERS,
+    MEMBERS100,
     batch,
+    binary100_members,
     binary_members,
+    pixels100,
+    python100_members,
     python_members,
     write_tar,
 )
@@ -34,7 +40,7 @@ def test_either_archive_gives_the_batches_in_their_order(tmp_path, kind):
         np.testing.assert_array_equal(images, expected)
         assert images.dtype == np.uint8
         np.testing.assert_array_equal(
-            labels, np.concatenate([batch(n)[1] for n in names])
+            labels["label"], np.concatenate([batch(n)[1] for n in names])
         )
 
 
@@ -45,11 +51,31 @@ def test_python_3_may_have_pickled_it(tmp_path, protocol):
     np.testing.assert_array_equal(images, images_of("test_batch"))
 
 
+@pytest.mark.parametrize("kind", MEMBERS100)
+def test_either_archive_of_cifar100_gives_both_labels(tmp_path, kind):
+    path = write_tar(tmp_path / "a", MEMBERS100[kind]())
+    for split, (images, labels) in archive.read_archive(path, archive.CIFAR100).items():
+        count = {"train": 12, "test": 4}[split]
+        planes = images.transpose(0, 3, 1, 2).reshape(count, -1)
+        np.testing.assert_array_equal(planes, pixels100(split))
+        assert list(labels) == ["coarse_label", "label"]
+        np.testing.assert_array_equal(labels["label"], FINE[:count])
+        np.testing.assert_array_equal(labels["coarse_label"], COARSE[:count])
+
+
+def test_the_batch_of_the_official_archive_is_within_the_limits():
+    # A label is one instruction, and a file name two: it is kept for a second use.
+    for form, images in ((archive.CIFAR10, 10_000), (archive.CIFAR100, 50_000)):
+        assert images * (2 + len(form.keys)) * 1.2 < form.instructions
+        # Python 3 writes bytes for Python 2 as text: up to two bytes for one.
+        assert images * 3073 * 1.5 < form.largest_member
+
+
 def test_another_checksum_is_refused_naming_the_flag(tmp_path):
     path = write_tar(tmp_path / "a", binary_members())
     received = hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.raises(UsageError, match=f"{received}.*c4a38c50.*accept_checksum"):
-        archive.check_sum(path, "a")
+        archive.check_sum(path, "a", archive.CIFAR10.sha256)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +98,7 @@ def test_what_is_no_file_is_named_with_the_cause(said, reason):
 def test_what_the_system_refuses_is_not_called_damage():
     # A plain file that even its owner cannot read from the start.
     path = Path("/proc/self/mem")
-    for read in (archive.read_archive, lambda path: archive.check_sum(path, "a")):
+    for read in (archive.read_archive, lambda path: archive.check_sum(path, "a", {})):
         with pytest.raises(UsageError, match=r"mem cannot be read \(.*error\)"):
             read(path)
 
@@ -102,7 +128,7 @@ def a_label_too_high(tmp_path):
     members = binary_members()
     name = "cifar-10-batches-bin/data_batch_1.bin"
     members[name] = b"\x0b" + members[name][1:]
-    return write_tar(tmp_path / "a", members), "label 11"
+    return write_tar(tmp_path / "a", members), "the label 11; CIFAR-10 has 0 to 9"
 
 
 def a_flipped_bit(tmp_path):
@@ -226,11 +252,11 @@ def test_a_wrong_archive_is_one_clear_line(tmp_path, make, capsys):
     assert "must never run" not in capsys.readouterr().out
 
 
-def refused(path, message):
+def refused(path, message, form=archive.CIFAR10):
     """One line, and nothing is written anywhere near."""
     before = sorted(path.parent.rglob("*")), sorted(Path.cwd().iterdir())
     with pytest.raises(UsageError, match=message) as caught:
-        archive.read_archive(path)
+        archive.read_archive(path, form)
     assert "\n" not in str(caught.value)
     assert (sorted(path.parent.rglob("*")), sorted(Path.cwd().iterdir())) == before
 
@@ -238,9 +264,9 @@ def refused(path, message):
 # Hostile archives: all but one member are those of CIFAR-10.
 
 
-def with_header(path, header, content=b""):
+def with_header(path, header, content=b"", members=binary_members):
     """An archive that begins with this header, written as it is."""
-    rest = gzip.decompress(write_tar(path, binary_members()).read_bytes())
+    rest = gzip.decompress(write_tar(path, members()).read_bytes())
     content += bytes(-len(content) % tarfile.BLOCKSIZE)
     path.write_bytes(gzip.compress(header + content + rest, 1))
     return path
@@ -364,3 +390,64 @@ def test_no_flipped_bit_of_a_header_is_a_traceback(tmp_path):
         flipped[place] ^= 1 << place % 8
         path.write_bytes(gzip.compress(flipped, 1))
         refused(path, "CIFAR-10 archive")
+
+
+# CIFAR-100: two label bytes before an image, one batch a split
+
+
+def changed100(path, split, content):
+    members = python100_members() if content[:1] == b"\x80" else binary100_members()
+    (name,) = [n for n in members if Path(n).stem == split]
+    return write_tar(path, members | {name: content})
+
+
+def record100(coarse, fine):
+    return bytes([coarse, fine]) + bytes(3072)
+
+
+def pickled100(**values):
+    batch = {"data": np.zeros((2, 3072), np.uint8), "fine_labels": [1, 2]}
+    batch |= {"coarse_labels": [1, 2]} | values
+    return pickle.dumps({k.encode(): v for k, v in batch.items()}, 2)
+
+
+@pytest.mark.parametrize(
+    ("split", "content", "message"),
+    [
+        ("train", record100(20, 0), "coarse_label 20; CIFAR-100 has 0 to 19"),
+        ("test", record100(0, 100), "the label 100; CIFAR-100 has 0 to 99"),
+        ("test", record100(0, 0)[1:], "3073 bytes, .* of records of 3074 bytes"),
+        ("train", b"", "train of the archive has 0 bytes"),
+        ("train", pickled100(coarse_labels=[1]), r"uint8 \[2, 3072\] for 1 labels"),
+        ("test", pickled100(fine_labels=[-1, 2]), "the label -1; CIFAR-100 has"),
+        ("test", pickled100(fine_labels=[[1], [2]]), "its labels are no numbers"),
+        ("train", pickle.dumps({b"data": 1}, 2), "is not a batch of CIFAR-100"),
+        ("train", pickle.dumps(Evil(), 2), "asks for .*print"),
+    ],
+)
+def test_a_wrong_archive_of_cifar100_is_one_clear_line(
+    tmp_path, split, content, message
+):
+    path = changed100(tmp_path / "a", split, content)
+    refused(path, message, archive.CIFAR100)
+
+
+def test_the_limits_of_cifar100_are_its_own(tmp_path):
+    header = member("cifar-100-binary/train.bin", (320 << 20) + 1).tobuf()
+    path = with_header(tmp_path / "a", header, members=binary100_members)
+    refused(path, "the limit is 335,544,320", archive.CIFAR100)
+    for name, message in (("../train.bin", "leads out"), ("x" * 120, "neither")):
+        link = member(name, type=tarfile.SYMTYPE, linkname="/etc/passwd").tobuf()
+        path = with_header(tmp_path / "a", link, members=binary100_members)
+        refused(path, message, archive.CIFAR100)
+
+
+@pytest.mark.parametrize(
+    ("members", "form", "message"),
+    [
+        (binary_members, archive.CIFAR100, "no CIFAR-100 archive: it lacks test, tr"),
+        (binary100_members, archive.CIFAR10, "no CIFAR-10 archive: it lacks data_batc"),
+    ],
+)
+def test_the_archive_of_another_set_is_named(tmp_path, members, form, message):
+    refused(write_tar(tmp_path / "a", members()), message, form)

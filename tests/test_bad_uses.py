@@ -5,6 +5,7 @@ words of the answer and the exit code. Nothing is trained or downloaded here.
 """
 
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flax_resnetv2 import RECIPES, cli, download, preparation, rundir
+from flax_resnetv2 import RECIPES, cli, download, preflight, preparation, rundir
 from tests import archives
 
 SAME_RUN = (
@@ -242,6 +243,32 @@ def h5(there, change=None):
         changed(Path("w.h5"), change)
 
 
+def pixels(side):
+    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pictures(*names, **contents):
+    """Small images of these names, and files of these contents."""
+
+    def prepare(_):
+        for name in (*names, *contents):
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).write_bytes(contents.get(name, pixels(5)))
+
+    return prepare
+
+
+@contextlib.contextmanager
+def small_machine(there):
+    pictures("f/train/cat/1.png", "f/train/dog/1.png", "f/test/dog/2.png")(there)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "machine_memory", lambda: 10**6)
+        yield
+
+
 # The table
 
 
@@ -276,6 +303,10 @@ def again(name, flags, *words, prepare, **more):
 def transfer(name, flags, *words, prepare=None, net="timm-resnetv2-50"):
     line = f"train.py cifar10-transfer-{net} --data.dir {{data}} --train.batch-size 8"
     return Case(name, f"{line} {flags}", words, prepare)
+
+
+def folder(name, flags, *words, prepare=None):
+    return Case(name, f"train.py folder {flags}", words, prepare)
 
 
 def predict(name, typed, *words, prepare=None, **more):
@@ -419,6 +450,26 @@ CASES = {
         ),
     ],
     "training numbers": [
+        quickstart("parts", "--train.accumulate 0", "train.accumulate=0", "from 1"),
+        quickstart(
+            "parts of a batch",
+            "--train.accumulate 48",
+            "train.batch_size=64 cannot be shared equally by 8 devices in "
+            "train.accumulate=48 parts each; choose a multiple of 384, as 384",
+        ),
+        quickstart(
+            "stochastic depth",
+            "--train.stochastic-depth 1",
+            *("train.stochastic_depth=1.0", "in [0, 1)"),
+        ),
+        quickstart(
+            "stochastic depth of nothing",
+            "--train.stochastic-depth 0.2 --train.learn classifier",
+            "train.stochastic_depth=0.2 drops units that learn, and train.learn="
+            "'classifier' has none; leave it out",
+        ),
+        quickstart("target", "--target-accuracy 94", "target_accuracy=94.0", "or None"),
+        quickstart("clip", "--train.clip 0", "train.clip=0.0", "or None"),
         quickstart("no epoch", "--train.epochs 0", "train.epochs=0", "1"),
         quickstart("epochs", "--train.epochs -1", "train.epochs=-1", "1"),
         quickstart("rate", "--train.learning-rate 0", "train.learning_rate=0.0", "0"),
@@ -490,6 +541,22 @@ CASES = {
         ),
         quickstart("crop", "--augment.crop-padding -1", "augment.crop_padding=-1"),
         quickstart("resize", "--augment.resize 0", "augment.resize=0"),
+        quickstart(
+            "jitter",
+            "--augment.colour-jitter 1",
+            *("augment.colour_jitter=1.0", "in [0, 1)"),
+        ),
+        quickstart(
+            "operations", "--augment.randaugment 15", "augment.randaugment=15", "to 14"
+        ),
+        quickstart(
+            "magnitude",
+            "--augment.randaugment-magnitude 31",
+            *("augment.randaugment_magnitude=31", "0 to 30"),
+        ),
+        quickstart("cutout", "--augment.cutout 33", "augment.cutout=33", "0 to 32"),
+        quickstart("mixup", "--augment.mixup 0", "augment.mixup=0.0", "from 0.001"),
+        quickstart("cutmix", "--augment.cutmix -1", "augment.cutmix=-1.0", "or None"),
         quickstart(
             "axis",
             "--execution.batch-norm-axis x",
@@ -571,9 +638,144 @@ CASES = {
         ),
         quickstart(
             "another data set",
-            "--data.name mnist",
-            *("'mnist'", "'cifar10', 'embedded_shapes'"),
-            box=True,
+            "--data.name nope --data.dir {data}",
+            "data.name=nope is none of cifar10, cifar100, cifar100_coarse, mnist, ",
+            "TFDS prepares it once, with TensorFlow, in an environment of its own: ",
+            "tf/bin/tfds build nope --file_format=array_record --data_dir=",
+        ),
+        quickstart(
+            "CelebA without TFDS",
+            "--data.name celeba --data.size 64 --data.dir {data}",
+            "tf/bin/tfds build celeb_a --file_format=array_record --data_dir=",
+        ),
+        quickstart(
+            "no name",
+            "--data.name '../x'",
+            "data.name='../x' is no name of a data set; choose one of cifar10, ",
+        ),
+        quickstart("no side", "--data.size 0", "data.size=0 must be", "from 1 to 1024"),
+        Case(
+            "an archive of another set",
+            "train.py cifar100-article --data.dir d --data.archive {good}",
+            ("good.tar.gz has the SHA-256 ", "expected 58a81ae1", "accept_checksum"),
+            directories("d"),
+        ),
+        Case(
+            "an archive for files",
+            "train.py mnist-article --data.dir d --data.archive {good}",
+            (
+                "good.tar.gz cannot be used (it is not a directory); give a directory "
+                "with train-images-idx3-ubyte.gz, ",
+            ),
+            directories("d"),
+        ),
+        Case(
+            "files that lack one",
+            "train.py fashion-mnist-article --data.dir d --data.archive d",
+            ("data.archive=d cannot be used (it lacks train-images-idx3-ubyte.gz, ",),
+            directories("d"),
+        ),
+        Case(
+            "files of the other set",
+            "train.py fashion-mnist-article --data.dir d --data.archive f",
+            ("f/train-images-idx3-ubyte.gz has the SHA-256 ", "expected 3aede38d"),
+            lambda _: (
+                Path("d").mkdir(),
+                archives.write_files(Path("f"), archives.idx_files()),
+            ),
+        ),
+        Case(
+            "a damaged file, trusted",
+            "train.py mnist-article --data.dir d --data.archive f "
+            "--data.accept-checksum",
+            ("train-labels-idx1-ubyte.gz is damaged or another file (Not a gzipped",),
+            lambda _: (
+                Path("d").mkdir(),
+                archives.write_files(
+                    Path("f"),
+                    archives.idx_files() | {"train-labels-idx1-ubyte.gz": b"hello"},
+                ),
+            ),
+        ),
+        Case(
+            "an archive of another set, trusted",
+            "train.py cifar100-article --data.dir d --data.archive {good} "
+            "--data.accept-checksum",
+            ("is no CIFAR-100 archive: it lacks test, train; give cifar-100-binary",),
+            directories("d"),
+        ),
+    ],
+    "folders": [
+        folder(
+            "missing",
+            "--data.name folder:nowhere",
+            "data.name=folder:nowhere names no folder; give folder:PATH of one in",
+        ),
+        folder("no path", "--data.name folder:", "data.name=folder: names no folder"),
+        folder(
+            "one class",
+            "--data.name folder:f",
+            "data.name=folder:f has 1 classes (cat); give a folder with two",
+            prepare=pictures("f/cat/1.png", "f/cat/2.png"),
+        ),
+        folder(
+            "an empty class",
+            "--data.name folder:f",
+            "data.name=folder:f has no image of dog; add some (.bmp",
+            prepare=pictures("f/cat/1.png", "f/dog/a.txt"),
+        ),
+        folder(
+            "nothing to test on",
+            "--data.name folder:f",
+            "folder:f has no image to test on; give ten of a class or more, or sub-fol",
+            prepare=pictures("f/cat/1.png", "f/dog/1.png"),
+        ),
+        folder(
+            "an image that is none",
+            "--data.name folder:f",
+            "f/test/dog/2.png is not an image; give a PNG or JPEG file",
+            prepare=pictures(
+                *("f/train/cat/1.png", "f/train/dog/1.png"),
+                **{"f/test/dog/2.png": b"hello"},
+            ),
+        ),
+        folder(
+            "an image that is cut off",
+            "--data.name folder:f",
+            "f/train/dog/2.png cannot be read (",
+            "give a whole PNG or JPEG file",
+            prepare=pictures(
+                *("f/train/cat/1.png", "f/train/dog/1.png", "f/test/dog/2.png"),
+                **{"f/train/dog/2.png": pixels(40)[:1000]},
+            ),
+        ),
+        folder(
+            "a class that is only tested",
+            "--data.name folder:f",
+            "folder:f has cow to test on but not to train on; give both the same",
+            prepare=pictures(
+                "f/train/cat/1.png", "f/train/dog/1.png", "f/val/cow/1.png"
+            ),
+        ),
+        folder(
+            "no side",
+            "--data.name folder:f --data.size None",
+            "data.size=None must be a number for folder:f, whose images may be of any",
+        ),
+        folder(
+            "an archive",
+            "--data.name folder:f --data.archive {good}",
+            "good.tar.gz: folder:f is read as it is and has no archive; leave it out",
+            prepare=pictures(
+                "f/train/cat/1.png", "f/train/dog/1.png", "f/val/cat/1.png"
+            ),
+        ),
+        folder(
+            "more than the memory",
+            "--data.name folder:f --data.size 1024 --data.stream False",
+            "data.name=folder:f has 3 images, which need 9.44 MB of memory, and this "
+            "machine has 1 MB; add --data.stream True, or choose a smaller --data.size",
+            prepare=small_machine,
         ),
     ],
     "archives": [
@@ -1005,7 +1207,7 @@ CASES = {
         ),
     ],
     "show and doctor": [
-        package("nothing", "", "{show, doctor}", box=True),
+        package("nothing", "", "{show, doctor, find-rate, sweep}", box=True),
         package("command", "paint", "paint", "show, doctor", box=True),
         package("no preset", "show", "as article-figure", box=True),
         package(
@@ -1041,6 +1243,22 @@ CASES = {
             *("--image-shape", "'32', '32'", "3"),
             box=True,
         ),
+        package("rate of nothing", "find-rate", *RECIPES, box=True),
+        package("rate of a recipe", "find-rate nope", "nope", *RECIPES, box=True),
+        package(
+            "steps of a rate",
+            "find-rate quickstart --steps 5",
+            *("steps=5 must be", "from 10"),
+        ),
+        package(
+            "highest rate", "find-rate quickstart --highest 0", "highest=0.0 must be"
+        ),
+        package(
+            "rates into a run",
+            "find-rate quickstart --workdir {run}",
+            *("holds a run, which find-rate leaves alone", "another --workdir"),
+        ),
+        package("nowhere for rates", "find-rate quickstart --workdir ''", "workdir=''"),
         package("doctor's recipe", "doctor nope", "nope", *RECIPES, box=True),
         package("doctor's flag", "doctor --nope 1", "--nope", box=True),
     ],

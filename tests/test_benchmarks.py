@@ -8,15 +8,24 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cpu, gpu, operations, peers, startup
+from benchmarks import cpu, gpu, operations, options, peers, startup, together
 from benchmarks.measure import append, interleaved, summary
-from flax_resnetv2 import ARTICLE, HE2016, PRESETS, Architecture
+from flax_resnetv2 import (
+    ARTICLE,
+    HE2016,
+    PRESETS,
+    RECIPES,
+    Architecture,
+    Execution,
+)
+from flax_resnetv2.config import check_config
 from tests import tiny
 
 SIZE = (9, 9, 3)
@@ -89,6 +98,27 @@ def test_rivals_take_turns():
     seconds = interleaved(runs, rounds=3, warmup=1)
     assert "".join(seen) == "ab" + "ab" + "ba" + "ab"
     assert [len(s) for s in seconds.values()] == [3, 3]
+
+
+def test_each_measured_option_is_one_that_a_person_may_give():
+    config, seen = RECIPES["quickstart"].config, set()
+    for name, changes in options.OPTIONS.items():
+        changed = options.changed(config, changes)
+        check_config(changed)
+        seen.add(changed)
+        words = [f"{p}.{f}" for p, fields in changes.items() for f in fields]
+        if name != options.PLAIN:
+            assert [name.split()[0].replace("-", "_")] == words
+        else:
+            assert changed == config
+    assert len(seen) == len(options.OPTIONS)
+
+
+def test_the_options_table_says_what_a_step_takes_more():
+    row = {"option": "train.clip 1", "seconds": 0.0525, "more": 0.05, "error": 0.01}
+    assert options.format_row(row) == "| `--train.clip 1` | 52.5 ms | +5% ± 1% |"
+    plain = row | {"option": options.PLAIN}
+    assert options.format_row(plain) == "| none | 52.5 ms |  |"
 
 
 def test_a_summary_is_median_and_middle_half():
@@ -259,6 +289,25 @@ def test_the_table_of_starts_takes_the_last_cold_and_the_median_warm_one():
         ["cold", "9.0"],
         ["warm", "4.0"],
     ]
+
+
+def test_seeds_in_one_program_are_the_seeds_one_by_one(float64):
+    config = replace(
+        tiny.config(ema=0.9),
+        architecture=tiny.SMALL,
+        execution=Execution(dtype="float64"),
+    )
+    step, states, batches = together.prepare(config, tiny.SHAPE, range(2))
+    alone, joined = jax.jit(step), jax.jit(jax.vmap(step))
+    stacked, seeds = together.stack(states), jnp.arange(2)
+    for _ in range(2):
+        stacked, _ = joined(seeds, stacked, together.stack(batches))
+        rows = zip(seeds, states, batches, strict=True)
+        states = [alone(*row)[0] for row in rows]
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=0, atol=1e-10),
+        *(stacked, together.stack(states)),
+    )
 
 
 def test_neither_torch_nor_keras_nor_the_command_line_is_loaded():

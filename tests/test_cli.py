@@ -146,7 +146,10 @@ def test_two_runs_that_start_together_take_two_directories(tmp_path, monkeypatch
         ("quickstart --seed", ["--seed"]),
         ("quickstart --architecture.unit b", ["'b'", "bottleneck", "basic"]),
         ("quickstart --train.optimizer lion", ["lion", "sgd", "adamw", "adam_l2"]),
-        ("quickstart --data.name mnist", ["mnist", "cifar10", "embedded_shapes"]),
+        (
+            "quickstart --data.name nope",
+            ["data.name=nope", "cifar10", "tfds build nope"],
+        ),
         (
             "quickstart --architecture.reduction 3",
             ["reduction=3", "width=32", "stack 1", "1, 2, 4, 8, 16, 32", "'previous'"],
@@ -196,7 +199,7 @@ def test_a_directory_that_cannot_be_made_is_bad_use(tmp_path, monkeypatch, capsy
 
     (tmp_path / "file").touch()
     data = tiny.dataset(train=64)
-    monkeypatch.setattr(loop, "open_dataset", lambda _: data)
+    monkeypatch.setattr(loop, "open_dataset", lambda *_: data)
     flags = ["--architecture.num-classes", "4", "--workdir", str(tmp_path / "file")]
     assert run(["quickstart", *flags]) == 2
     assert str(tmp_path / "file") in capsys.readouterr().err
@@ -281,12 +284,14 @@ def test_a_preset_is_described_and_drawn(tmp_path, capsys):
     assert drawing.read_text().startswith("<svg")
 
 
-def test_both_commands_of_the_package_are_listed(capsys):
+def test_the_commands_of_the_package_are_listed(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
     said = flat(capsys.readouterr().out)
     assert "show Say what a net consists of" in said
     assert "doctor Say what train.py would find and do" in said
+    assert "find-rate Say which learning rate to choose" in said
+    assert "sweep Train a recipe under each override and seed, and compare" in said
 
 
 def test_layers_of_a_preset_are_listed(capsys):

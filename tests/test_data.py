@@ -88,7 +88,7 @@ def prepared(monkeypatch, tmp_path):
     sizes = {"train": 30, "test": 10}
     monkeypatch.setattr(data, "find_prepared", lambda name, root: Path(root))
     splits = {name: numbered(size) for name, size in sizes.items()}
-    monkeypatch.setattr(data, "read_dataset", lambda _: (splits, ("a", "b")))
+    monkeypatch.setattr(data, "read_dataset", lambda *_: (splits, ("a", "b")))
     return str(tmp_path)
 
 
@@ -142,6 +142,13 @@ def test_what_is_drawn_has_no_source(prepared, given, said):
     with pytest.raises(
         UsageError, match=f"^{said}: embedded_shapes is drawn .* cifar10"
     ):
+        open_dataset(config)
+
+
+@pytest.mark.parametrize("name", ["celeba", "folder:x", "oxford_flowers102"])
+def test_what_is_only_read_has_no_source(prepared, name):
+    config = DataConfig(name=name, dir=prepared, size=8, url="http://b")
+    with pytest.raises(UsageError, match=f"http://b: {name} is read as it is and has"):
         open_dataset(config)
 
 
@@ -209,8 +216,8 @@ def test_the_directory_that_was_said_goes_before_the_environment(prepared, monke
 
 
 def test_an_unknown_data_set_is_refused_with_the_choices(tmp_path):
-    with pytest.raises(UsageError, match=r"mnist.*cifar10.*embedded_shapes"):
-        open_dataset(DataConfig(name="mnist", dir=str(tmp_path)))
+    with pytest.raises(UsageError, match=r"nope is none of cifar10.*tfds build nope"):
+        open_dataset(DataConfig(name="nope", dir=str(tmp_path)))
     assert not any(tmp_path.iterdir())
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from flax_resnetv2 import (
     RECIPES,
     cli,
     doctor,
-    download,
     installed,
     preparation,
     records,
@@ -236,7 +236,7 @@ def test_a_missing_data_set_is_announced(home):
     note, room = doctor.data(CIFAR10.data)
     assert note.level == "note"
     assert f"is not in {home / 'home' / 'tensorflow_datasets'}: the run" in note.text
-    assert f"downloads 170 MB from {download.CIFAR10_URL}" in note.text
+    assert f"downloads 170 MB from {preparation.SOURCES['cifar10'].url}" in note.text
     assert room.text.startswith("cifar10: up to 539 MB")
     note, _ = doctor.data(replace(CIFAR10.data, url="http://mirror/a.tar.gz"))
     assert "from http://mirror/a.tar.gz" in note.text
@@ -249,6 +249,24 @@ def test_a_full_disk_is_a_problem(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     [problem] = texts(doctor.data(CIFAR10.data), "problem")
     assert "1 kB are free; make room" in problem
+
+
+def test_a_folder_is_counted(home, tmp_path):
+    for name in ("train/cat/1", "train/dog/1", "train/dog/2", "val/dog/3"):
+        path = tmp_path / "pets" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (9, 7)).save(path)
+    config = RECIPES["folder"].config
+    name = f"folder:{tmp_path / 'pets'}"
+    config = replace(config, data=replace(config.data, name=name))
+    ok, note, room = doctor.data(config.data)
+    assert ok.text == f"{tmp_path / 'pets'}: 2 classes; images: 3 train, 1 test"
+    assert note.text == "the images will be decoded, once"
+    assert room.text.startswith("the decoded images: up to 49.2 kB")
+    assert "train.batch_size=64 is more than the 3 training images" in last(config).text
+    small = replace(config, train=replace(config.train, batch_size=8))
+    problem = [f.text for f in examined(small) if f.about == "run"]
+    assert "choose one from 1 to 3" in problem[0]
 
 
 @pytest.mark.parametrize(
@@ -357,6 +375,17 @@ def test_whatever_a_part_raises_is_a_finding(monkeypatch):
     def fail(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(doctor, "find_prepared", fail)
+    monkeypatch.setattr(doctor, "find", fail)
     [problem] = [f.text for f in examined(QUICKSTART) if f.about == "data"]
     assert "cannot be looked at (ZeroDivisionError)" in problem
+
+
+def test_images_that_stay_on_disk_take_no_memory(tmp_path):
+    config = replace(
+        QUICKSTART,
+        augment=replace(QUICKSTART.augment, crop_scale=(0.3, 1.0)),
+        data=replace(QUICKSTART.data, stream=True),
+    )
+    findings = {f.about: f for f in doctor.run(config, "train.py", tmp_path)}
+    assert findings["run"].level == "ok", findings["run"].text
+    assert "memory" in findings

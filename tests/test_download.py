@@ -1,4 +1,4 @@
-"""CIFAR-10 over HTTP: it goes on where it broke off, and gives up soon."""
+"""Archives over HTTP: it goes on where it broke off, and gives up soon."""
 
 import hashlib
 import socket
@@ -41,7 +41,7 @@ def test_a_server_without_ranges_is_asked_from_the_start(tmp_path, server):
 
 def test_another_checksum_from_a_mirror_is_refused_and_removed(tmp_path, server):
     with pytest.raises(UsageError, match="accept_checksum"):
-        preparation.prepare_cifar10(tmp_path, url=server.url)
+        preparation.prepare("cifar10", tmp_path, url=server.url)
     assert not list((tmp_path / "downloads").glob("cifar*"))
 
 
@@ -167,7 +167,7 @@ def test_what_is_larger_than_the_archive_can_be_is_not_kept(
 def test_a_full_disk_is_not_called_a_bad_connection(tmp_path, server):
     # The kernel's own full disk stands where the download would lie.
     digest = hashlib.sha256(server.url.encode()).hexdigest()[:8]
-    partial = tmp_path / "downloads" / f"cifar-10-{digest}.tar.partial"
+    partial = tmp_path / "downloads" / f"cifar-10-{digest}.partial"
     partial.parent.mkdir()
     partial.symlink_to("/dev/full")
     with pytest.raises(RunError, match=r"there is no room .No space left") as caught:

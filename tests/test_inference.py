@@ -8,6 +8,7 @@ from PIL import Image
 
 from flax_resnetv2 import Checkpointer, Predictor, UsageError, cli, create_model, loop
 from flax_resnetv2.augment import AugmentConfig
+from flax_resnetv2.images import square
 from flax_resnetv2.rundir import load_config
 from tests import tiny
 
@@ -17,7 +18,7 @@ def run(tmp_path_factory):
     """The directory of a run with moving averages, trained for one epoch."""
     directory = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "open_dataset", lambda _: tiny.dataset())
+        patch.setattr(loop, "open_dataset", lambda *_: tiny.dataset())
         config = tiny.replace(
             tiny.config(epochs=1, ema=0.5), architecture=tiny.SMALL, log_every=100
         )
@@ -40,6 +41,24 @@ def test_probabilities_are_those_of_the_averaged_net(run):
         saved = checkpoints._manager.restore(checkpoints.latest())["state"]
     logits = model.apply(saved["ema"], jnp.asarray(pixels, jnp.float32), train=False)
     np.testing.assert_allclose(probabilities, jax.nn.softmax(logits), rtol=1e-3)
+
+
+def test_labels_that_exclude_no_other_have_a_probability_each(run):
+    images = tiny.dataset().splits["test"].image[:5]
+    config = load_config(run)
+    one = Predictor.from_run(run)
+    several = Predictor(
+        create_model(config.architecture),
+        one._variables,
+        config.augment,
+        "abcd",
+        tiny.SHAPE,
+        multi_label=True,
+    )
+    odds = several(images) / (1 - several(images))
+    # Sigmoid and softmax of the same logits: the odds are as the probabilities.
+    shares = odds / odds.sum(1, keepdims=True)
+    np.testing.assert_allclose(shares, one(images), rtol=1e-3)
 
 
 def test_the_command_names_files_of_any_size(run, tmp_path, capsys):
@@ -211,3 +230,21 @@ def test_a_run_without_a_checkpoint_is_refused(run, tmp_path):
         (tmp_path / name).write_bytes((run / name).read_bytes())
     with pytest.raises(UsageError, match="holds no checkpoint yet"):
         Predictor.from_run(tmp_path)
+
+
+def test_an_image_is_cut_as_in_evaluation(run, tmp_path):
+    """A streamed run with ``test_crop`` sees the middle of an image, and so do we."""
+    config = load_config(run)
+    image = Image.effect_noise((64, 48), 100).convert("RGB")
+    image.save(tmp_path / "noise.png")
+    predictor = Predictor(
+        create_model(config.architecture),
+        {},
+        tiny.replace(config.augment, test_crop=0.5),
+        "abcd",
+        tiny.SHAPE,
+        square=True,
+    )
+    expected = np.asarray(square(8, 0.5)(image))
+    np.testing.assert_array_equal(predictor.load(tmp_path / "noise.png"), expected)
+    assert (np.asarray(square(8)(image)) != expected).any()

@@ -82,7 +82,7 @@ def run_fit(directory, config, devices=2, dataset=None, create=None, profile=Non
         return evaluate(self, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "open_dataset", lambda _: dataset)
+        patch.setattr(loop, "open_dataset", lambda *_: dataset)
         patch.setattr(loop._Training, "_evaluate", keep)
         if create:
             patch.setattr(parallel, "create_train_state", create)
@@ -150,7 +150,9 @@ def test_a_run_leaves_its_files(finished):
     directory, result, lines, state = finished
     saved = load_config(directory)
     mean, std = VALIDATED.channel_statistics()
-    assert saved == replace(CONFIG, augment=replace(CONFIG.augment, mean=mean, std=std))
+    augment = replace(CONFIG.augment, mean=mean, std=std)
+    settled = replace(CONFIG, augment=augment, data=replace(CONFIG.data, stream=False))
+    assert saved == settled
     (environment,) = json.loads((directory / "environment.json").read_text())
     assert environment["step"] == 0
     assert environment["versions"]["jax"] == jax.__version__
@@ -313,6 +315,11 @@ def test_a_directory_of_another_configuration_is_refused(fit, copied, other, mes
     [
         (configuration(batch_size=12), data(), r"=12 .* 8 devices; .* 8, as 8 or 16"),
         (configuration(batch_size=7), data(), r"batch_size=7 .* multiple of 8, as 8$"),
+        (
+            configuration(batch_size=24, accumulate=2),
+            data(),
+            r"=24 cannot .* 8 devices in train.accumulate=2 parts .* of 16, as 16 or",
+        ),
         (configuration(batch_size=56), data(), r"=56 is more than the 50 .* 1 to 50"),
         (
             replace(configuration(), architecture=replace(tiny.SMALL, num_classes=10)),
@@ -342,7 +349,7 @@ def test_what_is_refused_leaves_a_directory_to_be_used(fit, monkeypatch, tmp_pat
 
 
 def test_a_mistake_is_found_before_data_are_read(monkeypatch, tmp_path):
-    monkeypatch.setattr(loop, "open_dataset", lambda _: pytest.fail("was read"))
+    monkeypatch.setattr(loop, "open_dataset", lambda *_: pytest.fail("was read"))
     wrong = replace(configuration(), architecture=replace(tiny.SMALL, kernel=2))
     with pytest.raises(UsageError, match="kernel"):
         loop.fit(wrong, tmp_path)
@@ -434,6 +441,55 @@ def test_the_second_epoch_has_its_own_order_and_compiles_nothing(fit, monkeypatc
     assert asked == [(50, 8, 0, 0), (50, 8, 0, 1)]
 
 
+# Ending at a target
+
+REACHED = replace(
+    CONFIG, train=replace(CONFIG.train, epochs=8, learning_rate=0.1), log_every=6
+)
+
+
+@pytest.mark.parametrize("dataset", [VALIDATED, data()], ids=["validation", "test"])
+def test_a_run_ends_where_it_reaches_its_target(fit, tmp_path, capsys, dataset):
+    name = "validation" if "validation" in dataset.splits else "test"
+    accuracies = iter([0.1, 0.6, 0.9])
+
+    def evaluate(self, state, split, stop):
+        sums = {"loss": 1.0, "count": 100.0, "residual_ratio": {}}
+        return sums | {"correct": 100 * next(accuracies) if split == name else 100.0}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel.Run, "evaluate", evaluate)
+        config = replace(REACHED, target_accuracy=0.6)
+        result, lines, state = fit(config, dataset=dataset)
+        assert [x["accuracy"] for x in lines if x["split"] == name] == [0.1, 0.6]
+        assert [x.get("epochs_to") for x in lines if x["split"] == name] == [None, 2]
+        assert int(state.step[0]) == lines[-1]["step"] == 12
+        assert (result["split"], result["step"], result["epochs_to"]) == ("test", 12, 2)
+        saved = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
+        assert max(saved) == 12
+        assert f"is reached on '{name}': the run ends; epochs_to 2" in flat(capsys)
+        # Once more: it says so, and trains no further.
+        assert fit(config, dataset=dataset)[:2] == (result, lines)
+        assert "the run ends; epochs_to 2" in flat(capsys)
+        # A higher target goes on where it ended.
+        higher = replace(config, target_accuracy=0.9)
+        result, lines, _ = fit(higher, dataset=dataset)
+        assert (result["step"], result["epochs_to"]) == (18, 3)
+        assert "changed: target_accuracy: 0.6 -> 0.9" in flat(capsys)
+
+
+def test_a_target_that_is_not_reached_changes_nothing(fit, finished):
+    config = replace(CONFIG, target_accuracy=1.0)
+    result, lines, state = fit(config, dataset=VALIDATED)
+    assert untimed(lines) == untimed(finished[2])
+    assert "epochs_to" not in result
+    jax.tree.map(np.testing.assert_array_equal, state, finished[3])
+
+
+def flat(capsys):
+    return " ".join(capsys.readouterr().out.split())
+
+
 # The same on any number of devices
 
 
@@ -455,6 +511,32 @@ def test_losses_do_not_depend_on_the_devices(fit, float64):
             assert ours["accuracy"] == theirs["accuracy"]
         assert len(state.step) == devices
         assert differing(state) == []
+
+
+def test_options_do_not_depend_on_the_devices_either(tmp_path, float64):
+    """All that draws, mixes or takes parts of the global batch, together."""
+    config = configuration(
+        epochs=1, batch_size=16, accumulate=2, clip=1.0, stochastic_depth=0.5
+    )
+    drawn = AugmentConfig(
+        crop_padding=1,
+        colour_jitter=0.4,
+        randaugment=1,
+        cutout=3,
+        mixup=1.0,
+        cutmix=1.0,
+    )
+    config = replace(config, augment=drawn, execution=Execution(dtype="float64"))
+    found = []
+    for devices in (1, 8):
+        directory = tmp_path / str(devices)
+        _, lines, state = run_fit(directory, config, devices, create=ready_state)
+        found.append(lines)
+        assert differing(state) == []
+    for ours, theirs in zip(*found, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-10)
+        assert ours["accuracy"] == theirs["accuracy"]
+    assert len(set(losses(found[0]))) == 3
 
 
 def test_one_step_in_float32_does_not_depend_on_the_devices(fit):
@@ -518,6 +600,14 @@ def test_without_a_terminal_there_are_plain_lines(tmp_path, monkeypatch):
     assert training_line.startswith("step 2/12  loss 2.000  accuracy 0.500  ")
     assert training_line.endswith(" left")
     assert test_line == "epoch 1  test loss 2.000  accuracy 0.5000 (5 of 10)"
+
+
+def test_the_five_likeliest_are_told_where_they_were_counted(tmp_path, capsys):
+    sums = {"loss": 20.0, "correct": 5, "count": 10, "correct_top5": 8}
+    with Reporter(tmp_path, began=0.0, total=12, done=0, batch_size=5) as reporter:
+        assert reporter.evaluation("test", 4, 1.0, sums)["top5"] == 0.8
+    assert lines_of(tmp_path)[0]["top5"] == 0.8
+    assert capsys.readouterr().out.endswith("(5 of 10)  top 5 0.8000\n")
 
 
 def test_on_a_terminal_there_is_a_bar(tmp_path, monkeypatch):

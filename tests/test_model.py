@@ -503,6 +503,56 @@ def test_article_and_he2016_are_different_nets():
     assert not np.allclose(a, b, atol=1e-3)
 
 
+# Stochastic depth
+
+
+def test_a_unit_that_an_image_drops_is_its_shortcut(float64):
+    net = replace(SMALL, units=(1, 3), bridge=True)
+    model = create_model(net, replace(DOUBLE, remat="units"))
+    images = images_of(4, dtype="float64")
+    variables = variables_of(model, images.shape)
+
+    @partial(jax.jit, static_argnums=2)
+    def run(variables, keep, mutable=("batch_stats",)):
+        return model.apply(
+            variables, images, train=True, keep=keep, mutable=list(mutable)
+        )[0]
+
+    def with_last_kernel(unit, factor):
+        tree = jax.tree.map(lambda x: x, variables)
+        tree["params"]["stack2"][unit]["layer3"]["conv"]["kernel"] *= factor
+        return tree
+
+    ones = jnp.ones((4, 4))
+    same = partial(np.testing.assert_allclose, rtol=1e-12)
+    same(run(variables, ones), run(variables, None))
+    # As if the unit's last convolution were 0, or twice what it is; a bridge stays.
+    silent, louder = with_last_kernel("unit2", 0), with_last_kernel("unit3", 2)
+    same(run(variables, ones.at[:, 2].set(0)), run(silent, ones))
+    same(run(variables, ones.at[:, 3].set(2)), run(louder, ones))
+    # Of one image alone; and where modules run one by one.
+    alone = ones.at[1, 3].set(0)
+    one_by_one = run(variables, alone, ("batch_stats", "intermediates"))
+    same(one_by_one, run(variables, alone))
+    assert not np.allclose(one_by_one[1], run(variables, ones)[1])
+
+
+def test_units_of_equal_plans_are_still_traced_once():
+    model = create_model(replace(NET, units=(1, 6)))
+    variables = variables_of(model)
+
+    def convolutions(keep):
+        def run(images):
+            return model.apply(
+                variables, images, train=True, keep=keep, mutable=["batch_stats"]
+            )
+
+        # A function that several share is printed once.
+        return str(jax.make_jaxpr(run)(images_of())).count("conv_general_dilated")
+
+    assert convolutions(jnp.ones((2, 7))) == convolutions(None)
+
+
 # How it is run changes nothing.
 
 

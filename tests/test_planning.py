@@ -372,6 +372,7 @@ MISTAKES = [
     ({"head_input": "max"}, r"head_input='max' .*'pooled', 'flattened'"),
     ({"num_classes": 0}, r"num_classes=0 must be a whole number"),
     ({"num_classes": True}, r"num_classes=True must be a whole number"),
+    ({"num_classes": None}, r"num_classes=None is for a run, .*; give a number"),
     ({"latent_variance": 1}, r"latent_variance=1 is unknown; .*True, False"),
     ({"hidden": (10, 0)}, r"hidden=\(10, 0\) must be a tuple, each .* from 1"),
     ({"latent": 0}, r"latent=0 must be .* from 1 to"),

@@ -28,10 +28,12 @@ def counted(architecture=NET, shape=SHAPE, **execution):
     return needs(architecture, Execution(**execution), shape)
 
 
-@pytest.mark.parametrize("remat", ["nothing", "norms"])
-def test_predicted_memory_is_most_of_what_xla_takes(remat):
+@pytest.mark.parametrize(
+    ("remat", "parts"), [("nothing", 1), ("norms", 1), ("norms", 4)]
+)
+def test_predicted_memory_is_most_of_what_xla_takes(remat, parts):
     """The prediction is what is kept; XLA's number includes its work space."""
-    execution, config = Execution(remat=remat), tiny.config().train
+    execution, config = Execution(remat=remat), tiny.config(accumulate=parts).train
     model = create_model(NET, execution, SHAPE)
     augmentation = replace(tiny.config().augment, mean=(0.5,) * 3, std=(0.2,) * 3)
     step = make_train_step(model, config, augmentation, seed=0, steps_per_epoch=5)
@@ -47,7 +49,7 @@ def test_predicted_memory_is_most_of_what_xla_takes(remat):
         return program.memory_analysis().temp_size_in_bytes
 
     measured = (taken(128) - taken(64)) / 64
-    predicted = counted(remat=remat).image_bytes
+    predicted = counted(remat=remat).image_bytes / parts
     assert 0.5 * measured < predicted < 1.05 * measured
 
 
@@ -58,6 +60,18 @@ def test_less_is_kept_where_more_is_computed_again():
     assert nothing > norms > units > 0
     assert counted(dtype="bfloat16").image_bytes == norms // 2
     assert counted(derivatives="automatic").image_bytes == nothing
+
+
+def test_of_several_parts_one_is_kept():
+    whole, parts = counted(), needs(NET, Execution(), SHAPE, 4)
+    assert parts.image_bytes == whole.image_bytes
+    # Their gradients are added up.
+    assert parts.fixed_bytes == 2 * whole.fixed_bytes
+    assert parts.bytes(64) - parts.fixed_bytes == 16 * whole.image_bytes
+    limit = parts.bytes(64)
+    parts.check(batch=64, devices=1, limit=limit)
+    with pytest.raises(UsageError, match=r"--train.batch-size 64 or less, or --train"):
+        parts.check(batch=128, devices=1, limit=limit)
 
 
 def test_flops_are_six_for_each_multiply_add():
@@ -91,10 +105,19 @@ SMALLEST = Execution(dtype="bfloat16", remat="units")
         (
             4 * 10**9,
             Execution(),
-            "--train.batch-size 6 or less, or more devices, or --execution.dtype "
-            "bfloat16, or --execution.remat units",
+            "--train.batch-size 6 or less, or --train.accumulate 2, or more devices, "
+            "or --execution.dtype bfloat16, or --execution.remat units",
         ),
-        (4 * 10**9, SMALLEST, "--train.batch-size 6 or less, or more devices"),
+        (
+            4 * 10**9,
+            SMALLEST,
+            "--train.batch-size 6 or less, or --train.accumulate 2, or more devices",
+        ),
+        (
+            2 * 10**9,
+            SMALLEST,
+            "--train.batch-size 2 or less, or --train.accumulate 4, or more devices",
+        ),
         (15 * 10**8, SMALLEST, "more devices"),
         (10**9, Execution(), "a smaller net, or a device with more memory"),
     ],

@@ -1,5 +1,6 @@
 """CIFAR-10 and the embedded shapes, written into directories that TFDS opens."""
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -13,8 +14,23 @@ import pytest
 import tensorflow_datasets as tfds
 
 from flax_resnetv2 import RunError, UsageError, embedded, preparation
-from flax_resnetv2.records import class_names, find_prepared, read_split
-from tests.archives import BATCHES, MEMBERS, Server, batch, prepare, write_tar
+from flax_resnetv2.catalog import DATASETS
+from flax_resnetv2.records import find_prepared, label_of, read_split
+from tests.archives import (
+    BATCHES,
+    COARSE,
+    FINE,
+    MEMBERS,
+    MEMBERS100,
+    Server,
+    batch,
+    digits,
+    idx_files,
+    pixels100,
+    prepare,
+    write_files,
+    write_tar,
+)
 
 
 @pytest.mark.parametrize("kind", MEMBERS)
@@ -40,8 +56,87 @@ def test_either_archive_gives_the_images_and_tfds_opens_them(tmp_path, kind):
     ours = tfds.builder_from_directory(directory).info
     for field in ("citation", "homepage", "supervised_keys", "version"):
         assert getattr(ours, field) == getattr(theirs, field)
-    assert class_names(directory)[::3] == ("airplane", "cat", "frog", "truck")
+    assert label_of(directory).names[::3] == ("airplane", "cat", "frog", "truck")
     assert len(read_split(directory, "test")[1]) == 4
+
+
+@pytest.mark.parametrize("kind", MEMBERS100)
+def test_cifar100_is_written_as_tfds_writes_it(tmp_path, kind):
+    archive = write_tar(tmp_path / "any-name", MEMBERS100[kind]())
+    directory = prepare(tmp_path / "data", "cifar100", archive=str(archive))
+    assert directory == tmp_path / "data" / "cifar100" / "3.0.2"
+    source = tfds.data_source("cifar100", split="train", data_dir=tmp_path / "data")
+    images, fine = read_split(directory, "train")
+    _, coarse = read_split(directory, "train", "coarse_label")
+    for index, record in enumerate(source):
+        number = int(record["id"].decode().removeprefix("train_"))
+        pixels = pixels100("train")[number].reshape(3, 32, 32).transpose(1, 2, 0)
+        assert np.array_equal(record["image"], pixels)
+        assert np.array_equal(images[index], pixels)
+        assert record["label"] == fine[index] == FINE[number]
+        assert record["coarse_label"] == coarse[index] == COARSE[number]
+    theirs = tfds.builder("cifar100", data_dir=tmp_path / "elsewhere").info
+    ours = tfds.builder_from_directory(directory).info
+    for field in ("citation", "homepage", "supervised_keys", "version"):
+        assert getattr(ours, field) == getattr(theirs, field)
+    assert set(ours.features) == set(theirs.features)
+    for name in ("cifar100", "cifar100_coarse"):
+        names = DATASETS[name].class_names
+        assert label_of(directory, DATASETS[name].label).names == names
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+@pytest.mark.parametrize("where", ["here", "downloaded"])
+def test_mnist_is_written_as_tfds_writes_it(tmp_path, name, where):
+    files = write_files(tmp_path / "files", idx_files())
+    if where == "here":
+        directory = prepare(tmp_path / "data", name, archive=str(files))
+    else:
+        with serving(Server(b"", idx_files())) as server:
+            url = server.url.rpartition("/")[0]
+            directory = prepare(tmp_path / "data", name, url=url)
+            assert len(server.asked) == 4
+        assert not list((tmp_path / "data" / "downloads").glob("*mnist*"))
+    assert directory == tmp_path / "data" / name / "3.0.1"
+    images, labels = read_split(directory, "train")
+    assert (images.shape, images.dtype) == ((12, 28, 28, 1), np.uint8)
+    written, expected = digits("train")
+    assert pairs(images, labels) == pairs(written, expected)
+    source = tfds.data_source(name, split="train", data_dir=tmp_path / "data")
+    for index, record in enumerate(source):
+        assert np.array_equal(record["image"], images[index])
+        assert record["label"] == labels[index]
+    theirs = tfds.builder(name, data_dir=tmp_path / "elsewhere").info
+    ours = tfds.builder_from_directory(directory).info
+    for field in ("homepage", "supervised_keys", "version"):
+        assert getattr(ours, field) == getattr(theirs, field)
+    assert set(ours.features) == set(theirs.features)
+    assert ours.features["label"].names == theirs.features["label"].names
+    assert label_of(directory).names == DATASETS[name].class_names
+
+
+def test_a_wrong_file_among_four_is_fetched_again(tmp_path):
+    files = idx_files()
+    with serving(Server(b"", files)) as server:
+        url = server.url.rpartition("/")[0]
+        name = "t10k-labels-idx1-ubyte.gz"
+        whole, files[name] = files[name], files["t10k-images-idx3-ubyte.gz"]
+        with pytest.raises(UsageError, match=r"t10k-labels.* is damaged or another fi"):
+            prepare(tmp_path / "data", "mnist", url=url)
+        with pytest.raises(
+            UsageError, match=r"/train-images\S* has the SHA-256 .* 440f"
+        ):
+            preparation.prepare("mnist", tmp_path / "data", url=url)
+        files[name] = whole
+        assert prepare(tmp_path / "data", "mnist", url=url).is_dir()
+
+
+def test_the_classes_of_cifar100_are_as_many_and_in_order():
+    fine, coarse = DATASETS["cifar100"].classes["label"], DATASETS["cifar100_coarse"]
+    assert (len(fine), len(coarse.class_names)) == (100, 20)
+    # The official lists are in the order of the alphabet.
+    assert sorted(set(fine)) == list(fine)
+    assert sorted(set(coarse.class_names)) == list(coarse.class_names)
 
 
 def start(code, **environment):
@@ -60,12 +155,18 @@ def binary(tmp_path):
     return write_tar(tmp_path / "binary.tar.gz", MEMBERS["binary"]())
 
 
-@pytest.fixture
-def server(binary):
-    with Server(binary.read_bytes()) as s:
+@contextlib.contextmanager
+def serving(server):
+    with server as s:
         threading.Thread(target=s.serve_forever, args=(0.01,), daemon=True).start()
         yield s
         s.shutdown()
+
+
+@pytest.fixture
+def server(binary):
+    with serving(Server(binary.read_bytes())) as s:
+        yield s
 
 
 def test_two_processes_share_one_download(tmp_path, server):
@@ -74,7 +175,7 @@ def test_two_processes_share_one_download(tmp_path, server):
 from pathlib import Path
 from flax_resnetv2 import preparation
 root = Path({str(tmp_path)!r})
-preparation.prepare_cifar10(root, url={server.url!r}, accept_checksum=True)
+preparation.prepare("cifar10", root, url={server.url!r}, accept_checksum=True)
 """
     both = [start(code) for _ in range(2)]
     said = [process.communicate()[0] for process in both]
@@ -177,7 +278,7 @@ def test_a_wrong_archive_leaves_no_lock(tmp_path):
 
 def test_another_checksum_is_refused(tmp_path, binary):
     with pytest.raises(UsageError, match="accept_checksum"):
-        preparation.prepare_cifar10(tmp_path, archive=str(binary))
+        preparation.prepare("cifar10", tmp_path, archive=str(binary))
     assert find_prepared("cifar10", tmp_path) is None
 
 
@@ -188,7 +289,7 @@ def test_the_embedded_set_is_what_is_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(embedded, "PER_CLASS", {"train": 3, "test": 2})
     preparation.prepare_embedded(tmp_path)
     directory = find_prepared(embedded.NAME, tmp_path)
-    assert class_names(directory) == embedded.CLASSES
+    assert label_of(directory).names == embedded.CLASSES
     for split in ("train", "test"):
         drawn, labels = embedded.draw(split)
         stored, stored_labels = read_split(directory, split)
@@ -235,7 +336,7 @@ import time
 from pathlib import Path
 from flax_resnetv2 import preparation, records
 root = Path({str(tmp_path)!r})
-preparation.prepare_cifar10(root, archive={str(binary)!r}, accept_checksum=True)
+preparation.prepare("cifar10", root, archive={str(binary)!r}, accept_checksum=True)
 images, labels = records.read_split(records.find_prepared("cifar10", root), "train")
 print(images.shape)
 assert "tensorflow" not in sys.modules

@@ -35,7 +35,7 @@ from tests.test_reliability import stop_after
 import pytest
 config = replace(CONFIG, execution=Execution(dtype="float64"), checkpoint_steps=5)
 with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, "open_dataset", lambda _: VALIDATED)
+    patch.setattr(loop, "open_dataset", lambda *_: VALIDATED)
     if more and number == more[1]:
         stop_after(patch, int(more[0]))
     code = cli._guarded(lambda: loop.fit(config, workdir, executor=executor))

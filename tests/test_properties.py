@@ -182,15 +182,19 @@ FIELDS = {
     TrainConfig: {
         "epochs": POSITIVE,
         "batch_size": POSITIVE,
+        "accumulate": POSITIVE,
         "eval_batch_size": POSITIVE,
-        "optimizer": word("sgd", "adamw", "adam_l2"),
+        "optimizer": word("sgd", "adamw", "adam_l2", "lars", "muon"),
         "learning_rate": number(0, 1e6, without=(0,)),
         "momentum": SHARE,
         "nesterov": FLAG,
         "weight_decay": number(0, 1e6),
+        "clip": either(NONE, number(0, 1e6, without=(0,))),
         "learn": word("all", "classifier"),
         "decay": word("kernels", "all"),
-        "schedule": word("steps", "cosine", "one_cycle", "linear", "constant"),
+        "schedule": word(
+            "steps", "cosine", "one_cycle", "linear", "constant", "exponential"
+        ),
         # Of the 200 epochs of TrainConfig().
         "warmup_epochs": number(0, 200, without=(200,)),
         "drops": tuples(
@@ -200,28 +204,52 @@ FIELDS = {
         ),
         "label_smoothing": SHARE,
         "ema": SHARE,
+        "stochastic_depth": SHARE,
         "sync_batch_norm": FLAG,
     },
     AugmentConfig: {
         "resize": either(NONE, whole(1, 1024)),
         "crop_padding": whole(0, 32),
         "flip": FLAG,
+        "crop_scale": either(
+            NONE,
+            tuples(number(0, 1, without=(0,)), 2, 2, rule=lambda v: v[0] <= v[1]),
+        ),
+        "test_crop": number(0, 1, without=(0,)),
+        "test_flip": FLAG,
+        "colour_jitter": SHARE,
+        "randaugment": whole(0, 14),
+        "randaugment_magnitude": whole(0, 30),
+        "cutout": whole(0, 32),
+        "mixup": either(NONE, number(0.001, 100)),
+        "cutmix": either(NONE, number(0.001, 100)),
         "mean": tuples(number(0, 1), 3, 3),
         "std": tuples(number(1e-6, 1), 3, 3),
     },
     DataConfig: {
-        "name": word("cifar10", "embedded_shapes"),
+        "name": Kind(
+            st.sampled_from(["cifar10", "cifar100", "mnist", "embedded_shapes"]),
+            # Any other name may be one of TFDS; only the data directory says.
+            lambda v: (
+                type(v) is str
+                and re.fullmatch(r"[a-z]\w*(/[\w.+-]*\w)?", v, re.ASCII) is not None
+            ),
+        ),
         "dir": either(NONE, TEXT),
         "archive": either(NONE, TEXT),
         "url": either(NONE, TEXT),
         "accept_checksum": FLAG,
+        "size": either(NONE, whole(1, 1024)),
         "validation": whole(0, 2**31),
+        "stream": either(NONE, FLAG),
+        "workers": whole(0, 1024),
     },
     Config: {
         "weights": either(NONE, TEXT),
         "seed": whole(0, 2**32 - 1),
         "log_every": POSITIVE,
         "evaluate_every": POSITIVE,
+        "target_accuracy": either(NONE, number(0, 1, without=(0,))),
         "checkpoint_every": POSITIVE,
         "checkpoint_steps": either(NONE, POSITIVE),
         "keep_checkpoints": POSITIVE,

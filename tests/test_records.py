@@ -1,15 +1,28 @@
 """Prepared data sets: found, read whole, or refused in one line."""
 
 import io
+import itertools
 import json
 import shutil
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
-from flax_resnetv2 import UsageError, decoded, embedded, preparation
-from flax_resnetv2.records import class_names, find_prepared, read_split
+from flax_resnetv2 import (
+    DataConfig,
+    UsageError,
+    decoded,
+    embedded,
+    open_dataset,
+    preparation,
+)
+from flax_resnetv2.catalog import DATASETS
+from flax_resnetv2.data import describe
+from flax_resnetv2.images import careful, read_image, square
+from flax_resnetv2.records import find_prepared, label_of, read_split
+from tests.archives import celeba_bit, encoded, write_celeba, write_tfds
 
 
 def write(root, files, labels=None):
@@ -100,7 +113,7 @@ def test_no_damage_of_the_descriptions_is_a_traceback(prepared):
                 try:
                     directory = find_prepared(embedded.NAME, prepared.parents[1])
                     read_split(directory, "train")
-                    class_names(directory)
+                    label_of(directory)
                 except UsageError as error:
                     assert "\n" not in str(error)
         path.write_bytes(content)
@@ -118,7 +131,7 @@ def test_a_directory_that_vanishes_is_named(prepared):
     shutil.rmtree(prepared)
     for read in (
         decoded.read_dataset,
-        class_names,
+        label_of,
         lambda directory: read_split(directory, "train"),
     ):
         with pytest.raises(UsageError, match=r"1.0.0 cannot be read \(No such file"):
@@ -128,9 +141,9 @@ def test_a_directory_that_vanishes_is_named(prepared):
 def test_a_directory_that_vanishes_meanwhile_is_named(prepared, monkeypatch):
     read = decoded.read_split
 
-    def once(directory, split):
-        found = read(directory, split)
-        shutil.rmtree(directory)
+    def once(*arguments):
+        found = read(*arguments)
+        shutil.rmtree(arguments[0])
         return found
 
     monkeypatch.setattr(decoded, "read_split", once)
@@ -205,3 +218,136 @@ def test_the_newest_version_is_taken(tmp_path):
     (unfinished / "dataset_info.json").write_text(json.dumps(info))
     assert find_prepared("cifar10", tmp_path).name == "3.0.10"
     assert find_prepared("cifar100", tmp_path) is None
+
+
+# Data sets that TFDS itself prepared
+
+
+def test_celeba_has_forty_labels_an_image(tmp_path):
+    directory = write_celeba(tmp_path)
+    names = DATASETS["celeba"].class_names
+    assert label_of(directory) == ("attributes", names, True)
+    assert (len(names), list(names)) == (40, sorted(names))
+    expected = {}
+    with careful():
+        for k in range(12):
+            pixels = read_image(encoded((218, 178, 3), k), "it", 3, square(16))
+            expected[pixels.tobytes()] = [celeba_bit(k, j) for j in range(40)]
+    images, labels = read_split(directory, "train", size=16)
+    assert (labels.shape, labels.dtype) == ((12, 40), np.uint8)
+    for pixels, row in zip(images, labels, strict=True):
+        assert expected.pop(pixels.tobytes()) == row.tolist()
+    assert not expected
+    images, labels = read_split(directory, "test")
+    assert (images.shape, labels.shape) == ((5, 218, 178, 3), (5, 40))
+    dataset = open_dataset(DataConfig(name="celeba", dir=str(tmp_path), size=8))
+    assert dataset.multi_label
+    assert dataset.image_shape == (8, 8, 3)
+
+
+def other(root, splits, shape=(None, None, 3), sizes=((9, 7), (8, 20)), **features):
+    """A data set as TFDS has many: places in a split are labels."""
+
+    seeds = itertools.count()
+
+    def records(count):
+        for k in range(count):
+            size = sizes[k % len(sizes)]
+            yield {
+                "image": encoded((*size, shape[2]), next(seeds), "PNG"),
+                "label": k % 5,
+            }
+
+    return write_tfds(
+        root,
+        "other",
+        "1.0.0",
+        {
+            "image": tfds.features.Image(shape=shape),
+            "label": tfds.features.ClassLabel(names=list("abcde")),
+        }
+        | features,
+        {split: records(count) for split, count in splits.items()},
+    )
+
+
+def config(root, **fields):
+    return DataConfig(name="other", dir=str(root), **fields)
+
+
+@pytest.mark.parametrize(
+    ("splits", "sizes", "note"),
+    [
+        ({"train": 23}, {"train": 21, "test": 2}, "every tenth record is tested on"),
+        (
+            {"train": 6, "validation": 4},
+            {"train": 6, "test": 4},
+            "the split validation is tested on",
+        ),
+        ({"train": 6, "validation": 4, "test": 3}, {"train": 6, "test": 3}, None),
+    ],
+)
+def test_any_set_of_tfds_is_read_by_its_name(tmp_path, capsys, splits, sizes, note):
+    other(tmp_path, splits)
+    facts = describe(config(tmp_path, size=6))
+    assert facts.images == sizes
+    assert facts.image_shape == (6, 6, 3)
+    capsys.readouterr()
+    dataset = open_dataset(config(tmp_path, size=6))
+    assert dataset.class_names == facts.class_names == tuple("abcde")
+    assert {k: len(s.label) for k, s in dataset.splits.items()} == sizes
+    assert dataset.image_shape == (6, 6, 3)
+    said = capsys.readouterr().out
+    assert (f"other: {note}" in said) if note else not said
+    # Every image is in one split only.
+    images = [x.tobytes() for split in dataset.splits.values() for x in split.image]
+    assert len(set(images)) == sum(sizes.values())
+
+
+def test_what_is_decoded_for_a_size_is_kept_for_that_size(tmp_path):
+    other(tmp_path, {"train": 5, "test": 5})
+    for size in (4, 6, 4):
+        dataset = open_dataset(config(tmp_path, size=size))
+        assert dataset.image_shape == (size, size, 3)
+    kept = {path.name for path in (tmp_path / "other").glob("decoded*")}
+    assert kept == {"decoded-1.0.0-4.npz", "decoded-1.0.0-6.npz"}
+
+
+def test_images_of_one_size_need_none(tmp_path):
+    other(tmp_path, {"train": 5, "test": 5}, (6, 7, 1), [(6, 7)])
+    dataset = open_dataset(config(tmp_path))
+    assert dataset.image_shape == describe(config(tmp_path)).image_shape == (6, 7, 1)
+    assert open_dataset(config(tmp_path, size=5)).image_shape == (5, 5, 1)
+
+
+def test_images_of_many_sizes_need_a_size(tmp_path):
+    other(tmp_path, {"train": 5, "test": 5})
+    with pytest.raises(UsageError, match=r"data.size=None must be a number for other"):
+        describe(config(tmp_path))
+
+
+def test_a_set_without_training_images_is_named(tmp_path):
+    other(tmp_path, {"corrupted": 5})
+    with pytest.raises(UsageError, match="no split 'train'; it has 'corrupted'"):
+        open_dataset(config(tmp_path, size=4))
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ({"image": tfds.features.Text()}, "no feature 'image' of 1 or 3 channels"),
+        ({"label": tfds.features.Text()}, "no feature 'label' of one class and no"),
+    ],
+)
+def test_a_set_that_is_not_for_classification_is_named(tmp_path, features, message):
+    record = {"image": encoded((4, 4, 3), kind="PNG"), "label": 0}
+    record |= dict.fromkeys(features, "text")
+    given = {
+        "image": tfds.features.Image(shape=(4, 4, 3)),
+        "label": tfds.features.ClassLabel(num_classes=2),
+    }
+    records = {"train": [record], "test": [record]}
+    write_tfds(tmp_path, "other", "1.0.0", given | features, records)
+    with pytest.raises(UsageError, match=message) as caught:
+        describe(config(tmp_path))
+    assert "\n" not in str(caught.value)

@@ -741,6 +741,15 @@ def test_the_second_signal_ends_a_process_at_once(tmp_path):
     assert "SIGTERM: saving; a second one ends at once" in done.stderr
 
 
+def test_a_signal_that_comes_twice_at_once_counts_once():
+    """A cluster tells every process, and a sweep passes on what it was told."""
+    with process.Stop() as stop:
+        stop.listen()
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked == "SIGTERM"
+
+
 def test_signals_are_given_back():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with process.Stop() as stop:

@@ -1,6 +1,7 @@
 """Schedules, optimisers, the pure step, and its equality over device counts."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from flax_resnetv2 import (
     BIT,
     KERAS,
     Execution,
+    Predictor,
     TrainConfig,
     UsageError,
     create_model,
@@ -21,7 +23,7 @@ from flax_resnetv2 import (
     make_train_step,
     training,
 )
-from flax_resnetv2.augment import AugmentConfig, Batch
+from flax_resnetv2.augment import AugmentConfig, Batch, image_keys
 from tests import tiny
 
 PIXELS = AugmentConfig(crop_padding=1, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -68,6 +70,10 @@ def model():
         ({"schedule": "cosine", "warmup_epochs": 2}, {10: 0.5, 20: 1.0, 60: 0.5}),
         ({"schedule": "steps"}, {0: 1.0, 49: 1.0, 51: 0.1, 76: 0.01, 99: 0.01}),
         ({"schedule": "steps", "warmup_epochs": 1}, {0: 0.1, 9: 0.1, 10: 1.0}),
+        (
+            {"schedule": "exponential", "warmup_epochs": 2},
+            {9: 1e-3, 14: 10**-1.5, 19: 1.0, 60: 1.0},
+        ),
         ({"schedule": "one_cycle"}, {0: 0.04, 30: 1.0, 100: 4e-6}),
         ({"schedule": "one_cycle", "warmup_epochs": 2}, {0: 0.04, 20: 1.0}),
     ],
@@ -135,7 +141,90 @@ def test_adam_l2_is_adam_on_a_loss_with_the_term(float64):
     assert not np.allclose(ours["kernel"], decoupled["kernel"])
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adam_l2"])
+OPTIMIZERS = ["sgd", "adamw", "adam_l2", "lars", "muon"]
+
+
+def test_lars_scales_the_step_of_each_kernel(float64):
+    w, b, v = PARAMS["conv"]["kernel"], PARAMS["conv"]["bias"], [np.zeros(2), 0.0]
+    for _ in range(3):
+        g = GRADIENT["conv"]["kernel"] + 0.5 * w
+        ratio = 0.001 * np.linalg.norm(w) / np.linalg.norm(g)
+        v = [
+            0.9 * v[0] + 0.1 * ratio * g,
+            0.9 * v[1] + 0.1 * GRADIENT["conv"]["bias"],
+        ]
+        w, b = w - v[0], b - v[1]
+    ours = steps_of(made(optimizer="lars", nesterov=False), given)
+    np.testing.assert_allclose(ours["kernel"], w, rtol=1e-12)
+    np.testing.assert_allclose(ours["bias"], b, rtol=1e-12)
+
+
+def test_muon_takes_orthogonal_steps_inside_and_adams_outside(float64):
+    rng = np.random.default_rng(0)
+    shapes = {
+        "stem": (3, 3, 2, 4),
+        "stack1": (3, 3, 2, 5),
+        "stack2": (1, 1, 6, 12),
+        "head": (6, 3),
+    }
+    params = {k: {"kernel": rng.normal(size=s)} for k, s in shapes.items()}
+    gradient = {k: {"kernel": rng.normal(size=s)} for k, s in shapes.items()}
+    params["stack1"]["bias"] = gradient["stack1"]["bias"] = np.ones(5)
+    params, gradient = jax.tree.map(jnp.asarray, (params, gradient))
+    optimizer = made(optimizer="muon")
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+        adamw = optax.adamw(
+            0.1,
+            weight_decay=0.5,
+            mask=lambda tree: jax.tree.map_with_path(
+                lambda path, _: path[-1].key == "kernel", tree
+            ),
+        )
+        adams, _ = adamw.update(gradient, adamw.init(params), params)
+    for path in (("stem", "kernel"), ("head", "kernel"), ("stack1", "bias")):
+        got, expected = (tree[path[0]][path[1]] for tree in (updates, adams))
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+    for stack in ("stack1", "stack2"):
+        step = updates[stack]["kernel"] + 0.1 * 0.5 * params[stack]["kernel"]
+        matrix = np.asarray(step).reshape(-1, step.shape[-1])
+        length = 0.1 * 0.2 * max(matrix.shape) ** 0.5
+        values = np.linalg.svd(matrix, compute_uv=False) / length
+        # Five iterations of Newton and Schulz come as near as this, by design.
+        assert 0.6 < values.min() <= values.max() < 1.3
+        g = np.asarray(gradient[stack]["kernel"]).reshape(matrix.shape)
+        u, _, v = np.linalg.svd(g, full_matrices=False)
+        cosine = -(matrix * (u @ v)).sum() / np.linalg.norm(matrix)
+        assert cosine / len(values) ** 0.5 > 0.97
+        # As long as Adam's step of about 0.1 a number.
+        assert np.sqrt((matrix**2).mean()) == pytest.approx(0.1 * 0.2, rel=0.3)
+
+
+@pytest.mark.parametrize(("limit", "scale"), [(100.0, 1.0), (0.1, 0.1 / 0.14**0.5)])
+def test_clipping_scales_the_gradient_before_the_decay(float64, limit, scale):
+    w = PARAMS["conv"]["kernel"]
+    expected = w - 0.1 * (scale * GRADIENT["conv"]["kernel"] + 0.5 * w)
+    ours = steps_of(made(clip=limit, momentum=0.0, nesterov=False), given, count=1)
+    np.testing.assert_allclose(ours["kernel"], expected, rtol=1e-7)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_classifier_alone_learns_if_that_is_said(optimizer):
+    optimizer = made(optimizer=optimizer, learn="classifier", clip=1.0)
+    params = {
+        "stack1": {"conv": {"kernel": jnp.ones((1, 1, 2, 2))}},
+        "head": {"classifier": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}},
+    }
+    # What does not learn has no gradient (see ``make_train_step``).
+    gradient = jax.tree.map(jnp.ones_like, params)
+    gradient["stack1"] = jax.tree.map(jnp.zeros_like, gradient["stack1"])
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    assert not updates["stack1"]["conv"]["kernel"].any()
+    assert all(leaf.all() for leaf in jax.tree.leaves(updates["head"]))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_kernels_alone_decay_unless_all_is_said(optimizer):
     def nothing(params):
         return jax.tree.map(jnp.zeros_like, params)
@@ -166,13 +255,97 @@ def test_the_step_is_a_pure_function_of_sums(model):
 
 def test_the_loss_is_the_sum_of_smoothed_cross_entropies(float64):
     logits = jnp.asarray([[1.0, 2.0, 0.0], [0.5, 0.0, 3.0], [9.0, 0.0, 0.0]])
-    batch = Batch(None, jnp.asarray([1, 0, 2]), jnp.asarray([True, True, False]))
-    loss, correct = training.score(logits, batch, 0.3)
+    label = jnp.asarray([1, 0, 2])
+    batch = Batch(None, label, jnp.asarray([True, True, False]))
+    smoothed = training.targets(label, 3, 0.3, "float64")
+    loss, correct = training.score(logits, smoothed, batch)
     log = np.asarray(logits) - np.log(np.exp(logits).sum(-1, keepdims=True))
     target = np.full((3, 3), 0.1) + 0.7 * np.eye(3)[[1, 0, 2]]
     expected = -(target * log).sum(-1)[:2].sum()
     assert float(loss) == pytest.approx(expected, rel=1e-12)
     assert int(correct) == 1
+
+
+def test_several_labels_have_a_sigmoid_each(float64):
+    logits = np.array([[1.0, -2.0, 0.5, 3.0], [0.1, 0.2, -0.3, 0.0], [9.0] * 4])
+    label = np.array([[1, 0, 0, 1], [0, 1, 1, 1], [0] * 4], np.uint8)
+    mask = np.array([True, True, False])
+    batch = jax.tree.map(jnp.asarray, Batch(None, label, mask))
+    target = training.targets(batch.label, 4, 0.2, "float64")
+    np.testing.assert_allclose(target, 0.1 + 0.8 * label, rtol=1e-12)
+    loss, correct = training.score(jnp.asarray(logits), target, batch)
+    p = 1 / (1 + np.exp(-logits))
+    t = np.asarray(target)
+    terms = -(t * np.log(p) + (1 - t) * np.log(1 - p))
+    assert float(loss) == pytest.approx(terms[:2].mean(1).sum(), rel=1e-12)
+    # Three of four, and one of four: 0 is no yes.
+    assert float(correct) == 0.75 + 0.25
+    flags = batch._replace(label=batch.label.astype(bool))
+    same = training.targets(flags.label, 4, 0.2, "float64")
+    assert np.array_equal(same, target)
+
+
+def test_a_net_learns_several_labels():
+    config = TrainConfig(epochs=9, schedule="constant", learning_rate=0.1)
+    model, step, state = small_step(config)
+    batch = batch_of(16)
+    # Two labels stand for the class, two for halves of the classes.
+    label = np.stack([np.asarray(batch.label) == k for k in (0, 1)], 1)
+    halves = np.stack([np.asarray(batch.label) % 3 == k for k in (0, 1)], 1)
+    label = np.concatenate([label, halves], 1).astype(np.uint8)
+    batch = batch._replace(label=jnp.asarray(label))
+    losses = []
+    for _ in range(80):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.5 * losses[0]
+    evaluated = make_eval_step(model, PLAIN)(state.variables(), batch)
+    assert "correct_top5" not in evaluated
+    assert float(evaluated["correct"] / 16) > 0.8
+
+
+def test_the_five_likeliest_of_many_classes_are_counted():
+    net = replace(tiny.SMALL, num_classes=100)
+    model = create_model(net)
+    variables, batch = tiny.variables_of(model), batch_of(16, padding=2)
+    images = (batch.image.astype(jnp.float32) / 255 - 0.5) / 0.25
+    logits = np.asarray(model.apply(variables, images, train=False))
+    # The class of row k is its likeliest but k.
+    label = np.argsort(-logits, 1)[range(16), range(16)].astype(np.int32)
+    metrics = make_eval_step(model, PLAIN)(
+        variables, batch._replace(label=jnp.asarray(label))
+    )
+    assert int(metrics["correct"]) == 1
+    assert int(metrics["correct_top5"]) == 5
+    masked = batch._replace(label=jnp.asarray(label), mask=jnp.arange(16) >= 2)
+    assert int(make_eval_step(model, PLAIN)(variables, masked)["correct_top5"]) == 3
+
+
+def test_a_mirror_image_has_half_a_say(model):
+    variables, batch = tiny.variables_of(model), batch_of(12)
+    images = (batch.image.astype(jnp.float32) / 255 - 0.5) / 0.25
+    logits = [
+        model.apply(variables, x, train=False) for x in (images, images[:, :, ::-1])
+    ]
+    # As a geometric mean of probabilities.
+    p = np.sqrt(np.prod([jax.nn.softmax(x) for x in logits], axis=0))
+    p /= p.sum(1, keepdims=True)
+    label = np.asarray(batch.label)
+    pixels = replace(PLAIN, test_flip=True)
+    metrics = jax.jit(make_eval_step(model, pixels))(variables, batch)
+    expected = -np.log(p[range(12), label]).sum()
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-4)
+    assert int(metrics["correct"]) == (p.argmax(1) == label).sum()
+    predictor = Predictor(model, variables, pixels, "abcd", tiny.SHAPE)
+    np.testing.assert_allclose(predictor(np.asarray(batch.image)), p, rtol=1e-4)
+    plain = jax.jit(make_eval_step(model, PLAIN))(variables, batch)
+    assert float(plain["loss"]) != pytest.approx(expected, rel=1e-4)
+    # The residuals reported are those of the image as it is.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4),
+        metrics["residual_ratio"],
+        plain["residual_ratio"],
+    )
 
 
 def test_padded_rows_count_for_nothing(model):
@@ -219,6 +392,7 @@ def test_the_average_follows_the_parameters(model):
         ({"momentum": 1.0}, r"train.momentum=1.0 must be .*in \[0, 1\)"),
         ({"label_smoothing": -0.1}, r"train.label_smoothing=-0.1 must be .*in"),
         ({"ema": 1.5}, r"train.ema=1.5 must be .*in"),
+        ({"clip": 0.0}, r"train.clip=0.0 must be .*in \(0, .* or None"),
         ({"warmup_epochs": 200.0}, r"warmup_epochs=200.0 must be .* epochs=200"),
         ({"drops": (0.7, 0.5)}, r"train.drops=\(0.7, 0.5\) must be rising"),
         ({"drops": (1.5,)}, r"train.drops=\(1.5,\) must be rising"),
@@ -242,7 +416,7 @@ def test_a_warm_up_that_leaves_no_step_is_refused(schedule):
 
 
 @pytest.mark.parametrize(
-    "schedule", ["steps", "cosine", "one_cycle", "linear", "constant"]
+    "schedule", ["steps", "cosine", "one_cycle", "linear", "constant", "exponential"]
 )
 def test_a_strict_program_may_ask_for_the_rate(schedule):
     config = TrainConfig(epochs=10, schedule=schedule, warmup_epochs=1)
@@ -251,7 +425,7 @@ def test_a_strict_program_may_ask_for_the_rate(schedule):
     assert float(jax.jit(rate)(jnp.int32(10))) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adam_l2"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("schedule", ["steps", "one_cycle"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_strict_program_may_train(optimizer, schedule, dtype):
@@ -330,19 +504,76 @@ def test_a_step_goes_down_the_gradient_of_the_mean_loss():
         assert float(norm) == pytest.approx(squares**0.5, rel=1e-4)
 
 
+def test_the_gradients_of_parts_add_up():
+    config = TrainConfig(
+        schedule="constant", momentum=0.0, weight_decay=0.0, accumulate=2
+    )
+    model, step, state = small_step(config)
+    batch = batch_of(8, padding=1)
+
+    @jax.jit
+    @partial(jax.grad, has_aux=True)
+    def gradient_of(params, stats, part):
+        logits, updated = model.apply(
+            {"params": params, "batch_stats": stats},
+            (part.image.astype(jnp.float32) / 255 - 0.5) / 0.25,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        target = jax.nn.one_hot(part.label, 4)
+        losses = -(target * jax.nn.log_softmax(logits)).sum(-1)
+        # All of the batch count, in whatever part.
+        return losses @ part.mask.astype(float) / 7, updated["batch_stats"]
+
+    stats, gradients = state.batch_stats, []
+    for part in (0, 1):
+        rows = jax.tree.map(lambda x, part=part: x[part::2], batch)
+        gradient, stats = gradient_of(state.params, stats, rows)
+        gradients.append(gradient)
+    new, metrics = step(state, batch)
+    assert int(metrics["count"]) == 7
+    jax.tree.map(
+        lambda old, a, b, now: np.testing.assert_allclose(
+            now, old - 0.1 * (a + b), rtol=1e-4, atol=1e-6
+        ),
+        state.params, *gradients, new.params,
+    )  # fmt: skip
+    # Running statistics move twice.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        new.batch_stats,
+        stats,
+    )
+
+
+def test_units_are_dropped_more_and_more_and_scaled_to_the_same_mean():
+    keys = image_keys(jax.random.key(0), jnp.int32(0), jnp.arange(4000))
+    keep = np.asarray(training.keep_factors(keys, units=5, share=0.5))
+    assert keep.shape == (4000, 5)
+    dropped = (keep == 0).mean(0)
+    np.testing.assert_allclose(dropped, [0.1, 0.2, 0.3, 0.4, 0.5], atol=0.03)
+    np.testing.assert_allclose(keep.max(0), 1 / (1 - np.arange(0.1, 0.6, 0.1)), 1e-5)
+    np.testing.assert_allclose(keep.mean(0), 1, atol=0.05)
+    # Of each image by itself.
+    assert abs(np.corrcoef((keep == 0).T)[0, 1:]).max() < 0.06
+
+
 def test_a_masked_row_gives_neither_loss_nor_gradient_nor_hit():
     batch = batch_of(6, padding=2)
     few = jax.tree.map(lambda x: x[:4], batch)
     # Every row is right.
     logits = 5 * jax.nn.one_hot(batch.label, 4)
-    loss, correct = training.score(logits, batch, 0.1)
+    target = training.targets(batch.label, 4, 0.1, "float32")
+    loss, correct = training.score(logits, target, batch)
     assert int(correct) == 4
-    np.testing.assert_allclose(loss, training.score(logits[:4], few, 0.1)[0], rtol=1e-6)
-    gradient = jax.grad(lambda x: training.score(x, batch, 0.1)[0])(logits)
+    np.testing.assert_allclose(
+        loss, training.score(logits[:4], target[:4], few)[0], rtol=1e-6
+    )
+    gradient = jax.grad(lambda x: training.score(x, target, batch)[0])(logits)
     assert not gradient[4:].any()
     assert gradient[:4].any(1).all()
     # Not even where a masked row is beyond all numbers.
-    wild = training.score(logits.at[5].set(jnp.inf), batch, 0.1)[0]
+    wild = training.score(logits.at[5].set(jnp.inf), target, batch)[0]
     np.testing.assert_array_equal(wild, loss)
 
 
@@ -373,8 +604,8 @@ def test_step_number_and_seed_choose_the_crops_and_masked_labels_do_not_matter()
 @pytest.mark.parametrize(
     ("field", "choices"),
     [
-        ("optimizer", "'sgd', 'adamw', 'adam_l2'"),
-        ("schedule", "'steps', 'cosine', 'one_cycle', 'linear', 'constant'"),
+        ("optimizer", "'sgd', 'adamw', 'adam_l2', 'lars', 'muon'"),
+        ("schedule", "'steps', 'cosine', 'one_cycle', 'linear', 'constant', 'exp"),
         ("decay", "'kernels', 'all'"),
     ],
 )

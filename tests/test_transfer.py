@@ -52,7 +52,7 @@ def fit(monkeypatch, config, workdir):
         save(self, step, state, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "open_dataset", lambda _: tiny.dataset())
+        patch.setattr(loop, "open_dataset", lambda *_: tiny.dataset())
         patch.setattr(loop.Checkpointer, "save", keep)
         loop.fit(config, workdir, devices=jax.devices()[:1])
     return states[-1] if states else None
