@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_loop import lines_of, untimed
+from tests.test_streaming import prepare_tiny
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +24,7 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_enable_x64", True)
 from flax_resnetv2 import Execution, UsageError, cli, loop, process
 from flax_resnetv2.process import join
-coordinator, count, number, devices, workdir, executor, *more = sys.argv[1:]
+coordinator, count, number, devices, workdir, executor, records, *more = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", int(devices))
 cache = str(Path(workdir).parent / "compiled")
 jax.config.update("jax_compilation_cache_dir", cache)
@@ -32,10 +33,12 @@ if int(count) > 1:
     join(coordinator, int(count), int(number))
 from tests.test_loop import CONFIG, VALIDATED, run_fit
 from tests.test_reliability import stop_after
+from tests.test_streaming import streamed_from
 import pytest
+data = streamed_from(Path(records)) if records else VALIDATED
 config = replace(CONFIG, execution=Execution(dtype="float64"), checkpoint_steps=5)
 with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, "open_dataset", lambda *_: VALIDATED)
+    patch.setattr(loop, "open_dataset", lambda *_: data)
     if more and number == more[1]:
         stop_after(patch, int(more[0]))
     code = cli._guarded(lambda: loop.fit(config, workdir, executor=executor))
@@ -43,15 +46,15 @@ if code not in (0, 75):
     process.leave_others(code)
 sys.exit(code)
 """
-"""A process of CONFIG in float64; more: after how many steps which process is asked to
-stop."""
+"""A process of CONFIG in float64; records: the directory of those to read from disk;
+more: after how many steps which process is asked to stop."""
 
 
-def start(workdir, count, devices=1, executor="pmap", more=()):
+def start(workdir, count, devices=1, executor="pmap", records="", more=()):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
-    words = [str(devices), str(workdir), executor, *more]
+    words = [str(devices), str(workdir), executor, str(records), *more]
     return [
         subprocess.Popen(
             [sys.executable, "-c", MEMBER, coordinator, str(count), str(k), *words],
@@ -111,6 +114,17 @@ def test_so_do_four_and_the_other_executor(alone, count, executor):
     workdir = alone / f"{count}-{executor}"
     end(start(workdir, count, executor=executor))
     assert_same_losses(alone / "alone", workdir)
+
+
+def test_each_reads_its_own_images_from_disk(alone, tmp_path):
+    """Whatever maps the step."""
+    directory = prepare_tiny(tmp_path)
+    end(start(alone / "from-disk", 1, devices=2, records=directory))
+    for executor in ("pmap", "jit"):
+        workdir = alone / f"from-disk-{executor}"
+        said = end(start(workdir, 2, executor=executor, records=directory))
+        assert "read from disk" in said[0]
+        assert_same_losses(alone / "from-disk", workdir)
 
 
 def test_a_signal_to_one_process_stops_all_and_all_go_on(alone, together):

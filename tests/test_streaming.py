@@ -29,19 +29,26 @@ from tests.test_reliability import stop_after
 SHAPE = (8, 8, 3)
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
+def prepare_tiny(root):
     """``tiny.dataset`` as records: TFDS shuffles them."""
     splits = {
         name: list(zip(*split, strict=True))
         for name, split in tiny.dataset(train=59).splits.items()
     }
-    root = tmp_path_factory.mktemp("prepared")
     return prepare(root, "tiny", splits, classes=4, shape=SHAPE)
 
 
 @pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return prepare_tiny(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture(scope="module")
 def streamed(directory):
+    return streamed_from(directory)
+
+
+def streamed_from(directory):
     splits = of(directory, SHAPE)
     splits["validation"] = splits["train"].take(50, 9)
     splits["train"] = splits["train"].take(0, 50)
