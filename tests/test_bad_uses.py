@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flax_resnetv2 import RECIPES, cli, download, preflight, preparation, rundir
+from flax_resnetv2 import RECIPES, cli, download, preflight, preparation, rundir, tools
 from tests import archives
 
 SAME_RUN = (
@@ -71,7 +71,7 @@ def here(there, tmp_path, monkeypatch):
 def run(line):
     """The exit code of a command line."""
     program, *words = shlex.split(line)
-    commands = {"train.py": cli.train, "predict.py": cli.predict, "python": cli.main}
+    commands = {"train.py": cli.train, "predict.py": cli.predict, "python": tools.main}
     if program == "python":
         assert words[:2] == ["-m", "flax_resnetv2"]
         words = words[2:]

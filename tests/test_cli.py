@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flax_resnetv2 import RECIPES, Config, RunError, cli, loop
+from flax_resnetv2 import RECIPES, Config, RunError, cli, loop, tools
 from flax_resnetv2.rundir import new_workdir
 
 
@@ -268,7 +268,7 @@ def test_the_help_of_a_recipe_lists_every_field_with_its_docstring(
 
 def described(arguments):
     try:
-        return cli.main(["show", *arguments])
+        return tools.main(["show", *arguments])
     except SystemExit as error:
         return error.code
 
@@ -286,7 +286,7 @@ def test_a_preset_is_described_and_drawn(tmp_path, capsys):
 
 def test_the_commands_of_the_package_are_listed(capsys):
     with pytest.raises(SystemExit, match="0"):
-        cli.main(["--help"])
+        tools.main(["--help"])
     said = flat(capsys.readouterr().out)
     assert "show Say what a net consists of" in said
     assert "doctor Say what train.py would find and do" in said

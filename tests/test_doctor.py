@@ -16,11 +16,11 @@ from PIL import Image
 
 from flax_resnetv2 import (
     RECIPES,
-    cli,
     doctor,
     installed,
     preparation,
     records,
+    tools,
 )
 from flax_resnetv2.config import to_json
 from flax_resnetv2.decoded import read_dataset
@@ -91,7 +91,7 @@ def last(config, **options):
 
 def test_a_sound_machine_has_no_problem_and_keeps_its_files(home, capsys):
     before = sorted(home.rglob("*"))
-    assert cli.main(["doctor"]) == 0
+    assert tools.main(["doctor"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == "no problem"
     assert out[-2].startswith("ok       run          train.py quickstart: 148,906 para")
@@ -100,14 +100,14 @@ def test_a_sound_machine_has_no_problem_and_keeps_its_files(home, capsys):
 
 
 def test_flags_and_recipes_are_those_of_training(capsys):
-    assert cli.main(["doctor", "--train.epochs", "3"]) == 0
+    assert tools.main(["doctor", "--train.epochs", "3"]) == 0
     assert "train.py quickstart --train.epochs 3: 148,906" in capsys.readouterr().out
-    assert cli.main(["doctor", "cifar10-article", "--train.batch-size", "12"]) == 1
+    assert tools.main(["doctor", "cifar10-article", "--train.batch-size", "12"]) == 1
     out = capsys.readouterr().out
     assert "--train.batch-size 12 would be refused: train.batch_size=12" in out
     assert "8 or 16" in out
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["doctor", "nope"])
+        tools.main(["doctor", "nope"])
 
 
 @pytest.mark.parametrize(

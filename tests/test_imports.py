@@ -61,9 +61,10 @@ OURS = {
     "preparation process records rundir tracing training errors",
     "comparison": "",
     "sweep": "comparison config counting data fields planning process rundir errors",
-    "cli": "config counting doctor drawing find_rate inference installed loop parallel "
-    "presets process rundir sweep tracing errors",
-    "__main__": "cli doctor installed",
+    "cli": "config inference loop parallel process rundir tracing errors",
+    "tools": "cli config counting doctor drawing find_rate installed presets process "
+    "rundir sweep errors",
+    "__main__": "doctor installed tools",
 }
 """What each module may import of ours, anywhere in it."""
 
@@ -101,6 +102,7 @@ THEIRS = {
     "doctor": "jax numpy",
     "comparison": "matplotlib",
     "cli": "numpy tyro",
+    "tools": "tyro",
     "__main__": "tyro",
 }
 """The same for other people's packages; a module that is not here needs none."""

@@ -41,7 +41,7 @@ with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop, "open_dataset", lambda *_: data)
     if more and number == more[1]:
         stop_after(patch, int(more[0]))
-    code = cli._guarded(lambda: loop.fit(config, workdir, executor=executor))
+    code = cli.guarded(lambda: loop.fit(config, workdir, executor=executor))
 if code not in (0, 75):
     process.leave_others(code)
 sys.exit(code)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from flax_resnetv2 import RECIPES, RunError, UsageError, cli, comparison, sweep
+from flax_resnetv2 import RECIPES, RunError, UsageError, comparison, sweep, tools
 from flax_resnetv2.sweep import join, load_sweep, plan_sweep, read_lines, run_sweep
 
 BASE = RECIPES["quickstart"].config
@@ -365,7 +365,7 @@ def test_a_sweep_that_was_killed_and_stopped_goes_on(tmp_path, capsys):
     before = {p: p.read_bytes() for p in workdir.glob("sweep.*")}
     assert len(before) == 4
     for words in ([*TINY.split(), "--seeds", "7"], ["--report"]):
-        assert cli.main(["sweep", *words, "--workdir", str(workdir)]) == 0
+        assert tools.main(["sweep", *words, "--workdir", str(workdir)]) == 0
         assert capsys.readouterr().out == (workdir / "sweep.md").read_text() + "\n"
     assert {p: p.read_bytes() for p in workdir.glob("sweep.*")} == before
     assert len(starts(run)) == 3
@@ -395,7 +395,7 @@ def test_bad_uses_are_a_line_and_change_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     arguments = ["sweep", "quickstart", "--workdir", "s", *shlex.split(flags)]
-    assert cli.main(arguments) == 2
+    assert tools.main(arguments) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert said.count("\n") == 1
