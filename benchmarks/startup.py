@@ -157,7 +157,7 @@ def parts(recipe: str) -> dict[str, float]:
     import jax
 
     from flax_resnetv2 import loop, parallel
-    from flax_resnetv2.config import RECIPES
+    from flax_resnetv2.recipes import RECIPES
 
     seconds: dict[str, float] = {}
     last = float(os.environ[BEGAN])

@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from flax_resnetv2.analysis import activations, residual_ratios
     from flax_resnetv2.architecture import Architecture, Execution
     from flax_resnetv2.augment import AugmentConfig, Batch
+    from flax_resnetv2.autoencoder import create_autoencoder
     from flax_resnetv2.checkpoint import Checkpointer
-    from flax_resnetv2.config import RECIPES, Config
+    from flax_resnetv2.config import Config
     from flax_resnetv2.counting import layer_table, receptive_field
     from flax_resnetv2.data import DataConfig, open_dataset
     from flax_resnetv2.errors import RunError, UsageError
     from flax_resnetv2.inference import Predictor
     from flax_resnetv2.loop import fit
+    from flax_resnetv2.mirror import AutoencoderConfig
     from flax_resnetv2.model import (
         Head,
         ResidualLayer,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     )
     from flax_resnetv2.planning import plan, plan_stack, plan_unit
     from flax_resnetv2.presets import PRESETS
+    from flax_resnetv2.recipes import RECIPES
     from flax_resnetv2.semantics import (
         ARTICLE,
         ATIENZA,
@@ -64,13 +67,15 @@ _HOME = {
     "analysis": ("activations", "residual_ratios"),
     "architecture": ("Architecture", "Execution"),
     "augment": ("AugmentConfig", "Batch"),
+    "autoencoder": ("create_autoencoder",),
     "checkpoint": ("Checkpointer",),
-    "config": ("RECIPES", "Config"),
+    "config": ("Config",),
     "counting": ("layer_table", "receptive_field"),
     "data": ("DataConfig", "open_dataset"),
     "errors": ("RunError", "UsageError"),
     "inference": ("Predictor",),
     "loop": ("fit",),
+    "mirror": ("AutoencoderConfig",),
     "model": (
         "Head",
         "ResidualLayer",
@@ -82,6 +87,7 @@ _HOME = {
     ),
     "planning": ("plan", "plan_stack", "plan_unit"),
     "presets": ("PRESETS",),
+    "recipes": ("RECIPES",),
     "semantics": ("ARTICLE", "ATIENZA", "BIT", "HE2016", "KERAS", "TIMM", "Semantics"),
     "training": (
         "TrainConfig",

@@ -16,9 +16,10 @@ from typing import Any, Literal
 import numpy as np
 
 from flax_resnetv2 import process
-from flax_resnetv2.config import RECIPES, Config
+from flax_resnetv2.config import Config
 from flax_resnetv2.errors import RunError, Stopped, UsageError
 from flax_resnetv2.parallel import Executor
+from flax_resnetv2.recipes import RECIPES
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,9 @@ def train(arguments: Sequence[str] | None = None) -> int:
         with nullcontext(chosen) if chosen else new_workdir(recipe) as workdir:
             result = fit(config, workdir, profile=profile, executor=command.executor)
         if process.is_first():
+            what = "accuracy" if "accuracy" in result else "loss"
             print(
-                f"test accuracy {result['accuracy']:.4f} of {result['count']:,} images;"
+                f"test {what} {result[what]:.4f} of {result['count']:,} images;"
                 f" {result['seconds']:.0f} s; in {workdir}"
             )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from flax_resnetv2.architecture import Architecture
-from flax_resnetv2.planning import ConvPlan, NetPlan, plan
+from flax_resnetv2.planning import ConvPlan, NetPlan, StackPlan, plan
 
 
 @dataclass(frozen=True)
@@ -40,52 +40,63 @@ def layer_table(
         UsageError: the architecture breaks a rule, or is too deep for the images.
     """
     net = plan(architecture, image_shape)
-    rows, size = [], image_shape[:2]
-
-    def conv(name: str, p: ConvPlan, size: tuple[int, int]) -> tuple[int, int]:
-        out = tuple(-(-side // p.stride) for side in size)
-        weights = p.kernel**2 * p.in_width * p.width
-        count = weights + p.width * p.bias
-        macs = weights * out[0] * out[1]
-        rows.append(LayerRow(name, (*out, p.width), p.kernel, p.stride, count, macs))
-        return out
-
-    def norm(name: str, width: int, size: tuple[int, int]) -> None:
-        rows.append(LayerRow(name, (*size, width), 1, 1, 2 * width, 0))
-
-    width = image_shape[2]
+    rows, size, width = [], image_shape[:2], image_shape[2]
     if net.stem:
         for number, (p, after) in enumerate(
             zip(net.stem.convs, net.stem.norms, strict=True), start=1
         ):
             suffix = str(number) if number > 1 else ""
-            size, width = conv(f"stem/conv{suffix}", p, size), p.width
+            rows.append(conv_row(f"stem/conv{suffix}", p, size))
+            size, width = rows[-1].shape[:2], p.width
             if after:
-                norm(f"stem/norm{suffix}", width, size)
+                rows.append(norm_row(f"stem/norm{suffix}", width, size))
         if net.stem.pool:
             size = tuple(-(-side // 2) for side in size)
     for s, stack in enumerate(net.stacks, start=1):
-        entering = size
-        for u, unit in enumerate(stack.units, start=1):
-            before = size
-            for number, layer in enumerate(unit.layers, start=1):
-                path = f"stack{s}/unit{u}/layer{number}"
-                if layer.norm and not layer.norm_last:
-                    norm(f"{path}/norm", layer.conv.in_width, size)
-                size = conv(f"{path}/conv", layer.conv, size)
-                if layer.norm_last:
-                    norm(f"{path}/norm", layer.conv.width, size)
-            if unit.shortcut:
-                path = f"stack{s}/unit{u}/shortcut"
-                pooled = tuple(-(-side // unit.average) for side in before)
-                conv(path, unit.shortcut, pooled)
-                if unit.shortcut_norm:
-                    norm(f"{path}_norm", unit.shortcut.width, size)
-            width = unit.layers[-1].conv.width
-        if isinstance(stack.bridge, ConvPlan):
-            conv(f"stack{s}/bridge", stack.bridge, entering)
+        found, size = stack_rows(f"stack{s}", stack, size)
+        rows += found
+        width = stack.units[-1].layers[-1].conv.width
     rows += _head_rows(net, width, size)
     return rows
+
+
+def conv_row(name: str, p: ConvPlan, size: tuple[int, int]) -> LayerRow:
+    """Count a convolution of maps of this size."""
+    out = tuple(-(-side // p.stride) for side in size)
+    weights = p.kernel**2 * p.in_width * p.width
+    count, macs = weights + p.width * p.bias, weights * out[0] * out[1]
+    return LayerRow(name, (*out, p.width), p.kernel, p.stride, count, macs)
+
+
+def norm_row(name: str, width: int, size: tuple[int, int]) -> LayerRow:
+    """Count a normalisation: a scale and a bias a map."""
+    return LayerRow(name, (*size, width), 1, 1, 2 * width, 0)
+
+
+def stack_rows(
+    name: str, stack: StackPlan, size: tuple[int, int]
+) -> tuple[list[LayerRow], tuple[int, int]]:
+    """Count a stack that maps of this size enter; also what size leaves it."""
+    rows, entering = [], size
+    for u, unit in enumerate(stack.units, start=1):
+        before = size
+        for number, layer in enumerate(unit.layers, start=1):
+            path = f"{name}/unit{u}/layer{number}"
+            if layer.norm and not layer.norm_last:
+                rows.append(norm_row(f"{path}/norm", layer.conv.in_width, size))
+            rows.append(conv_row(f"{path}/conv", layer.conv, size))
+            size = rows[-1].shape[:2]
+            if layer.norm_last:
+                rows.append(norm_row(f"{path}/norm", layer.conv.width, size))
+        if unit.shortcut:
+            path = f"{name}/unit{u}/shortcut"
+            pooled = tuple(-(-side // unit.average) for side in before)
+            rows.append(conv_row(path, unit.shortcut, pooled))
+            if unit.shortcut_norm:
+                rows.append(norm_row(f"{path}_norm", unit.shortcut.width, size))
+    if isinstance(stack.bridge, ConvPlan):
+        rows.append(conv_row(f"{name}/bridge", stack.bridge, entering))
+    return rows, size
 
 
 def _head_rows(net: NetPlan, width: int, size: tuple[int, int]) -> Iterator[LayerRow]:

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from flax_resnetv2 import loop, preparation, process, rundir, tracing
+from flax_resnetv2.assembly import count_needs, create_net
 from flax_resnetv2.catalog import DATASETS
 from flax_resnetv2.config import Config, check_config, check_shape
 from flax_resnetv2.data import (
@@ -41,8 +42,7 @@ from flax_resnetv2.installed import (
     reason,
     requirements,
 )
-from flax_resnetv2.model import create_model
-from flax_resnetv2.preflight import amount, memory_limit, needs, size_of
+from flax_resnetv2.preflight import amount, memory_limit, size_of
 from flax_resnetv2.records import (
     Label,
     Part,
@@ -235,8 +235,7 @@ def run(
         facts = describe(config.data)
         config = loop.fill_in(config, facts)
         check_shape(config, facts.image_shape)
-        shape = config.augment.input_shape(dataset.image_shape)
-        model = create_model(config.architecture, config.execution, shape)
+        model = create_net(config, dataset.image_shape)
         loop.check_devices(config, len(devices))
         rundir.check_same(place, config)
         config = rundir.as_begun(place, config)
@@ -248,9 +247,9 @@ def run(
         steps = dataset.splits["train"].images // train.batch_size
         # How far a run in workdir has come, only opening its checkpoints would say.
         tracing.check_steps(tracing.parse_steps(profile), 0, steps * train.epochs)
+        shape = config.augment.input_shape(dataset.image_shape)
         state = train_state_shapes(model, train, shape)
-        parts = train.accumulate
-        needed = needs(config.architecture, config.execution, shape, parts)
+        needed = count_needs(config, dataset.image_shape)
         needed = needed.beside(state, dataset.in_memory())
         limit = memory_limit(devices[0])
         needed.check(train.batch_size, len(devices), limit)

@@ -12,15 +12,15 @@ from typing import Any, get_args
 import jax
 
 from flax_resnetv2 import process, rundir, weights
+from flax_resnetv2.assembly import count_needs, create_net
 from flax_resnetv2.catalog import Facts
 from flax_resnetv2.checkpoint import Checkpointer, best_step
 from flax_resnetv2.config import Config, check_config, check_shape
 from flax_resnetv2.data import Dataset, describe, open_dataset
 from flax_resnetv2.errors import RunError, Stopped, UsageError
 from flax_resnetv2.fields import check_choice
-from flax_resnetv2.model import create_model
 from flax_resnetv2.parallel import Executor, Run, add_up, one_of_all, the_first_says
-from flax_resnetv2.preflight import check_images, memory_limit, needs, peak_flops
+from flax_resnetv2.preflight import check_images, memory_limit, peak_flops
 from flax_resnetv2.process import Stop
 from flax_resnetv2.report import Reporter
 from flax_resnetv2.tracing import Tracer, check_steps
@@ -53,7 +53,8 @@ def fit(
         executor: what maps a step over the devices, "pmap" or "jit".
 
     Returns:
-        The last evaluation on "test": ``loss``, ``accuracy``, ``count``, and
+        The last evaluation on "test": ``loss``, ``accuracy`` (of an autoencoder
+        ``squared_error`` and ``kl``, see ``Autoencoding``), ``count``, and
         ``epochs_to`` where the run ended by ``config.target_accuracy``.
 
     Raises:
@@ -75,11 +76,9 @@ def fit(
     batch, count = config.train.batch_size, len(devices) * jax.process_count()
     limit, peak = memory_limit(devices[0]), peak_flops(devices[0])
     config, dataset = agree(config, workdir, count, limit)
-    input_shape = config.augment.input_shape(dataset.image_shape)
-    parts = config.train.accumulate
-    needed = needs(config.architecture, config.execution, input_shape, parts)
+    needed = count_needs(config, dataset.image_shape)
     needed.check(batch, count, limit)
-    process.touch_memory(needed.image_bytes * (batch // parts))
+    process.touch_memory(needed.image_bytes * (batch // needed.parts))
     run = Run(config, dataset, devices, executor)
     needed = needed.beside(run.state_shapes(), dataset.in_memory())
     needed.check(batch, count, limit)
@@ -216,7 +215,8 @@ class _Training:
         self._pending: list[Metrics] = []
         """The same on the devices."""
         self._validation: dict[str, float] = notes["validation"]
-        """Accuracy on that split by step (as JSON has it, a text)."""
+        """Accuracy on that split, or minus an autoencoder's loss, by step (as JSON has
+        it, a text)."""
         self.epochs_to: float | None = None
         """Set where the run ended by its target."""
 
@@ -347,7 +347,9 @@ class _Training:
                 raise _diverged(what, checkpoints)
             ratios, more = sums.pop("residual_ratio"), {}
             epochs = self.done / self.run.steps_per_epoch
-            if self._reaches(name, sums["correct"] / sums["count"]):
+            if "correct" in sums and self._reaches(
+                name, sums["correct"] / sums["count"]
+            ):
                 more["epochs_to"] = epochs
             line = report.evaluation(
                 name,
@@ -364,7 +366,8 @@ class _Training:
                 },
             )
             if name == "validation":
-                self._validation[str(self.done)] = line["accuracy"]
+                score = line.get("accuracy", -line["loss"])
+                self._validation[str(self.done)] = score
         return True
 
 
@@ -403,8 +406,7 @@ def agree(
     facts = describe(config.data)
     config = fill_in(config, facts)
     check_shape(config, facts.image_shape)
-    shape = config.augment.input_shape(facts.image_shape)
-    create_model(config.architecture, config.execution, shape)
+    create_net(config, facts.image_shape)
     check_devices(config, devices)
     if not process.writable(workdir):
         raise UsageError(
@@ -474,7 +476,7 @@ def resolve(config: Config, dataset: Dataset) -> Config:
 def check_fits(config: Config, dataset: Dataset) -> None:
     """Refuse a configuration for other data."""
     classes, asked = len(dataset.class_names), config.architecture.num_classes
-    if classes != asked:
+    if config.architecture.head == "classifier" and classes != asked:
         raise UsageError(
             f"architecture.num_classes={asked}, but {dataset.name} has {classes} "
             f"classes; set --architecture.num_classes {classes}"

@@ -9,7 +9,6 @@ and the mapped axis goes over the devices of all.
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import replace
 from functools import reduce
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from flax_resnetv2.assembly import create_net, create_objective
 from flax_resnetv2.augment import Batch, positions
 from flax_resnetv2.config import Config
 from flax_resnetv2.data import (
@@ -29,14 +29,13 @@ from flax_resnetv2.data import (
     evaluation_order,
     fetch,
 )
-from flax_resnetv2.model import ResNetV2, create_model
+from flax_resnetv2.optimizers import make_schedule
 from flax_resnetv2.streaming import EvaluationRow, Row, TrainingRow, batches
 from flax_resnetv2.training import (
     Metrics,
     TrainState,
     create_train_state,
     make_eval_step,
-    make_schedule,
     make_train_step,
     train_state_shapes,
 )
@@ -82,7 +81,10 @@ class Run:
         self.eval_batch = -(-train.eval_batch_size // self.count) * self.count
         self.axis = AXIS if self.count > 1 else None
         """What is summed over; one device has nobody to sum with."""
-        self.model = _model(config, dataset, self.axis)
+        self.model = create_net(
+            config, dataset.image_shape, self.axis if train.sync_batch_norm else None
+        )
+        self.objective = create_objective(config, self.model)
         everyone = devices if jax.process_count() == 1 else jax.devices()
         self._mesh = Mesh(np.asarray(everyone), (AXIS,))
         here = Mesh(np.asarray(devices), (AXIS,))
@@ -299,6 +301,7 @@ class Run:
             seed=config.seed,
             steps_per_epoch=self.steps_per_epoch,
             axis_name=self.axis,
+            objective=self.objective,
         )
 
     def _chunk(self, step: Callable) -> Callable:
@@ -326,7 +329,12 @@ class Run:
         return chunk
 
     def _eval_step(self) -> Callable:
-        return make_eval_step(self.model, self.config.augment, axis_name=self.axis)
+        return make_eval_step(
+            self.model,
+            self.config.augment,
+            axis_name=self.axis,
+            objective=self.objective,
+        )
 
     def _gather(self, step: Callable) -> Callable:
         """``step`` on images in memory."""
@@ -374,10 +382,3 @@ def _assemble(tree: Any, sharding: NamedSharding) -> Any:
         ),
         tree,
     )
-
-
-def _model(config: Config, dataset: Dataset, axis: str | None) -> ResNetV2:
-    axis = axis if config.train.sync_batch_norm else None
-    execution = replace(config.execution, batch_norm_axis=axis)
-    shape = config.augment.input_shape(dataset.image_shape)
-    return create_model(config.architecture, execution, shape)

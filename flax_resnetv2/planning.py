@@ -246,7 +246,7 @@ def plan_stack(
     if bridge:
         around = "identity"
         if stride > 1 or in_width != width:
-            around = _conv(in_width, width, 1, stride, "bridge", s)
+            around = plan_conv(in_width, width, 1, stride, "bridge", s)
     return StackPlan(tuple(planned), around)
 
 
@@ -308,8 +308,8 @@ def _unit(
         zip((*inner, width), kernels, strict=True), start=1
     ):
         step = stride if number == stride_layer else 1
-        conv = _conv(maps, features, size, step, f"layer{number}", s)
-        norm = _norm(s, features if post else maps, f"layer {number}")
+        conv = plan_conv(maps, features, size, step, f"layer{number}", s)
+        norm = plan_norm(s, features if post else maps, f"layer {number}")
         layers.append(LayerPlan(norm, conv, norm_last=post))
         maps = features
     if behind_norm and s.first_layer_exception and not post:
@@ -327,9 +327,9 @@ def _unit(
     size, step = s.shortcut_kernel, stride // average
     return UnitPlan(
         tuple(layers),
-        _conv(in_width, width, size, step, "shortcut", s),
+        plan_conv(in_width, width, size, step, "shortcut", s),
         shared_preactivation=s.shortcut_input == "preactivated",
-        shortcut_norm=replace(_norm(s, width, "shortcut"), relu=False)
+        shortcut_norm=replace(plan_norm(s, width, "shortcut"), relu=False)
         if post
         else None,
         average=average,
@@ -347,10 +347,10 @@ def _plan_stem(a: Architecture, channels: int | None) -> StemPlan:
     convs, maps = [], channels
     for number, (features, stride) in enumerate(zip(widths, strides, strict=True)):
         kernel = 3 if number else a.stem_kernel
-        convs.append(_conv(maps, features, kernel, stride, "stem", s))
+        convs.append(plan_conv(maps, features, kernel, stride, "stem", s))
         maps = features
     # Between two convolutions there is always a BN-ReLU; stem_norm is about the end.
-    norms = [_norm(s, features, "stem") for features in widths]
+    norms = [plan_norm(s, features, "stem") for features in widths]
     if not s.stem_norm:
         norms[-1] = None
     return StemPlan(tuple(convs), tuple(norms), s.pool_padding if a.stem_pool else None)
@@ -364,7 +364,7 @@ def _plan_head(a: Architecture) -> HeadPlan:
         )
     return HeadPlan(
         kind=a.head,
-        norm=_norm(a.semantics, a.widths[-1], "head")
+        norm=plan_norm(a.semantics, a.widths[-1], "head")
         if a.semantics.final_norm
         else None,
         pooled=a.head_input == "pooled",
@@ -375,7 +375,12 @@ def _plan_head(a: Architecture) -> HeadPlan:
     )
 
 
-def _norm(s: Semantics, maps: int, where: str) -> NormPlan:
+def plan_norm(s: Semantics, maps: int, where: str) -> NormPlan:
+    """Plan the norm of so many maps.
+
+    Raises:
+        UsageError: the groups do not divide them.
+    """
     if s.norm == "batch":
         return NormPlan(s.norm_epsilon, s.norm_momentum)
     if maps % s.norm_groups:
@@ -386,9 +391,10 @@ def _norm(s: Semantics, maps: int, where: str) -> NormPlan:
     return NormPlan(s.norm_epsilon, s.norm_momentum, s.norm_groups)
 
 
-def _conv(
+def plan_conv(
     in_width: int | None, width: int, kernel: int, stride: int, at: str, s: Semantics
 ) -> ConvPlan:
+    """Plan a convolution; ``at`` is its place, as ``Semantics.biases`` names it."""
     return ConvPlan(
         in_width,
         width,

@@ -6,6 +6,7 @@ kept. ``Needs.check`` refuses a run that cannot fit, and says what would.
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,6 +119,7 @@ def needs(
     execution: Execution,
     image_shape: tuple[int, int, int],
     parts: int = 1,
+    more: Sequence[LayerRow] = (),
 ) -> Needs:
     """Count what training takes, whatever state and data lie beside it.
 
@@ -125,8 +127,9 @@ def needs(
         architecture, execution: the net and how it is run.
         image_shape: (height, width, channels).
         parts: of a batch, one after the other.
+        more: layers beside the net's own, as a decoder's.
     """
-    rows = layer_table(architecture, image_shape)
+    rows = [*layer_table(architecture, image_shape), *more]
     parameters = sum(row.parameters for row in rows)
     kept = [row for row in rows if _kept(row, architecture, execution)]
     return Needs(
@@ -150,7 +153,7 @@ def _kept(row: LayerRow, architecture: Architecture, execution: Execution) -> bo
     *place, last = row.name.split("/")
     if last in ("shortcut", "bridge"):
         return False
-    if execution.remat == "units" and place[0].startswith("stack"):
+    if execution.remat == "units" and any(part.startswith("stack") for part in place):
         return row.name.endswith(f"layer{LAYERS[architecture.unit]}/conv")
     if last.startswith("norm"):
         again = execution.remat == "norms" and execution.derivatives == "by_hand"

@@ -12,6 +12,15 @@ from rich.progress import TimeRemainingColumn as Remaining
 
 from flax_resnetv2.rundir import read_metrics, write_whole
 
+MEANS = {
+    "loss": "loss",
+    "correct": "accuracy",
+    "correct_top5": "top5",
+    "squared_error": "squared_error",
+    "kl": "kl",
+}
+"""Sums over images, and what their mean is called in a line."""
+
 
 class Reporter:
     """Writes ``metrics.jsonl`` and shows progress: a live bar, or plain lines.
@@ -112,10 +121,7 @@ class Reporter:
         if self._peak:
             more["flops_utilisation"] = rate * self._flops / self._peak
         line = self._record("train", done, epoch, sums, images_per_second=rate, **more)
-        text = (
-            f"loss {line['loss']:.3f}  accuracy {line['accuracy']:.3f}  "
-            f"{rate:,.0f} images/s"
-        )
+        text = f"{_told(line)}  {rate:,.0f} images/s"
         if self._peak:
             text += f"  {line['flops_utilisation']:.1%} of peak FLOP/s"
         self.progress(done)
@@ -129,12 +135,12 @@ class Reporter:
         self, split: str, done: int, epoch: float, sums: dict[str, Any], **more: Any
     ) -> dict[str, Any]:
         """Record the metrics of a whole split; give the line."""
-        if "correct_top5" in sums:
-            more["top5"] = float(sums["correct_top5"] / sums["count"])
         line = self._record(split, done, epoch, sums, **more)
+        counted = ""
+        if "correct" in sums:
+            counted = f" ({sums['correct']:,.0f} of {sums['count']:,.0f})"
         self.say(
-            f"epoch {epoch:g}  {split} loss {line['loss']:.3f}  accuracy "
-            f"{line['accuracy']:.4f} ({sums['correct']:,.0f} of {sums['count']:,.0f})"
+            f"epoch {epoch:g}  {split} {_told(line, digits=4)}{counted}"
             + (f"  top 5 {line['top5']:.4f}" if "top5" in line else "")
         )
         # The next training line's rate is of training alone.
@@ -148,8 +154,11 @@ class Reporter:
             "step": done,
             "epoch": round(epoch, 6),
             "split": split,
-            "loss": float(sums["loss"] / sums["count"]),
-            "accuracy": float(sums["correct"] / sums["count"]),
+            **{
+                name: float(sums[key] / sums["count"])
+                for key, name in MEANS.items()
+                if key in sums
+            },
             "count": int(sums["count"]),
             **more,
             "seconds": round(time.perf_counter() - self._began, 3),
@@ -158,6 +167,15 @@ class Reporter:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self.last[split] = line
         return line
+
+
+def _told(line: dict[str, Any], digits: int = 3) -> str:
+    """What a training reaches, in words."""
+    text = f"loss {line['loss']:.3f}"
+    for name in ("accuracy", "squared_error", "kl"):
+        if name in line:
+            text += f"  {name.replace('_', ' ')} {line[name]:.{digits}f}"
+    return text
 
 
 def _clock(seconds: float) -> str:

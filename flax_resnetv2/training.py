@@ -5,10 +5,8 @@
 leave a step as sums and counts, so that they can be added up.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import flax.struct
@@ -23,23 +21,22 @@ from flax_resnetv2.augment import (
     augment,
     draw_keys,
     image_keys,
-    mix,
     normalise,
     positions,
 )
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.fields import Count, Range, Share, check_dataclass, shown
+from flax_resnetv2.objective import Classification, Objective, Question, Sums
+from flax_resnetv2.optimizers import learns, make_optimizer
 from flax_resnetv2.randaugment import change_pixels
 
 if TYPE_CHECKING:
+    from flax_resnetv2.autoencoder import Autoencoder
     from flax_resnetv2.model import ResNetV2
 
 Metrics = dict[str, Any]
 DEPTH = 6
 """The use of an image's key for stochastic depth, beside those of its pixels."""
-TOP5_CLASSES = 100
-"""From so many classes on, evaluation also counts images whose class is among the five
-likeliest."""
 
 
 @dataclass(frozen=True)
@@ -146,137 +143,6 @@ def check_train(config: TrainConfig) -> None:
         )
 
 
-def make_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
-    """Learning rate as a function of the step.
-
-    Raises:
-        UsageError: the warm-up, rounded to steps, leaves none.
-    """
-    c, peak = config, config.learning_rate
-    total = c.epochs * steps_per_epoch
-    warmup = round(c.warmup_epochs * steps_per_epoch)
-    if warmup >= total:
-        raise UsageError(
-            f"train.warmup_epochs={c.warmup_epochs} takes all {total} steps of "
-            f"epochs={c.epochs}; choose a shorter warm-up, or more epochs"
-        )
-    if c.schedule == "one_cycle":
-        rising = warmup / total if warmup else 0.3
-        schedule = optax.cosine_onecycle_schedule(total, peak, pct_start=rising)
-    elif c.schedule == "steps":
-        drops = {round(share * total): 0.1 for share in c.drops}
-        steps = optax.piecewise_constant_schedule(peak, drops)
-
-        def schedule(step: jax.Array) -> jax.Array:
-            return jnp.where(step < warmup, peak / 10, steps(step))
-
-    elif c.schedule == "exponential":
-
-        def schedule(step: jax.Array) -> jax.Array:
-            return peak * 1e-6 ** jnp.maximum(0.0, 1 - (step + 1) / max(warmup, 1))
-
-    else:
-        schedule = {
-            "cosine": optax.cosine_decay_schedule(peak, total - warmup),
-            "linear": optax.linear_schedule(peak, 0.0, total - warmup),
-            "constant": optax.constant_schedule(peak),
-        }[c.schedule]
-        if warmup:
-            ramp = optax.linear_schedule(0.0, peak, warmup)
-            schedule = optax.join_schedules([ramp, schedule], [warmup])
-
-    def rate(step: jax.Array) -> jax.Array:
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-            return jnp.asarray(schedule(step), float)
-
-    return rate
-
-
-def make_optimizer(
-    config: TrainConfig, steps_per_epoch: int
-) -> optax.GradientTransformation:
-    """The gradient transformation that ``config`` describes."""
-    c, rate = config, make_schedule(config, steps_per_epoch)
-    if c.learn == "classifier":
-        rest = make_optimizer(replace(c, learn="all"), steps_per_epoch)
-        return optax.masked(rest, _learns)
-    if c.clip is not None:
-        rest = make_optimizer(replace(c, clip=None), steps_per_epoch)
-        return optax.chain(optax.clip_by_global_norm(c.clip), rest)
-
-    def kernels(params: Any) -> Any:
-        return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
-
-    def decays(params: Any) -> Any:
-        everything = jax.tree.map(lambda _: True, params)
-        return everything if c.decay == "all" else kernels(params)
-
-    if c.optimizer == "adamw":
-        return optax.adamw(rate, weight_decay=c.weight_decay, mask=decays)
-    if c.optimizer == "lars":
-        # Scales and biases keep their rate, as is usual: their norms say nothing.
-        return optax.lars(
-            *(rate, c.weight_decay, decays),
-            trust_ratio_mask=kernels,
-            momentum=c.momentum,
-            nesterov=c.nesterov,
-        )
-    if c.optimizer == "muon":
-        return optax.chain(
-            _orthogonal_or_adam(c),
-            optax.add_decayed_weights(c.weight_decay, decays),
-            optax.scale_by_learning_rate(rate),
-        )
-    # Added to the gradient before the moments: the gradient of the L2 term.
-    l2 = optax.add_decayed_weights(c.weight_decay, decays)
-    if c.optimizer == "adam_l2":
-        return optax.chain(l2, optax.adam(rate))
-    return optax.chain(l2, optax.sgd(rate, c.momentum, c.nesterov))
-
-
-def _orthogonal_or_adam(config: TrainConfig) -> optax.GradientTransformation:
-    """The direction of "muon".
-
-    Muon is for the matrices between the first and the last layer, says its author, and
-    a convolution is the matrix [k * k * in, out]. ``optax.contrib.muon`` would take the
-    classifier's matrix, not the convolutions', and has no mask for Adam's decay.
-    """
-    matrix = optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)
-
-    def matrices(params: Any) -> Any:
-        return jax.tree.map(lambda _: matrix, params)
-
-    def kinds(params: Any) -> Any:
-        return jax.tree.map_with_path(
-            lambda path, leaf: (
-                "muon" if leaf.ndim == 4 and path[0].key != "stem" else "adam"
-            ),
-            params,
-        )
-
-    def lengthen(kernel: jax.Array) -> jax.Array:
-        # As long as Adam's steps, so that one rate fits both (Liu et al. 2025).
-        sides = math.prod(kernel.shape[:3]), kernel.shape[3]
-        return 0.2 * max(sides) ** 0.5 * kernel
-
-    muon = optax.chain(
-        optax.contrib.scale_by_muon(
-            beta=config.momentum,
-            nesterov=config.nesterov,
-            weight_dimension_numbers=matrices,
-        ),
-        optax.stateless(lambda updates, _: jax.tree.map(lengthen, updates)),
-    )
-    return optax.partition({"muon": muon, "adam": optax.scale_by_adam()}, kinds)
-
-
-def _learns(params: Any) -> Any:
-    """Where ``learn="classifier"`` is true: a tree of bool."""
-    return jax.tree.map_with_path(
-        lambda path, _: [key.key for key in path[:2]] == ["head", "classifier"], params
-    )
-
-
 def create_train_state(
     model: "ResNetV2",
     config: TrainConfig,
@@ -324,88 +190,83 @@ def train_state_shapes(
 
 
 def make_train_step(
-    model: "ResNetV2",
+    model: "ResNetV2 | Autoencoder",
     train: TrainConfig,
     augmentation: AugmentConfig,
     *,
     seed: int,
     steps_per_epoch: int,
     axis_name: str | None = None,
+    objective: Objective | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Make the pure function ``step(state, batch) -> (state, metrics)``.
 
     Args:
-        model: gives logits [B, classes].
+        model: gives logits [B, classes], or what the objective asks for.
         train, augmentation: what to do; ``augmentation.mean`` and ``std`` are set.
         seed: of the images' random keys, with the step number.
         steps_per_epoch: the schedule's epoch.
         axis_name: the mapped axis that shares the batch; None: there is none.
+        objective: what the net is trained for; None: classification.
 
-    The metrics are sums over the images (``loss``, ``correct``) with their ``count``,
-    and over the steps (``gradient_norm`` by part of the net) with ``steps``, of which
-    ``finite_steps`` had a finite loss and gradient.
+    The metrics are sums over the images (``loss`` and, of a classifier, ``correct``)
+    with their ``count``, and over the steps (``gradient_norm`` by part of the net) with
+    ``steps``, of which ``finite_steps`` had a finite loss and gradient.
     """
     optimizer = make_optimizer(train, steps_per_epoch)
+    dtype = model.execution.param_dtype
+    if objective is None:
+        objective = classification(model, augmentation, train.label_smoothing)
 
     def total(tree: Any) -> Any:
         return tree if axis_name is None else lax.psum(tree, axis_name)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def pose(state: TrainState, batch: Batch) -> Question:
         places = positions(batch.label.shape[0], axis_name)
         keys = image_keys(jax.random.key(seed), state.step, places)
         images = change_pixels(batch.image, keys, augmentation)
-        images = normalise(images, augmentation, model.execution.param_dtype)
+        images = normalise(images, augmentation, dtype)
         images = augment(images, keys, augmentation)
-        target = targets(
-            batch.label,
-            model.plan.head.features,
-            train.label_smoothing,
-            model.execution.param_dtype,
-        )
-        images, target = mix(images, target, batch.mask, keys, augmentation, axis_name)
-        count = total(batch.mask.sum())
-
-        def gradient_of(stats: Any, part: tuple) -> tuple[Any, tuple]:
-            """Statistics after some images, and sums over these images."""
-            found = jax.grad(partial(loss_of, *part, stats), has_aux=True)(state.params)
-            gradient, (loss, correct, stats) = found
-            return stats, (gradient, loss, correct)
-
-        def loss_of(
-            images: jax.Array,
-            target: jax.Array,
-            keep: jax.Array | None,
-            batch: Batch,
-            stats: Any,
-            params: Any,
-        ) -> tuple[jax.Array, Any]:
-            if train.learn == "classifier":
-                params = jax.tree.map(
-                    lambda p, learns: p if learns else lax.stop_gradient(p),
-                    *(params, _learns(params)),
-                )
-            logits, updated = model.apply(
-                {"params": params, "batch_stats": stats},
-                images,
-                train=train.learn == "all",
-                keep=keep,
-                mutable=["batch_stats"],
-            )
-            loss, correct = score(logits, target, batch)
-            return loss / count.astype(loss.dtype), (
-                loss,
-                correct,
-                updated.get("batch_stats", {}),
-            )
-
-        keep = None
+        question = objective.pose(images, batch, keys, axis_name)
         if train.stochastic_depth:
             units = sum(len(stack.units) for stack in model.plan.stacks)
             keep = keep_factors(keys, units, train.stochastic_depth)
-            keep = keep.astype(model.execution.param_dtype)
-        whole = images, target, keep, batch._replace(image=None)
+            question.inputs["keep"] = keep.astype(dtype)
+        return question
+
+    def loss_of(
+        params: Any, stats: Any, question: Question, batch: Batch, count: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, Sums]]:
+        """The share of some images in the batch's mean loss; new statistics, sums."""
+        if train.learn == "classifier":
+            params = jax.tree.map(
+                lambda p, free: p if free else lax.stop_gradient(p),
+                *(params, learns(params)),
+            )
+        outputs, updated = model.apply(
+            {"params": params, "batch_stats": stats},
+            question.images,
+            train=train.learn == "all",
+            mutable=["batch_stats"],
+            **question.inputs,
+        )
+        sums = objective.score(outputs, question.target, batch)
+        loss = sums["loss"]
+        return loss / count.astype(loss.dtype), (updated.get("batch_stats", {}), sums)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        question, count = pose(state, batch), total(batch.mask.sum())
+
+        def gradient_of(stats: Any, part: tuple[Question, Batch]) -> tuple[Any, tuple]:
+            """Statistics after some images, and sums over these images."""
+            gradient, (stats, sums) = jax.grad(loss_of, has_aux=True)(
+                state.params, stats, *part, count
+            )
+            return stats, (gradient, sums)
+
+        whole = question, batch._replace(image=None)
         stats, sums = in_parts(gradient_of, state.batch_stats, whole, train.accumulate)
-        gradient, loss, correct = total(sums)
+        gradient, sums = total(sums)
         if axis_name is not None:
             stats = lax.pmean(stats, axis_name)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
@@ -415,10 +276,9 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         averaged = _average(state, {"params": params, "batch_stats": stats}, train.ema)
         norms = {k: optax.tree.norm(g) for k, g in gradient.items()}
-        finite = jnp.isfinite(jnp.stack([loss, *norms.values()])).all()
+        finite = jnp.isfinite(jnp.stack([sums["loss"], *norms.values()])).all()
         metrics = {
-            "loss": loss,
-            "correct": correct,
+            **sums,
             "count": count,
             "steps": jnp.ones([], jnp.int32),
             "finite_steps": finite.astype(jnp.int32),
@@ -483,95 +343,66 @@ def _average(state: TrainState, variables: dict[str, Any], share: float) -> Any:
 
 
 def make_eval_step(
-    model: "ResNetV2", augmentation: AugmentConfig, *, axis_name: str | None = None
+    model: "ResNetV2 | Autoencoder",
+    augmentation: AugmentConfig,
+    *,
+    axis_name: str | None = None,
+    objective: Objective | None = None,
 ) -> Callable[[dict[str, Any], Batch], Metrics]:
     """Make the pure function ``step(variables, batch) -> metrics``.
 
-    Masked sums: ``loss``, ``correct``, ``count``, and ``residual_ratio`` of every unit,
-    as {"stack1": {"unit1": ...}} (see ``ResidualUnit``); of ``TOP5_CLASSES`` classes or
-    more also ``correct_top5``.
+    Masked sums: those of the objective (of a classifier ``loss`` and ``correct``, and
+    of ``TOP5_CLASSES`` classes or more ``correct_top5``), ``count``, and
+    ``residual_ratio`` of every unit, as {"stack1": {"unit1": ...}} (see
+    ``ResidualUnit``).
     """
+    objective = objective or classification(model, augmentation)
+    stacks = [f"stack{k}" for k in range(1, len(model.plan.stacks) + 1)]
 
     def step(variables: dict[str, Any], batch: Batch) -> Metrics:
         images = normalise(batch.image, augmentation, model.execution.param_dtype)
-        logits, sown = evaluated(model, variables, images, augmentation.test_flip)
-        classes, dtype = logits.shape[-1], logits.dtype
-        target = targets(batch.label, classes, 0.0, dtype)
-        loss, correct = score(logits, target, batch)
+        outputs, sown = evaluated(model, variables, images, augmentation.test_flip)
         ratios = {
             stack: {
                 unit: jnp.where(batch.mask, values["residual_ratio"][0], 0).sum()
-                for unit, values in units.items()
+                for unit, values in sown["intermediates"][stack].items()
             }
-            for stack, units in sown["intermediates"].items()
+            for stack in stacks
         }
         metrics = {
-            "loss": loss,
-            "correct": correct,
+            **objective.examine(outputs, images, batch),
             "count": batch.mask.sum(),
             "residual_ratio": ratios,
         }
-        if batch.label.ndim == 1 and classes >= TOP5_CLASSES:
-            _, best = lax.top_k(logits, 5)
-            found = (best == batch.label[:, None]).any(1)
-            metrics["correct_top5"] = (found & batch.mask).sum()
         return metrics if axis_name is None else lax.psum(metrics, axis_name)
 
     return step
 
 
+def classification(
+    model: "ResNetV2", augmentation: AugmentConfig, smoothing: float = 0.0
+) -> Classification:
+    """The objective of a net that gives logits."""
+    dtype, classes = model.execution.param_dtype, model.plan.head.features
+    return Classification(classes, dtype, augmentation, smoothing)
+
+
 def evaluated(
-    model: "ResNetV2", variables: dict[str, Any], images: jax.Array, flip: bool
-) -> tuple[jax.Array, Any]:
-    """Logits [B, classes] of normalised images, and what the modules sow of them.
+    model: "ResNetV2 | Autoencoder",
+    variables: dict[str, Any],
+    images: jax.Array,
+    flip: bool,
+) -> tuple[Any, Any]:
+    """What the net gives for normalised images, and what the modules sow of them.
 
     With ``flip`` the logits are the means of an image's and its mirror image's: the
     geometric mean of the two distributions, made a distribution again. Unlike a mean of
     probabilities it is a logit still, which softmax and sigmoid read alike.
     """
-    logits, sown = model.apply(
+    outputs, sown = model.apply(
         variables, images, train=False, mutable=["intermediates"]
     )
     if flip:
         mirrored = model.apply(variables, images[:, :, ::-1], train=False)
-        logits = (logits + mirrored) / 2
-    return logits, sown
-
-
-def targets(
-    label: jax.Array, classes: int, smoothing: float, dtype: str | jnp.dtype
-) -> jax.Array:
-    """What the net should say, ``dtype`` [B, classes], from labels as of ``Batch``.
-
-    One class an image: a distribution over the classes, smoothed towards all of them.
-    Several labels: the probability of each, smoothed towards 1/2.
-    """
-    if label.ndim == 1:
-        target = jax.nn.one_hot(label, classes, dtype=dtype)
-        return optax.smooth_labels(target, smoothing)
-    return (1 - smoothing) * label.astype(dtype) + smoothing / 2
-
-
-def score(
-    logits: jax.Array, target: jax.Array, batch: Batch
-) -> tuple[jax.Array, jax.Array]:
-    """Sums over the unmasked rows: the loss, and how much is right.
-
-    One class an image (``batch.label`` [B]): softmax cross-entropy, and how many images
-    are right. Several labels ([B, K]): sigmoid cross-entropy, its mean over the labels,
-    and the share of labels that are right, summed over the images; by their count that
-    is the mean accuracy of the labels.
-
-    Args:
-        logits: float [B, classes].
-        target: [B, classes], of ``targets``, perhaps mixed (``augment.mix``). Right is
-            what has the largest share in it.
-        batch: its labels' kind, and its mask.
-    """
-    if batch.label.ndim == 1:
-        loss = optax.softmax_cross_entropy(logits, target)
-        right = lax.argmax(logits, 1, jnp.int32) == lax.argmax(target, 1, jnp.int32)
-        return jnp.where(batch.mask, loss, 0).sum(), (right & batch.mask).sum()
-    loss = optax.sigmoid_binary_cross_entropy(logits, target).mean(1)
-    right = ((logits > 0) == (target > 0.5)).mean(1, dtype=logits.dtype)
-    return jnp.where(batch.mask, loss, 0).sum(), jnp.where(batch.mask, right, 0).sum()
+        outputs = (outputs + mirrored) / 2
+    return outputs, sown

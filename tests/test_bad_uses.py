@@ -408,7 +408,20 @@ CASES = {
         quickstart(
             "latent head",
             "--architecture.head latent",
-            "architecture.head='latent' gives no logits to train on; choose 'class",
+            "train.label_smoothing=0.1 has no use where architecture.head='latent'",
+        ),
+        quickstart(
+            "no head",
+            "--architecture.head none",
+            "gives maps, which nothing is trained on; choose 'classifier', or 'latent'",
+        ),
+        quickstart(
+            "a classifier's decoder",
+            "--autoencoder.units 2",
+            "autoencoder=AutoencoderConfig(units=2, kl_weight=1.0) has no use where",
+        ),
+        quickstart(
+            "divergence", "--autoencoder.kl-weight -1", "autoencoder.kl_weight=-1.0"
         ),
         quickstart(
             "head",

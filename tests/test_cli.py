@@ -178,7 +178,7 @@ def test_two_runs_that_start_together_take_two_directories(tmp_path, monkeypatch
         ("quickstart --train.ema 1", ["train.ema=1", "[0, 1)"]),
         ("quickstart --log-every 0", ["log_every=0", "from 1 to"]),
         ("quickstart --seed -1", ["seed=-1", "0 to 4294967295"]),
-        ("quickstart --architecture.head latent", ["'latent'", "'classifier'"]),
+        ("quickstart --architecture.head latent", ["'latent'", "another head"]),
     ],
 )
 def test_bad_use_ends_with_2_and_a_letter(

@@ -40,15 +40,22 @@ OURS = {
     "folder": "catalog decoded images process records errors",
     "data": "augment catalog decoded fields folder images preparation process records "
     "errors",
-    "training": "augment fields randaugment errors",
-    "config": "architecture presets augment data training fields errors",
+    "optimizers": "errors",
+    "objective": "augment",
+    "training": "augment fields objective optimizers randaugment errors",
+    "mirror": "architecture counting fields planning errors",
+    "autoencoder": "architecture augment mirror model objective planning",
+    "config": "architecture augment data fields mirror training errors",
+    "recipes": "architecture augment config data presets training",
+    "assembly": "autoencoder config mirror model objective preflight training",
     "counting": "architecture planning",
     "preflight": "counting architecture errors",
     "rundir": "config data errors",
     "tracing": "errors",
     "streaming": "data folder images records",
-    "parallel": "augment config data model records streaming training weights",
-    "loop": "catalog checkpoint config data fields model parallel preflight process "
+    "parallel": "assembly augment config data optimizers records streaming training "
+    "weights",
+    "loop": "assembly catalog checkpoint config data fields parallel preflight process "
     "report rundir tracing training weights errors",
     "find_rate": "config fields loop parallel rundir errors",
     "analysis": "model",
@@ -57,11 +64,11 @@ OURS = {
     "inference": "augment checkpoint fields images model rundir training errors",
     "drawing": "architecture counting planning",
     "installed": "",
-    "doctor": "catalog config data decoded folder installed loop model preflight "
+    "doctor": "assembly catalog config data decoded folder installed loop preflight "
     "preparation process records rundir tracing training errors",
     "comparison": "",
     "sweep": "comparison config counting data fields planning process rundir errors",
-    "cli": "config inference loop parallel process rundir tracing errors",
+    "cli": "config inference loop parallel process recipes rundir tracing errors",
     "tools": "cli config counting doctor drawing find_rate installed presets process "
     "rundir sweep errors",
     "__main__": "doctor installed tools",
@@ -88,7 +95,10 @@ THEIRS = {
     "folder": "numpy",
     "streaming": "numpy grain absl",
     "data": "jax numpy",
+    "optimizers": "jax optax",
+    "objective": "jax optax",
     "training": "jax flax optax",
+    "autoencoder": "jax flax",
     "preflight": "jax",
     "rundir": "jax",
     "tracing": "jax",
@@ -170,7 +180,8 @@ def test_heavy_packages_are_imported_where_they_are_used(module):
 def test_the_net_is_known_to_training_as_a_type_only():
     blocks = [n for n in ast.walk(tree_of("training")) if is_type_checking(n)]
     assert len(blocks) == 1
-    assert list(imports(blocks[0])) == ["flax_resnetv2.model"]
+    known = ["flax_resnetv2.autoencoder", "flax_resnetv2.model"]
+    assert list(imports(blocks[0])) == known
 
 
 def test_pmap_stands_in_one_module():

@@ -20,6 +20,7 @@ from flax_resnetv2 import (
     UsageError,
     create_model,
     loop,
+    optimizers,
     parallel,
     report,
     training,
@@ -64,7 +65,7 @@ def ready_state(model, train, key, image_shape, steps_per_epoch, _):
     """``create_train_state`` with constants, whose compilation takes no time."""
     dtype = jax.numpy.dtype(model.execution.param_dtype)
     variables = jax.tree.map(lambda x: x.astype(dtype), tiny.variables_of(model))
-    optimizer = training.make_optimizer(train, steps_per_epoch)
+    optimizer = optimizers.make_optimizer(train, steps_per_epoch)
     return training.TrainState(
         jax.numpy.int32(0),
         *(variables["params"], variables["batch_stats"]),

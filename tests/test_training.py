@@ -21,6 +21,8 @@ from flax_resnetv2 import (
     create_train_state,
     make_eval_step,
     make_train_step,
+    objective,
+    optimizers,
     training,
 )
 from flax_resnetv2.augment import AugmentConfig, Batch, image_keys
@@ -82,7 +84,7 @@ def test_schedules(changes, rates):
     config = TrainConfig(epochs=10, learning_rate=1.0, **changes)
     # optax's one-cycle schedule mixes dtypes.
     with jax.numpy_dtype_promotion("standard"):
-        schedule = training.make_schedule(config, steps_per_epoch=10)
+        schedule = optimizers.make_schedule(config, steps_per_epoch=10)
         for step, rate in rates.items():
             assert float(schedule(step)) == pytest.approx(rate, rel=1e-4, abs=1e-6)
 
@@ -113,7 +115,7 @@ def made(**changes):
     config = TrainConfig(
         epochs=1, schedule="constant", learning_rate=0.1, weight_decay=0.5, **changes
     )
-    return training.make_optimizer(config, 10)
+    return optimizers.make_optimizer(config, 10)
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
@@ -257,8 +259,8 @@ def test_the_loss_is_the_sum_of_smoothed_cross_entropies(float64):
     logits = jnp.asarray([[1.0, 2.0, 0.0], [0.5, 0.0, 3.0], [9.0, 0.0, 0.0]])
     label = jnp.asarray([1, 0, 2])
     batch = Batch(None, label, jnp.asarray([True, True, False]))
-    smoothed = training.targets(label, 3, 0.3, "float64")
-    loss, correct = training.score(logits, smoothed, batch)
+    smoothed = objective.targets(label, 3, 0.3, "float64")
+    loss, correct = objective.score(logits, smoothed, batch)
     log = np.asarray(logits) - np.log(np.exp(logits).sum(-1, keepdims=True))
     target = np.full((3, 3), 0.1) + 0.7 * np.eye(3)[[1, 0, 2]]
     expected = -(target * log).sum(-1)[:2].sum()
@@ -271,9 +273,9 @@ def test_several_labels_have_a_sigmoid_each(float64):
     label = np.array([[1, 0, 0, 1], [0, 1, 1, 1], [0] * 4], np.uint8)
     mask = np.array([True, True, False])
     batch = jax.tree.map(jnp.asarray, Batch(None, label, mask))
-    target = training.targets(batch.label, 4, 0.2, "float64")
+    target = objective.targets(batch.label, 4, 0.2, "float64")
     np.testing.assert_allclose(target, 0.1 + 0.8 * label, rtol=1e-12)
-    loss, correct = training.score(jnp.asarray(logits), target, batch)
+    loss, correct = objective.score(jnp.asarray(logits), target, batch)
     p = 1 / (1 + np.exp(-logits))
     t = np.asarray(target)
     terms = -(t * np.log(p) + (1 - t) * np.log(1 - p))
@@ -281,7 +283,7 @@ def test_several_labels_have_a_sigmoid_each(float64):
     # Three of four, and one of four: 0 is no yes.
     assert float(correct) == 0.75 + 0.25
     flags = batch._replace(label=batch.label.astype(bool))
-    same = training.targets(flags.label, 4, 0.2, "float64")
+    same = objective.targets(flags.label, 4, 0.2, "float64")
     assert np.array_equal(same, target)
 
 
@@ -408,8 +410,8 @@ def test_a_warm_up_that_leaves_no_step_is_refused(schedule):
     config = TrainConfig(epochs=2, warmup_epochs=1.9, schedule=schedule)
     training.check_train(config)
     with pytest.raises(UsageError, match=r"warmup_epochs=1.9 takes all 4 steps of ep"):
-        training.make_schedule(config, steps_per_epoch=2)
-    training.make_schedule(config, steps_per_epoch=10)
+        optimizers.make_schedule(config, steps_per_epoch=2)
+    optimizers.make_schedule(config, steps_per_epoch=10)
 
 
 # A strict program may use all of it
@@ -420,7 +422,7 @@ def test_a_warm_up_that_leaves_no_step_is_refused(schedule):
 )
 def test_a_strict_program_may_ask_for_the_rate(schedule):
     config = TrainConfig(epochs=10, schedule=schedule, warmup_epochs=1)
-    rate = training.make_schedule(config, steps_per_epoch=10)
+    rate = optimizers.make_schedule(config, steps_per_epoch=10)
     assert float(rate(jnp.int32(10))) == pytest.approx(0.1)
     assert float(jax.jit(rate)(jnp.int32(10))) == pytest.approx(0.1)
 
@@ -466,7 +468,7 @@ def small_step(config, pixels=PLAIN, seed=0):
         step=jnp.int32(0),
         params=variables["params"],
         batch_stats=variables["batch_stats"],
-        opt_state=training.make_optimizer(config, 10).init(variables["params"]),
+        opt_state=optimizers.make_optimizer(config, 10).init(variables["params"]),
         ema=jax.tree.map(jnp.copy, variables) if config.ema else None,
     )
     return model, jax.jit(step), state
@@ -563,17 +565,17 @@ def test_a_masked_row_gives_neither_loss_nor_gradient_nor_hit():
     few = jax.tree.map(lambda x: x[:4], batch)
     # Every row is right.
     logits = 5 * jax.nn.one_hot(batch.label, 4)
-    target = training.targets(batch.label, 4, 0.1, "float32")
-    loss, correct = training.score(logits, target, batch)
+    target = objective.targets(batch.label, 4, 0.1, "float32")
+    loss, correct = objective.score(logits, target, batch)
     assert int(correct) == 4
     np.testing.assert_allclose(
-        loss, training.score(logits[:4], target[:4], few)[0], rtol=1e-6
+        loss, objective.score(logits[:4], target[:4], few)[0], rtol=1e-6
     )
-    gradient = jax.grad(lambda x: training.score(x, target, batch)[0])(logits)
+    gradient = jax.grad(lambda x: objective.score(x, target, batch)[0])(logits)
     assert not gradient[4:].any()
     assert gradient[:4].any(1).all()
     # Not even where a masked row is beyond all numbers.
-    wild = training.score(logits.at[5].set(jnp.inf), target, batch)[0]
+    wild = objective.score(logits.at[5].set(jnp.inf), target, batch)[0]
     np.testing.assert_array_equal(wild, loss)
 
 

@@ -20,7 +20,7 @@ from flax_resnetv2 import (
     to_timm,
     training,
 )
-from flax_resnetv2.config import RECIPES
+from flax_resnetv2.recipes import RECIPES
 from flax_resnetv2.rundir import load_config
 from tests import tiny
 

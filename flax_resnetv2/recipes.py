@@ -1,0 +1,217 @@
+"""The recipes: what ``train.py`` can be told to do, by name."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from flax_resnetv2.architecture import Architecture, Execution
+from flax_resnetv2.augment import AugmentConfig
+from flax_resnetv2.config import Config
+from flax_resnetv2.data import DataConfig
+from flax_resnetv2.presets import PRESETS
+from flax_resnetv2.training import TrainConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A configuration under a name, and what it is for in one line."""
+
+    config: Config
+    description: str
+
+
+_ONE_CYCLE = TrainConfig(
+    epochs=30,
+    learning_rate=0.4,
+    weight_decay=5e-4,
+    schedule="one_cycle",
+    label_smoothing=0.1,
+)
+_PAPER = TrainConfig(epochs=164, nesterov=False, warmup_epochs=1.0)
+
+_QUICKSTART = Config(
+    # Half the resolution from the stem on: a minute on two CPU cores.
+    architecture=Architecture(
+        units=(2, 2, 2), widths=(32, 64, 128), stem_width=32, stem_stride=2
+    ),
+    data=DataConfig(name="embedded_shapes"),
+    train=replace(_ONE_CYCLE, epochs=8, batch_size=64, learning_rate=0.2),
+)
+
+# Big Transfer's recipe in small: a low rate, no decay, images scaled up (its 128 crops
+# of 160), and few epochs.
+_TRANSFER = Config(
+    augment=AugmentConfig(resize=128, crop_padding=16),
+    train=TrainConfig(
+        epochs=10,
+        learning_rate=0.01,
+        weight_decay=0.0,
+        schedule="cosine",
+        warmup_epochs=0.5,
+        nesterov=False,
+    ),
+)
+# Goyal et al. 2017, arXiv 1706.02677, without their batches of 8192.
+_IMAGENET = Config(
+    execution=Execution(dtype="bfloat16"),
+    data=DataConfig(name="imagenet2012", size=224, stream=True),
+    augment=AugmentConfig(
+        crop_padding=0,
+        crop_scale=(0.08, 1.0),
+        test_crop=0.875,
+        # As everybody has them; counted over the whole of it once.
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    ),
+    train=TrainConfig(
+        epochs=90,
+        batch_size=256,
+        eval_batch_size=256,
+        warmup_epochs=5.0,
+        drops=(1 / 3, 2 / 3, 8 / 9),
+    ),
+)
+_PUBLISHED = {
+    "keras-resnet50v2": "resnet50v2_weights_tf_dim_ordering_tf_kernels_notop.h5",
+    "timm-resnetv2-50": "model.safetensors",
+    "bit-r50x1": "BiT-M-R50x1.npz",
+}
+"""Names under which the weights are published."""
+
+
+def _recipes() -> dict[str, Recipe]:
+    recipes = {
+        "quickstart": Recipe(
+            _QUICKSTART, "a small net of the article on ten drawn shapes; no download"
+        )
+    }
+    for name, preset in PRESETS.items():
+        if preset.architecture.num_classes != 10:
+            continue  # a net for ImageNet
+        about = f"{preset.architecture.depth} layers, {preset.parameters:,} parameters"
+        config = Config(architecture=preset.architecture, train=_ONE_CYCLE)
+        recipes[f"cifar10-{name}"] = Recipe(config, f"{about}; CIFAR-10, one cycle")
+        if name in ("he2016-resnet164", "he2016-resnet1001"):
+            recipes[f"cifar10-{name}-paper"] = Recipe(
+                replace(config, train=_PAPER), f"{about}; CIFAR-10, as He et al. train"
+            )
+    recipes |= _others()
+    for name in ("keras-resnet50v2", "timm-resnetv2-50", "bit-r50x1"):
+        preset = PRESETS[name]
+        recipes[f"cifar10-transfer-{name}"] = Recipe(
+            replace(
+                _TRANSFER,
+                architecture=replace(preset.architecture, num_classes=10),
+                weights=_PUBLISHED[name],
+            ),
+            "from published weights (--weights FILE) to CIFAR-10, scaled to 128x128",
+        )
+    return recipes | dict(_autoencoders(recipes))
+
+
+def _others() -> dict[str, Recipe]:
+    """The recipes of the data sets beside CIFAR-10."""
+    recipes = {}
+    short = replace(_ONE_CYCLE, epochs=15, learning_rate=0.2)
+    # Digits are not themselves when mirrored.
+    digits = AugmentConfig(crop_padding=2, flip=False)
+    for data, title, names, augment, train in (
+        (
+            "cifar100",
+            "CIFAR-100",
+            ("article", "he2016-resnet164"),
+            AugmentConfig(),
+            _ONE_CYCLE,
+        ),
+        (
+            "cifar100_coarse",
+            "the 20 coarse classes of CIFAR-100",
+            ("article",),
+            AugmentConfig(),
+            _ONE_CYCLE,
+        ),
+        ("mnist", "MNIST", ("article",), digits, short),
+        (
+            "fashion_mnist",
+            "Fashion-MNIST",
+            ("article",),
+            replace(digits, flip=True),
+            _ONE_CYCLE,
+        ),
+    ):
+        for name in names:
+            architecture = replace(PRESETS[name].architecture, num_classes=None)
+            config = Config(
+                architecture, data=DataConfig(name=data), augment=augment, train=train
+            )
+            recipes[f"{data.replace('_', '-')}-{name}"] = Recipe(
+                config, f"{architecture.depth} layers; {title}, one cycle"
+            )
+    recipes["celeba-article"] = Recipe(
+        Config(
+            # Half the resolution from the stem on: 64x64 -> 8x8.
+            replace(PRESETS["article"].architecture, num_classes=None, stem_stride=2),
+            data=DataConfig(name="celeba", size=64),
+            train=replace(
+                _ONE_CYCLE, epochs=15, learning_rate=0.2, label_smoothing=0.0
+            ),
+        ),
+        "29 layers; the 40 attributes of CelebA, which TFDS prepared; one cycle",
+    )
+    for name in ("he2016-resnet200", "keras-resnet50v2", "timm-resnetv2-50"):
+        preset = PRESETS[name]
+        recipes[f"imagenet-{name}"] = Recipe(
+            replace(_IMAGENET, architecture=preset.architecture),
+            f"{preset.architecture.depth} layers; ImageNet 2012, which TFDS prepared, "
+            "90 epochs",
+        )
+    recipes["folder"] = Recipe(
+        Config(
+            replace(PRESETS["article"].architecture, num_classes=None, stem_stride=2),
+            data=DataConfig(name="folder:images", size=64),
+            train=replace(_ONE_CYCLE, learning_rate=0.1, batch_size=64),
+        ),
+        "29 layers; your own images: --data.name folder:PATH, a class a sub-folder",
+    )
+    return recipes
+
+
+def _autoencoders(recipes: dict[str, Recipe]) -> Iterator[tuple[str, Recipe]]:
+    """Nets of other recipes, as encoders."""
+    for name, start, data in (
+        ("quickstart", "quickstart", "drawn shapes"),
+        ("cifar10", "cifar10-article", "CIFAR-10"),
+    ):
+        for kind, about in (
+            ("autoencoder", "an autoencoder"),
+            ("vae", "a variational autoencoder"),
+        ):
+            yield (
+                f"{name}-{kind}",
+                Recipe(
+                    _encoding(recipes[start].config, variance=kind == "vae"),
+                    f"the net of {start} as the encoder of {about}; {data}",
+                ),
+            )
+
+
+def _encoding(config: Config, variance: bool) -> Config:
+    """The net of a recipe with a latent head, trained as an encoder."""
+    return replace(
+        config,
+        architecture=replace(
+            config.architecture, head="latent", latent_variance=variance
+        ),
+        # A shifted image has a border that nobody needs to remember.
+        augment=replace(config.augment, crop_padding=0),
+        train=replace(
+            config.train,
+            optimizer="adamw",
+            learning_rate=2e-3,
+            weight_decay=1e-2,
+            label_smoothing=0.0,
+        ),
+    )
+
+
+RECIPES: dict[str, Recipe] = _recipes()
+"""What ``train.py`` can be told to do, by name."""
