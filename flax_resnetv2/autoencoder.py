@@ -55,7 +55,7 @@ class Decoder(nn.Module):
     """Latent vectors [N, latent] -> images [N, H, W, channels].
 
     A fully connected layer fills the last maps; then the mirror image of each stack,
-    last stack first, on maps enlarged by repeating their pixels.
+    last stack first, on maps enlarged by bilinear interpolation.
     """
 
     plan: DecoderPlan
@@ -208,10 +208,7 @@ def create_autoencoder(
 
 
 def _enlarged(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """[N, h, w, C] -> [N, *size, C], each pixel repeated; cut off where too large."""
-    for axis, side in enumerate(size, start=1):
-        times = -(-side // x.shape[axis])
-        if times > 1:
-            x = jnp.repeat(x, times, axis)
-        x = jax.lax.slice_in_dim(x, 0, side, axis=axis)
-    return x
+    """[N, h, w, C] -> [N, *size, C]."""
+    if x.shape[1:3] == size:
+        return x
+    return jax.image.resize(x, (len(x), *size, x.shape[-1]), "bilinear")

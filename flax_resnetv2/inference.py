@@ -7,19 +7,17 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
 from flax_resnetv2.augment import AugmentConfig, normalise
-from flax_resnetv2.checkpoint import Checkpointer, best_step
 from flax_resnetv2.errors import UsageError
-from flax_resnetv2.fields import check_choice
 from flax_resnetv2.images import careful, read_image, square, stretched
-from flax_resnetv2.model import ResNetV2, create_model
-from flax_resnetv2.rundir import load_config, load_dataset_facts
-from flax_resnetv2.training import evaluated, train_state_shapes
+from flax_resnetv2.model import ResNetV2
+from flax_resnetv2.restored import Which, restore
+from flax_resnetv2.training import evaluated
 
 
 class Predictor:
@@ -57,9 +55,7 @@ class Predictor:
         )
 
     @classmethod
-    def from_run(
-        cls, workdir: str | Path, checkpoint: Literal["newest", "best"] = "newest"
-    ) -> "Predictor":
+    def from_run(cls, workdir: str | Path, checkpoint: Which = "newest") -> "Predictor":
         """Load a checkpoint of a run that ``train.py`` made, or is making.
 
         Args:
@@ -70,49 +66,18 @@ class Predictor:
             UsageError: ``workdir`` is no run directory, or has no such checkpoint.
             RunError: the checkpoints are damaged.
         """
-        check_choice("checkpoint", checkpoint, ("newest", "best"))
-        config, facts = load_config(workdir), load_dataset_facts(workdir)
-        image_shape, names = tuple(facts["image_shape"]), facts["class_names"]
-        if len(names) != config.architecture.num_classes:
+        config, facts, _, model, variables = restore(workdir, checkpoint)
+        if config.architecture.head != "classifier":
             raise UsageError(
-                f"{workdir}/dataset.json names {len(names)} classes, but the net has "
-                f"{config.architecture.num_classes}; bring back the file of this run"
+                f"{workdir} is a run of an autoencoder, which knows no classes; see "
+                "python -m flax_resnetv2 reconstruct"
             )
-        input_shape = config.augment.input_shape(image_shape)
-        model = create_model(config.architecture, config.execution, input_shape)
-        shapes = train_state_shapes(model, config.train, input_shape)
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        like = jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes
-        )
-        directory = Path(workdir) / "checkpoints"
-        missing = UsageError(
-            f"{workdir} holds no checkpoint yet; train at least one epoch"
-        )
-        if not directory.is_dir():
-            raise missing
-        with Checkpointer(directory) as checkpoints:
-            if checkpoint == "best":
-                steps = checkpoints.steps()
-                scores = checkpoints.notes(steps[-1])["validation"] if steps else {}
-                best = best_step(scores, steps)
-                if best is None:
-                    raise UsageError(
-                        f"{workdir} has no best checkpoint, as it had no split "
-                        "'validation'; choose the newest, or train with "
-                        "--data.validation"
-                    )
-                state, _ = checkpoints.restore(best, like)
-            elif (found := checkpoints.restore_newest(like)) is None:
-                raise missing
-            else:
-                _, state, _ = found
         return cls(
             model,
-            state.variables(),
+            variables,
             config.augment,
-            names,
-            image_shape,
+            facts["class_names"],
+            tuple(facts["image_shape"]),
             square=config.data.size is not None or bool(config.data.stream),
             # Runs of earlier versions have one class for each image.
             multi_label=facts.get("multi_label", False),

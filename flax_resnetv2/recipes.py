@@ -198,8 +198,12 @@ def _encoding(config: Config, variance: bool) -> Config:
     """The net of a recipe with a latent head, trained as an encoder."""
     return replace(
         config,
+        # Averages would not tell where in the image something is.
         architecture=replace(
-            config.architecture, head="latent", latent_variance=variance
+            config.architecture,
+            head="latent",
+            head_input="flattened",
+            latent_variance=variance,
         ),
         # A shifted image has a border that nobody needs to remember.
         augment=replace(config.augment, crop_padding=0),

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
 from flax_resnetv2 import process
 from flax_resnetv2.cli import TrainCommand, check_processes, guarded, parse
@@ -239,11 +240,37 @@ def _sets_seed(words: list[str]) -> bool:
     return any(word.partition("=")[0] == "--seed" for word in words)
 
 
+def reconstruct(arguments: list[str]) -> int:
+    """Draw test images beside what an autoencoder makes of them."""
+    import tyro
+
+    def main(
+        run: tyro.conf.Positional[str],
+        images: int = 10,
+        checkpoint: Literal["newest", "best"] = "newest",
+    ) -> None:
+        """Draw test images beside what an autoencoder makes of them.
+
+        Args:
+            run: A run directory of train.py, as of the recipe quickstart-autoencoder;
+                receives reconstructions.png.
+            images: How many.
+            checkpoint: The newest, or the best on the split "validation".
+        """
+        from flax_resnetv2.reconstruction import reconstruct
+
+        print(f"drawn in {reconstruct(run, images=images, checkpoint=checkpoint)}")
+
+    prog = "python -m flax_resnetv2 reconstruct"
+    return guarded(lambda: tyro.cli(main, prog=prog, args=arguments))
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "show": show,
     "doctor": doctor,
     "find-rate": find_rate,
     "sweep": sweep,
+    "reconstruct": reconstruct,
 }
 """What ``python -m flax_resnetv2`` can be told to do."""
 

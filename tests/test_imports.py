@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,10 @@ OURS = {
     "analysis": "model",
     "dialects": "model errors",
     "weights": "augment dialects fields model errors",
-    "inference": "augment checkpoint fields images model rundir training errors",
+    "restored": "assembly autoencoder checkpoint config fields model rundir training "
+    "errors",
+    "reconstruction": "augment data fields restored rundir streaming errors",
+    "inference": "augment images model restored training errors",
     "drawing": "architecture counting planning",
     "installed": "",
     "doctor": "assembly catalog config data decoded folder installed loop preflight "
@@ -70,7 +74,7 @@ OURS = {
     "sweep": "comparison config counting data fields planning process rundir errors",
     "cli": "config inference loop parallel process recipes rundir tracing errors",
     "tools": "cli config counting doctor drawing find_rate installed presets process "
-    "rundir sweep errors",
+    "reconstruction rundir sweep errors",
     "__main__": "doctor installed tools",
 }
 """What each module may import of ours, anywhere in it."""
@@ -108,6 +112,8 @@ THEIRS = {
     "analysis": "jax flax",
     "dialects": "numpy",
     "weights": "jax flax numpy h5py safetensors",
+    "restored": "jax",
+    "reconstruction": "jax numpy matplotlib",
     "inference": "jax numpy",
     "doctor": "jax numpy",
     "comparison": "matplotlib",
@@ -161,6 +167,19 @@ def packages(names):
 
 def test_every_module_has_a_row_in_the_table():
     assert set(MODULES) == set(OURS)
+
+
+def test_the_page_on_the_architecture_has_the_same_table():
+    page = (PACKAGE.parent / "docs/architecture.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\|([^|]*)\|[^|]*\|$", page, re.M)
+    written = {module: set(re.findall(r"\w+", ours)) for module, ours in rows}
+    expected = {
+        module: set(OURS[module].split()) - {"errors"}
+        for module in MODULES
+        if module not in ("__init__", "__main__")
+    }
+    # "inside" says of what stands before it that it is imported inside functions.
+    assert {m: ours - {"inside"} for m, ours in written.items()} == expected
 
 
 @pytest.mark.parametrize("module", MODULES)
