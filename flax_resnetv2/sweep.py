@@ -99,6 +99,11 @@ def plan_sweep(
     for said, given in varied:
         try:
             check_config(given)
+            if given.architecture.head != "classifier":
+                raise UsageError(
+                    "architecture.head='latent' has no accuracy, which a sweep "
+                    "compares; choose a recipe of a classifier"
+                )
             shape = known_shape(given.data)
             architecture = given.architecture
             if architecture.num_classes is None:  # the data set says how many

@@ -387,6 +387,10 @@ def test_a_sweep_that_was_killed_and_stopped_goes_on(tmp_path, capsys):
         ("--seed 3", "give all of them by --seeds"),
         ("--seeds 1 1", "seeds=(1, 1) must be different numbers"),
         ("--distributed", "leave --distributed and --processes out"),
+        (
+            "--architecture.head latent --train.label-smoothing 0",
+            "architecture.head='latent' has no accuracy, which a sweep compares",
+        ),
         ("--report", "is not a sweep's directory (no sweep.json)"),
     ],
 )
