@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         Stem,
         create_model,
     )
+    from flax_resnetv2.optimizers import TrainConfig
     from flax_resnetv2.planning import plan, plan_stack, plan_unit
     from flax_resnetv2.presets import PRESETS
     from flax_resnetv2.recipes import RECIPES
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
         Semantics,
     )
     from flax_resnetv2.training import (
-        TrainConfig,
         TrainState,
         create_train_state,
         make_eval_step,
@@ -85,12 +85,12 @@ _HOME = {
         "Stem",
         "create_model",
     ),
+    "optimizers": ("TrainConfig",),
     "planning": ("plan", "plan_stack", "plan_unit"),
     "presets": ("PRESETS",),
     "recipes": ("RECIPES",),
     "semantics": ("ARTICLE", "ATIENZA", "BIT", "HE2016", "KERAS", "TIMM", "Semantics"),
     "training": (
-        "TrainConfig",
         "TrainState",
         "create_train_state",
         "make_eval_step",

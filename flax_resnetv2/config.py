@@ -15,7 +15,7 @@ from flax_resnetv2.data import DataConfig, known_shape
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.fields import Count, Range, check, check_dataclass, shown
 from flax_resnetv2.mirror import AutoencoderConfig
-from flax_resnetv2.training import TrainConfig, check_train
+from flax_resnetv2.optimizers import TrainConfig, check_train
 
 _OF_LABELS = (
     *("augment.mixup", "augment.cutmix", "augment.test_flip", "train.label_smoothing"),

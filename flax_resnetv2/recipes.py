@@ -7,8 +7,8 @@ from flax_resnetv2.architecture import Architecture, Execution
 from flax_resnetv2.augment import AugmentConfig
 from flax_resnetv2.config import Config
 from flax_resnetv2.data import DataConfig
+from flax_resnetv2.optimizers import TrainConfig
 from flax_resnetv2.presets import PRESETS
-from flax_resnetv2.training import TrainConfig
 
 
 @dataclass(frozen=True)

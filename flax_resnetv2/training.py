@@ -6,8 +6,7 @@ leave a step as sums and counts, so that they can be added up.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import flax.struct
 import jax
@@ -24,10 +23,8 @@ from flax_resnetv2.augment import (
     normalise,
     positions,
 )
-from flax_resnetv2.errors import UsageError
-from flax_resnetv2.fields import Count, Range, Share, check_dataclass, shown
 from flax_resnetv2.objective import Classification, Objective, Question, Sums
-from flax_resnetv2.optimizers import learns, make_optimizer
+from flax_resnetv2.optimizers import TrainConfig, learns, make_optimizer
 from flax_resnetv2.randaugment import change_pixels
 
 if TYPE_CHECKING:
@@ -37,66 +34,6 @@ if TYPE_CHECKING:
 Metrics = dict[str, Any]
 DEPTH = 6
 """The use of an image's key for stochastic depth, beside those of its pixels."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How a net is trained. Durations are in epochs, batches count all devices."""
-
-    epochs: Count = 200
-    """Passes over the training split."""
-    batch_size: Count = 128
-    """Images in one step, over all devices."""
-    accumulate: Count = 1
-    """Compute a step's gradient in so many parts, one after the other, each of so much
-    less memory. Batch statistics are those of a part."""
-    eval_batch_size: Count = 1000
-    """Images in one evaluation step, over all devices."""
-    optimizer: Literal["sgd", "adamw", "adam_l2", "lars", "muon"] = "sgd"
-    """sgd: with momentum; adamw: decoupled weight decay; adam_l2: Adam whose loss has
-    the term weight_decay / 2 * |w|^2, which is another method than adamw. (Keras's
-    l2(x) is weight_decay = 2x.) lars: sgd whose steps are scaled kernel by kernel, for
-    large batches (You et al. 2017); its rates are far above those of sgd.
-    muon: kernels of the units' convolutions take orthogonal steps (Jordan et al. 2024),
-    all else, the stem and the head too, those of adamw, at the same rate."""
-    learning_rate: Annotated[float, Range(0, 1e6, above=True)] = 0.1
-    """The highest of the schedule."""
-    momentum: Share = 0.9
-    """Of sgd, lars and muon (whose authors take 0.95)."""
-    nesterov: bool = True
-    """Nesterov's momentum in these."""
-    weight_decay: Annotated[float, Range(0, 1e6)] = 1e-4
-    """As the optimizer says; lars has the term as adam_l2, muon decays as adamw."""
-    clip: Annotated[float, Range(0, 1e6, above=True)] | None = None
-    """Scale gradients down whose norm, over all that learns, is larger; before the
-    optimizer, and before what weight_decay adds; None: never."""
-    learn: Literal["all", "classifier"] = "all"
-    """What learns: everything, or the classifier alone, behind a backbone whose
-    parameters and statistics stay as they came."""
-    decay: Literal["kernels", "all"] = "kernels"
-    """What decays: kernels only, or scales and biases too."""
-    schedule: Literal[
-        "steps", "cosine", "one_cycle", "linear", "constant", "exponential"
-    ] = "steps"
-    """steps: a tenth during the warm-up, then / 10 at each of drops (He). cosine,
-    linear, constant: up linearly during the warm-up, then to 0 along the curve.
-    one_cycle: up and down along cosines, the warm-up being the rising part.
-    exponential: up from a millionth during the warm-up, as find-rate does it."""
-    warmup_epochs: Annotated[float, Range(0, 1e6)] = 0.0
-    """Length of the warm-up."""
-    drops: tuple[float, ...] = (0.5, 0.75)
-    """Shares of the training after which "steps" divides by 10."""
-    label_smoothing: Share = 0.0
-    """Share of the target spread evenly over all classes; of several labels an image,
-    over yes and no of each."""
-    ema: Share = 0.0
-    """Share kept by a moving average of parameters and statistics, which is then what
-    is evaluated; 0: none."""
-    stochastic_depth: Share = 0.0
-    """Share of images for which the last unit's residual is dropped in training; it
-    rises linearly from the first unit on (Huang et al. 2016); 0: none."""
-    sync_batch_norm: bool = True
-    """Batch statistics over all devices, so that results do not depend on them."""
 
 
 @flax.struct.dataclass
@@ -116,31 +53,6 @@ class TrainState:
         if self.ema is not None:
             return self.ema
         return {"params": self.params, "batch_stats": self.batch_stats}
-
-
-def check_train(config: TrainConfig) -> None:
-    """Refuse numbers that cannot train.
-
-    Raises:
-        UsageError: naming the field, its value and its range.
-    """
-    c = config
-    check_dataclass(c, TrainConfig, "train.")
-    if c.warmup_epochs >= c.epochs:
-        raise UsageError(
-            f"train.warmup_epochs={c.warmup_epochs} must be from 0 to below "
-            f"epochs={c.epochs}"
-        )
-    if c.drops != tuple(sorted({d for d in c.drops if 0 < d < 1})):
-        raise UsageError(
-            f"train.drops={shown(c.drops)} must be rising shares of the training "
-            "between 0 and 1, as (0.5, 0.75)"
-        )
-    if c.stochastic_depth and c.learn != "all":
-        raise UsageError(
-            f"train.stochastic_depth={c.stochastic_depth} drops units that learn, and "
-            f"train.learn={c.learn!r} has none; leave it out, or choose learn='all'"
-        )
 
 
 def create_train_state(

@@ -402,13 +402,13 @@ def test_the_average_follows_the_parameters(model):
 )
 def test_numbers_that_cannot_train_are_refused(changes, message):
     with pytest.raises(UsageError, match=message):
-        training.check_train(TrainConfig(**changes))
+        optimizers.check_train(TrainConfig(**changes))
 
 
 @pytest.mark.parametrize("schedule", ["steps", "cosine", "one_cycle", "constant"])
 def test_a_warm_up_that_leaves_no_step_is_refused(schedule):
     config = TrainConfig(epochs=2, warmup_epochs=1.9, schedule=schedule)
-    training.check_train(config)
+    optimizers.check_train(config)
     with pytest.raises(UsageError, match=r"warmup_epochs=1.9 takes all 4 steps of ep"):
         optimizers.make_schedule(config, steps_per_epoch=2)
     optimizers.make_schedule(config, steps_per_epoch=10)
@@ -614,7 +614,7 @@ def test_step_number_and_seed_choose_the_crops_and_masked_labels_do_not_matter()
 def test_an_unknown_word_is_refused_with_the_choices(field, choices):
     config = replace(TrainConfig(), **{field: "lion"})
     with pytest.raises(UsageError, match=f"train.{field}=.*lion.* one of .*{choices}"):
-        training.check_train(config)
+        optimizers.check_train(config)
 
 
 @pytest.mark.parametrize(
@@ -628,7 +628,7 @@ def test_an_unknown_word_is_refused_with_the_choices(field, choices):
 )
 def test_a_number_of_another_kind_is_refused(changes):
     with pytest.raises(UsageError, match=f"train.{next(iter(changes))}="):
-        training.check_train(TrainConfig(**changes))
+        optimizers.check_train(TrainConfig(**changes))
 
 
 VERSIONS = {
