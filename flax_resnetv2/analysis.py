@@ -65,5 +65,5 @@ def residual_ratios(
             float(sown[stack][f"unit{u}"]["residual_ratio"][0].mean())
             for u in range(1, len(sown[stack]) + 1)
         ]
-        for stack in sorted(sown)
+        for stack in (f"stack{s}" for s in range(1, len(model.plan.stacks) + 1))
     }

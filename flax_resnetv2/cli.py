@@ -1,4 +1,4 @@
-"""The commands ``train.py RECIPE [--field value ...]``, ``predict.py RUN IMAGE ...``.
+"""The commands ``train.py RECIPE [--field value ...]``, ``predict.py NET IMAGE ...``.
 
 Every flag is a field of ``Config`` and every help text its docstring. Exit codes: 0
 done, 2 bad use, 1 failed run, 75 stopped by a signal with all of it saved, 130 ended by
@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, Literal
-
-import numpy as np
 
 from flax_resnetv2 import process
 from flax_resnetv2.config import Config
@@ -151,35 +149,47 @@ def parse(
 
 
 def predict(arguments: Sequence[str] | None = None) -> int:
-    """Run ``predict.py``: print the likeliest classes of image files."""
+    """Run ``predict.py``: print the likeliest classes of images."""
     import tyro
 
     def main(
-        run: tyro.conf.Positional[str],
+        net: tyro.conf.Positional[str],
         images: tyro.conf.Positional[tuple[str, ...]],
         top: int = 3,
+        json: bool = False,
+        latents: str | None = None,
+        batch_size: int = 64,
+        test_flip: bool | None = None,
         checkpoint: Literal["newest", "best"] = "newest",
     ) -> None:
         """Say what is on images.
 
         Args:
-            run: A run directory that train.py made.
-            images: Image files.
+            net: A run directory that train.py made, a file that python -m flax_resnetv2
+                export wrote, or a net that comes with the package.
+            images: Image files, folders of such (with all below them), or - for an
+                image on standard input.
             top: How many classes to print for each.
-            checkpoint: The newest, or the best on the split "validation".
+            json: Print a JSON object a line instead.
+            latents: Write the vectors that the classifier reads, or the latent vectors
+                of an encoder, into this .npz file (arrays path and latent).
+            batch_size: Images at once.
+            test_flip: Answer by an image and its mirror image; without: as in training.
+            checkpoint: Of a run directory the newest, or the best on the split
+                "validation".
         """
-        from flax_resnetv2.inference import Predictor
+        from flax_resnetv2.prediction import predict
 
-        if not images:
-            raise UsageError("no image given; name at least one PNG or JPEG file")
-        if top < 1:
-            raise UsageError(f"top={top} must be 1 or above")
-        predictor = Predictor.from_run(run, checkpoint)
-        pixels = np.stack([predictor.load(path) for path in images])
-        for path, row in zip(images, predictor(pixels), strict=True):
-            best = np.argsort(-row)[:top]
-            says = ", ".join(f"{predictor.class_names[k]} {row[k]:.1%}" for k in best)
-            print(f"{path}: {says}")
+        predict(
+            net,
+            images,
+            top=top,
+            as_json=json,
+            latents=latents,
+            batch_size=batch_size,
+            test_flip=test_flip,
+            checkpoint=checkpoint,
+        )
 
     return guarded(lambda: tyro.cli(main, prog="predict.py", args=arguments))
 

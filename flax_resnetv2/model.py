@@ -303,6 +303,8 @@ class Head(nn.Module):
 
     classifier: logits [N, num_classes]. latent: [N, latent], or a ``Latent`` of two
     such. none: the maps themselves. All in ``execution.param_dtype``, but the maps.
+    With the collection ``intermediates`` mutable a classifier sows what it reads,
+    ``features`` [N, K].
     """
 
     plan: HeadPlan
@@ -328,6 +330,8 @@ class Head(nn.Module):
         for number, features in enumerate(p.hidden, start=1):
             x = nn.relu(dense(features, f"hidden{number}")(x))
         if p.kind == "classifier":
+            if self.is_mutable_collection("intermediates"):
+                self.sow("intermediates", "features", x)
             return dense(p.features, "classifier")(x)
         latent = dense(p.features, "latent")(x)
         if not p.variance:

@@ -12,7 +12,12 @@ from flax_resnetv2.config import Config
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.fields import check_choice
 from flax_resnetv2.model import ResNetV2
-from flax_resnetv2.rundir import load_config, load_dataset_facts
+from flax_resnetv2.rundir import (
+    load_config,
+    load_dataset_facts,
+    load_environment,
+    read_metrics,
+)
 from flax_resnetv2.training import train_state_shapes
 
 Which = Literal["newest", "best"]
@@ -29,6 +34,10 @@ class Restored(NamedTuple):
     model: ResNetV2 | Autoencoder
     variables: dict[str, Any]
     """What is evaluated: averages where they are kept."""
+    test: dict[str, Any] | None
+    """The last line of metrics on "test" up to this step; None: there is none."""
+    environment: dict[str, Any]
+    """Where it was trained last: commit, versions, devices."""
 
 
 def restore(workdir: str | Path, checkpoint: Which = "newest") -> Restored:
@@ -73,4 +82,17 @@ def restore(workdir: str | Path, checkpoint: Which = "newest") -> Restored:
             raise missing
         else:
             step, state, _ = found
-    return Restored(config, facts, step, model, state.variables())
+    tests = [
+        line
+        for line in read_metrics(workdir)
+        if line["split"] == "test" and line["step"] <= step
+    ]
+    return Restored(
+        config,
+        facts,
+        step,
+        model,
+        state.variables(),
+        tests[-1] if tests else None,
+        load_environment(workdir)[-1],
+    )
