@@ -93,8 +93,11 @@ def normalise(images: jax.Array, config: AugmentConfig, dtype: str) -> jax.Array
     wide = "float64" if dtype == "float64" else "float32"
     mean, std = jnp.asarray(config.mean, wide), jnp.asarray(config.std, wide)
     images = (images.astype(wide) / 255 - mean) / std
-    shape = (len(images), *config.input_shape(images.shape[1:]))
-    return jax.image.resize(images, shape, "bilinear").astype(dtype)
+    if config.resize is not None:
+        # The number of images may be a symbol, as in an export.
+        shape = (images.shape[0], *config.input_shape(images.shape[1:]))
+        images = jax.image.resize(images, shape, "bilinear")
+    return images.astype(dtype)
 
 
 def positions(size: int, axis_name: str | None) -> jax.Array:

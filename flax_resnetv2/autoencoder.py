@@ -211,4 +211,4 @@ def _enlarged(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     """[N, h, w, C] -> [N, *size, C]."""
     if x.shape[1:3] == size:
         return x
-    return jax.image.resize(x, (len(x), *size, x.shape[-1]), "bilinear")
+    return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), "bilinear")

@@ -7,7 +7,6 @@
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -16,7 +15,6 @@ import numpy as np
 
 from flax_resnetv2 import modelfile
 from flax_resnetv2.augment import AugmentConfig, normalise
-from flax_resnetv2.autoencoder import Autoencoder, Reconstruction
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.images import careful, read_image, square, stretched
 from flax_resnetv2.model import Latent, ResNetV2
@@ -40,7 +38,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: ResNetV2 | Autoencoder,
+        model: ResNetV2,
         variables: dict[str, Any],
         normalisation: AugmentConfig,
         class_names: Sequence[str],
@@ -67,7 +65,7 @@ class Predictor:
         self.image_shape = image_shape
         self.multi_label = multi_label
         self._square, self._share = square, normalisation.test_crop
-        self._apply = jax.jit(partial(_answer, model, normalisation, multi_label))
+        self._apply = jax.jit(self._answer)
 
     @classmethod
     def from_run(cls, workdir: str | Path, checkpoint: Which = "newest") -> "Predictor":
@@ -125,7 +123,8 @@ class Predictor:
         config, facts = net.config, net.facts
         encodes = config.architecture.head != "classifier"
         return cls(
-            net.model,
+            # Of an autoencoder the net alone, which reads the same variables.
+            ResNetV2(net.model.plan, net.model.execution),
             net.variables,
             config.augment,
             () if encodes else facts["class_names"],
@@ -201,7 +200,7 @@ class Predictor:
         for file in files:
             try:
                 pixels.append(self.load(file))
-                names.append(str(getattr(file, "name", file)))
+                names.append(_name(file))
             except UsageError as error:
                 errors.append(error)
             if len(names) == batch_size:
@@ -225,20 +224,25 @@ class Predictor:
         if self._square:
             fit = square(height, self._share)
         with careful():
-            return read_image(file, getattr(file, "name", file), channels, fit)
+            return read_image(file, _name(file), channels, fit)
+
+    def traced(self, images: jax.Array) -> Answer:
+        """``answer`` for anybody's ``jit``; the variables become constants there."""
+        return Answer(*self._answer(self.variables, images))
+
+    def _answer(
+        self, variables: dict[str, Any], images: jax.Array
+    ) -> tuple[jax.Array | None, jax.Array]:
+        config, dtype = self.normalisation, self.model.execution.param_dtype
+        outputs, sown = evaluated(
+            self.model, variables, normalise(images, config, dtype), config.test_flip
+        )
+        if self.model.plan.head.kind == "latent":
+            return None, outputs.mean if isinstance(outputs, Latent) else outputs
+        probabilities = jax.nn.sigmoid if self.multi_label else jax.nn.softmax
+        return probabilities(outputs), sown["intermediates"]["head"]["features"][0]
 
 
-def _answer(
-    model: ResNetV2 | Autoencoder,
-    normalisation: AugmentConfig,
-    multi_label: bool,
-    variables: Any,
-    images: jax.Array,
-) -> tuple[jax.Array | None, jax.Array]:
-    images = normalise(images, normalisation, model.execution.param_dtype)
-    outputs, sown = evaluated(model, variables, images, normalisation.test_flip)
-    if model.plan.head.kind == "latent":
-        latent = outputs.latent if isinstance(outputs, Reconstruction) else outputs
-        return None, latent.mean if isinstance(latent, Latent) else latent
-    probabilities = jax.nn.sigmoid if multi_label else jax.nn.softmax
-    return probabilities(outputs), sown["intermediates"]["head"]["features"][0]
+def _name(file: str | Path | IO[bytes]) -> str:
+    """For messages."""
+    return str(file if isinstance(file, str | Path) else getattr(file, "name", file))

@@ -1,8 +1,8 @@
 """A trained net in one file, with all that is needed to use it.
 
-A ``.safetensors`` file: the variables under their paths ("params/stem/conv/kernel"), and
-as metadata the run's configuration, what it knew of its data, its last test, and where
-it was trained. Reading one executes nothing.
+A ``.safetensors`` file: the variables under their paths ("params/stem/conv/kernel"),
+and as metadata the run's configuration, what it knew of its data, its last test, and
+where it was trained. Reading one executes nothing.
 """
 
 import json
@@ -19,7 +19,6 @@ from flax_resnetv2.config import check_config, from_json, to_json
 from flax_resnetv2.data import DataConfig
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.restored import Restored
-from flax_resnetv2.rundir import write_whole
 
 KEY = "flax_resnetv2"
 """Of the metadata."""
@@ -43,24 +42,18 @@ def find(name: str | Path) -> Path:
     if str(name) in shipped():
         return TRAINED / f"{name}.safetensors"
     raise UsageError(
-        f"{name} is not a run directory, an exported net (.safetensors) or a net of the "
-        f"package ({', '.join(shipped())}); give one of these, as runs/quickstart-1"
+        f"{name} is not a run directory, an exported net (.safetensors) or a net of "
+        f"the package ({', '.join(shipped())}); give one of these, as runs/quickstart-1"
     )
 
 
-def save(net: Restored, path: str | Path) -> None:
-    """Write a net into one file.
-
-    Raises:
-        UsageError: it cannot be written.
-    """
+def pack(net: Restored) -> bytes:
+    """Write a net as the content of a file."""
     from safetensors.numpy import save
 
     # Where the images lay is nobody's concern.
-    data = replace(
-        net.config.data,
-        **{n: getattr(DataConfig(), n) for n in ("dir", "archive", "url")},
-    )
+    nowhere = {name: getattr(DataConfig(), name) for name in ("dir", "archive", "url")}
+    data = replace(net.config.data, **nowhere)
     config = replace(net.config, data=data, weights=None)
     record = {
         "config": json.loads(to_json(config)),
@@ -73,17 +66,11 @@ def save(net: Restored, path: str | Path) -> None:
         "/".join(leaf): np.ascontiguousarray(array)
         for leaf, array in flatten_dict(net.variables).items()
     }
-    content = save(tensors, {KEY: json.dumps(record, sort_keys=True)})
-    try:
-        write_whole(Path(path), content)
-    except OSError as error:
-        raise UsageError(
-            f"{path} cannot be written ({error.strerror}); choose another place"
-        ) from error
+    return save(tensors, {KEY: json.dumps(record, sort_keys=True)})
 
 
 def load(path: str | Path) -> Restored:
-    """Read what ``save`` wrote, all of it or nothing.
+    """Read what ``pack`` wrote, all of it or nothing.
 
     Raises:
         UsageError: the file cannot be read, is no net of this package or of another

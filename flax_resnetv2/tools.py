@@ -265,12 +265,39 @@ def reconstruct(arguments: list[str]) -> int:
     return guarded(lambda: tyro.cli(main, prog=prog, args=arguments))
 
 
+def export(arguments: list[str]) -> int:
+    """Write a trained net into one file, for this package or for other programs."""
+    import tyro
+
+    def main(
+        net: tyro.conf.Positional[str],
+        to: str,
+        checkpoint: Literal["newest", "best"] = "newest",
+    ) -> None:
+        """Write a trained net into one file, for this package or for other programs.
+
+        Args:
+            net: A run directory of train.py, or a net that comes with the package.
+            to: The file; .safetensors is for predict.py, .stablehlo for jax.export
+                without this package, .onnx for ONNX runtimes (needs jax2onnx).
+            checkpoint: The newest, or the best on the split "validation".
+        """
+        from flax_resnetv2.export import export
+
+        export(net, to, checkpoint=checkpoint)
+        print(f"written to {to}: {Path(to).stat().st_size:,} bytes")
+
+    prog = "python -m flax_resnetv2 export"
+    return guarded(lambda: tyro.cli(main, prog=prog, args=arguments))
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "show": show,
     "doctor": doctor,
     "find-rate": find_rate,
     "sweep": sweep,
     "reconstruct": reconstruct,
+    "export": export,
 }
 """What ``python -m flax_resnetv2`` can be told to do."""
 

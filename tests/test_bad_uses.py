@@ -1109,11 +1109,14 @@ CASES = {
     "predict.py": [
         predict("nothing", "", "A run directory that train.py made", box=True),
         predict("no image", "r", "no image given; name at least one PNG or JPEG file"),
-        predict("no such run", "nowhere a.png", "nowhere is not a run directory (no "),
-        predict("a file", "a.png a.png", "a.png is not a run directory (no config.js"),
+        predict("no such run", "nowhere a.png", "nowhere is not a run directory, an "),
+        predict("a file", "a.png a.png", "a.png cannot be read (", "a whole .safe"),
+        predict("batches", "r a.png --batch-size 0", "batch_size=0 must be"),
+        predict("latents", "r a.png --latents l.txt", "latents=l.txt must be an .npz"),
+        predict("nowhere", "r a.png --latents no/l.npz", "in a directory that can be "),
         predict("no run", ". a.png", "give one that train.py made, as runs/quickst"),
         predict("too long", f"{300 * 'x'} a.png", "is not a run directory"),
-        predict("top", "r a.png --top 0", "top=0 must be 1 or above"),
+        predict("top", "r a.png --top 0", "top=0 must be"),
         predict("a word", "r a.png --top all", "--top", "'all'", "int", box=True),
         predict("a slip", "r a.png --tpo 1", "--tpo", "--top INT", box=True),
         predict(
@@ -1180,7 +1183,7 @@ CASES = {
     ],
     "images": [
         predict("missing", "r b.png", "b.png cannot be read (No such file or director"),
-        predict("a directory", "r r", "r cannot be read (Is a directory); give a"),
+        predict("a folder without", "r r", "r holds no image (.bmp .gif"),
         predict(
             "text",
             "r b.png",
@@ -1200,12 +1203,6 @@ CASES = {
             prepare=cut_image,
         ),
         predict(
-            "the second of two",
-            "r a.png b.png",
-            "b.png is not an image",
-            prepare=beside_run("b.png", b"hello"),
-        ),
-        predict(
             "bomb",
             "r b.png",
             "b.png is too large (Image size (180000000 pixels) exceeds limit of ",
@@ -1220,7 +1217,12 @@ CASES = {
         ),
     ],
     "show and doctor": [
-        package("nothing", "", "{show, doctor, find-rate, sweep}", box=True),
+        package(
+            "nothing",
+            "",
+            "{show, doctor, find-rate, sweep, reconstruct, export}",
+            box=True,
+        ),
         package("command", "paint", "paint", "show, doctor", box=True),
         package("no preset", "show", "as article-figure", box=True),
         package(

@@ -65,16 +65,19 @@ OURS = {
     "restored": "assembly autoencoder checkpoint config fields model rundir training "
     "errors",
     "reconstruction": "augment data fields restored rundir streaming errors",
-    "inference": "augment images model restored training errors",
+    "modelfile": "assembly config data restored errors",
+    "inference": "augment images model modelfile restored training errors",
+    "prediction": "fields folder inference restored rundir errors",
+    "export": "inference modelfile restored rundir errors",
     "drawing": "architecture counting planning",
     "installed": "",
     "doctor": "assembly catalog config data decoded folder installed loop preflight "
     "preparation process records rundir tracing training errors",
     "comparison": "",
     "sweep": "comparison config counting data fields planning process rundir errors",
-    "cli": "config inference loop parallel process recipes rundir tracing errors",
-    "tools": "cli config counting doctor drawing find_rate installed presets process "
-    "reconstruction rundir sweep errors",
+    "cli": "config prediction loop parallel process recipes rundir tracing errors",
+    "tools": "cli config counting doctor drawing export find_rate installed presets "
+    "process reconstruction rundir sweep errors",
     "__main__": "doctor installed tools",
 }
 """What each module may import of ours, anywhere in it."""
@@ -113,11 +116,14 @@ THEIRS = {
     "dialects": "numpy",
     "weights": "jax flax numpy h5py safetensors",
     "restored": "jax",
+    "modelfile": "jax flax numpy safetensors",
+    "prediction": "numpy",
+    "export": "jax jax2onnx",
     "reconstruction": "jax numpy matplotlib",
     "inference": "jax numpy",
     "doctor": "jax numpy",
     "comparison": "matplotlib",
-    "cli": "numpy tyro",
+    "cli": "tyro",
     "tools": "tyro",
     "__main__": "tyro",
 }
@@ -125,7 +131,7 @@ THEIRS = {
 
 LAZY = {
     *("orbax", "tensorflow_datasets", "matplotlib", "tyro", "PIL", "array_record"),
-    *("h5py", "safetensors", "grain"),
+    *("h5py", "safetensors", "grain", "jax2onnx"),
 }
 """Never at the top of a module."""
 

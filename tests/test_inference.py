@@ -49,7 +49,7 @@ def test_labels_that_exclude_no_other_have_a_probability_each(run):
     one = Predictor.from_run(run)
     several = Predictor(
         create_model(config.architecture),
-        one._variables,
+        one.variables,
         config.augment,
         "abcd",
         tiny.SHAPE,
@@ -75,14 +75,16 @@ def test_the_command_names_files_of_any_size(run, tmp_path, capsys):
     [
         (["/no/such", "a.png"], "/no/such is not a run directory"),
         (["RUN", "/no/such.png"], "/no/such.png cannot be read (No such file or di"),
-        (["RUN", "/"], "/ cannot be read (Is a directory)"),
+        (["RUN", "EMPTY"], "holds no image (.bmp .gif"),
         (["RUN", "NOT"], "is not an image"),
         (["RUN"], "no image given"),
     ],
 )
 def test_bad_use_is_one_line_and_exit_code_2(run, tmp_path, capsys, words, message):
     (tmp_path / "text").write_text("hello")
+    (tmp_path / "empty").mkdir()
     names = {"RUN": str(run), "NOT": str(tmp_path / "text")}
+    names["EMPTY"] = str(tmp_path / "empty")
     assert cli.predict([names.get(word, word) for word in words]) == 2
     error = capsys.readouterr().err
     assert message in error
