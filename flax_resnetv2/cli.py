@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from flax_resnetv2 import process
@@ -31,6 +32,10 @@ class TrainCommand(Config):
     user's cache directory, as ~/.cache/flax_resnetv2/xla, which may be deleted."""
     profile: str | None = None
     """FIRST:END, as 20:30: write a trace of these steps to WORKDIR/profile."""
+    report: bool = True
+    """Write WORKDIR/report.html at the end: curves, mistakes, the net."""
+    tensorboard: bool = False
+    """Write WORKDIR/tensorboard too, for TensorBoard."""
     deterministic: bool = False
     """The same bits run to run on GPUs too, which costs speed; see
     docs/reliability.md."""
@@ -74,8 +79,16 @@ def train(arguments: Sequence[str] | None = None) -> int:
         from flax_resnetv2.rundir import new_workdir
 
         with nullcontext(chosen) if chosen else new_workdir(recipe) as workdir:
-            result = fit(config, workdir, profile=profile, executor=command.executor)
+            result = fit(
+                config,
+                workdir,
+                profile=profile,
+                executor=command.executor,
+                tensorboard=command.tensorboard,
+            )
         if process.is_first():
+            if command.report:
+                _write_page(workdir)
             what = "accuracy" if "accuracy" in result else "loss"
             print(
                 f"test {what} {result[what]:.4f} of {result['count']:,} images;"
@@ -92,6 +105,21 @@ def train(arguments: Sequence[str] | None = None) -> int:
     if code not in (0, 75):
         process.leave_others(code)
     return code
+
+
+def _write_page(workdir: str | Path) -> None:
+    """Write the page on a run that is done; what prevents it undoes nothing."""
+    from flax_resnetv2.runpage import write_page
+
+    try:
+        write_page(workdir)
+    except Exception as error:  # whatever it is, the run is done
+        reason = (str(error).splitlines() or [""])[0] or repr(error)
+        print(
+            f"no report.html ({reason}); see to it, and run python -m flax_resnetv2 "
+            f"report {workdir}",
+            file=sys.stderr,
+        )
 
 
 def check_processes(command: TrainCommand) -> bool:

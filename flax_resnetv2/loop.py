@@ -37,6 +37,7 @@ def fit(
     devices: Sequence[jax.Device] | None = None,
     profile: tuple[int, int] | None = None,
     executor: Executor = "pmap",
+    tensorboard: bool = False,
 ) -> dict[str, float]:
     """Train as ``config`` says, or go on where ``workdir`` stands.
 
@@ -51,6 +52,7 @@ def fit(
         profile: (first, end): ``workdir/profile`` receives a trace of the steps from
             first up to, but without, end.
         executor: what maps a step over the devices, "pmap" or "jit".
+        tensorboard: write the lines of metrics to ``workdir/tensorboard`` too.
 
     Returns:
         The last evaluation on "test": ``loss``, ``accuracy`` (of an autoencoder
@@ -123,6 +125,7 @@ def fit(
                     flops=needed.flops,
                     peak=peak and peak * count,
                     silent=not first,
+                    tensorboard=tensorboard,
                 ) as report,
                 Tracer(profile, workdir / "profile") as tracer,
             ):

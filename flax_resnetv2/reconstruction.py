@@ -42,7 +42,13 @@ def reconstruct(
             f"{workdir} is a run of a classifier, which makes no images; give one of "
             "an autoencoder, as train.py quickstart-autoencoder makes"
         )
-    run = restore(workdir, checkpoint)
+    path = Path(workdir) / "reconstructions.png"
+    write_whole(path, picture(restore(workdir, checkpoint), images))
+    return path
+
+
+def picture(run: Restored, images: int) -> bytes:
+    """The same as a PNG, of an autoencoder's run."""
     stored = _first_images(run, images)
     normalised = normalise(
         jnp.asarray(stored), run.config.augment, run.model.execution.param_dtype
@@ -58,11 +64,7 @@ def reconstruct(
         )
         decode = jax.jit(lambda v, z: run.model.apply(v, z, method="decode"))
         shown["drawn from N(0, 1)"] = decode(run.variables, vectors)
-    path = Path(workdir) / "reconstructions.png"
-    write_whole(
-        path, draw({k: _pixels(v, run.config.augment) for k, v in shown.items()})
-    )
-    return path
+    return draw({k: _pixels(v, run.config.augment) for k, v in shown.items()})
 
 
 def draw(rows: dict[str, np.ndarray]) -> bytes:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeRemainingColumn as Remaining
 
 from flax_resnetv2.rundir import read_metrics, write_whole
+from flax_resnetv2.tensorboard import TensorBoard
 
 MEANS = {
     "loss": "loss",
@@ -35,6 +36,7 @@ class Reporter:
         flops: of training on one image.
         peak: FLOP/s of all devices together; None: unknown.
         silent: only remember: another process shows and writes.
+        tensorboard: write ``tensorboard/`` too.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Reporter:
         flops: float = 0.0,
         peak: float | None = None,
         silent: bool = False,
+        tensorboard: bool = False,
     ) -> None:
         """Open the file and the bar."""
         self._flops, self._peak = flops, peak
@@ -66,6 +69,9 @@ class Reporter:
             if not path.exists() or path.read_bytes() != wanted.encode():
                 write_whole(path, wanted)
             self._file = path.open("a", buffering=1)
+        self._tensorboard = None
+        if tensorboard and not silent:
+            self._tensorboard = TensorBoard(workdir / "tensorboard", kept)
         self._console = Console(highlight=False, quiet=silent)
         self._bar = None
         if self._console.is_terminal and not silent:
@@ -91,6 +97,8 @@ class Reporter:
             self._bar.stop()
         if self._file:
             self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
 
     def say(self, text: str) -> None:
         """Print one line above the bar."""
@@ -165,6 +173,8 @@ class Reporter:
         }
         if self._file:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        if self._tensorboard:
+            self._tensorboard.write(line)
         self.last[split] = line
         return line
 

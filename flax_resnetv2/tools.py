@@ -291,11 +291,69 @@ def export(arguments: list[str]) -> int:
     return guarded(lambda: tyro.cli(main, prog=prog, args=arguments))
 
 
+def report(arguments: list[str]) -> int:
+    """Write a page on a run: curves, mistakes, the net, all in one file."""
+    import tyro
+
+    def main(
+        run: tyro.conf.Positional[str],
+        checkpoint: Literal["newest", "best"] = "newest",
+    ) -> None:
+        """Write a page on a run: curves, mistakes, the net, all in one file.
+
+        Args:
+            run: A run directory of train.py; receives report.html.
+            checkpoint: Which answers the test images: the newest, or the best on the
+                split "validation".
+        """
+        from flax_resnetv2.runpage import write_page
+
+        print(f"written to {write_page(run, checkpoint)}")
+
+    prog = "python -m flax_resnetv2 report"
+    return guarded(lambda: tyro.cli(main, prog=prog, args=arguments))
+
+
+def compare(arguments: list[str]) -> int:
+    """Lay several runs side by side: what differs, their scores, their curves."""
+    import tyro
+
+    def main(
+        runs: tyro.conf.Positional[tuple[str, ...]], png: str | None = None
+    ) -> None:
+        """Lay several runs side by side: what differs, their scores, their curves.
+
+        Args:
+            runs: Run directories of train.py.
+            png: Draw their curves into this file.
+        """
+        from flax_resnetv2 import compare_runs
+        from flax_resnetv2.rundir import write_whole
+
+        if not runs:
+            raise UsageError("no run given; name run directories, as runs/*")
+        found = [compare_runs.read_run(run) for run in runs]
+        print(compare_runs.to_markdown(found))
+        if png is not None:
+            try:
+                write_whole(Path(png), compare_runs.draw(found))
+            except OSError as error:
+                raise UsageError(
+                    f"png={png} cannot be written ({error.strerror}); choose another"
+                ) from error
+            print(f"drawn in {png}")
+
+    prog = "python -m flax_resnetv2 compare"
+    return guarded(lambda: tyro.cli(main, prog=prog, args=arguments))
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "show": show,
     "doctor": doctor,
     "find-rate": find_rate,
     "sweep": sweep,
+    "report": report,
+    "compare": compare,
     "reconstruct": reconstruct,
     "export": export,
 }

@@ -24,7 +24,12 @@ OURS = {
     "ops": "errors",
     "augment": "fields errors",
     "randaugment": "augment",
-    "report": "rundir errors",
+    "tensorboard": "",
+    "report": "rundir tensorboard errors",
+    "scores": "",
+    "compare_runs": "config counting rundir scores errors",
+    "runpage": "config counting data drawing inference reconstruction restored rundir "
+    "scores streaming",
     "checkpoint": "errors",
     "model": "planning architecture presets ops fields errors",
     "embedded": "errors",
@@ -75,9 +80,10 @@ OURS = {
     "preparation process records rundir tracing training errors",
     "comparison": "",
     "sweep": "comparison config counting data fields planning process rundir errors",
-    "cli": "config prediction loop parallel process recipes rundir tracing errors",
-    "tools": "cli config counting doctor drawing export find_rate installed presets "
-    "process reconstruction rundir sweep errors",
+    "cli": "config loop parallel prediction process recipes rundir runpage tracing "
+    "errors",
+    "tools": "cli compare_runs config counting doctor drawing export find_rate "
+    "installed presets process reconstruction rundir runpage sweep errors",
     "__main__": "doctor installed tools",
 }
 """What each module may import of ours, anywhere in it."""
@@ -87,6 +93,10 @@ THEIRS = {
     "augment": "jax",
     "randaugment": "jax",
     "report": "rich",
+    "tensorboard": "tensorboardX",
+    "scores": "numpy",
+    "compare_runs": "matplotlib",
+    "runpage": "numpy matplotlib PIL",
     "checkpoint": "jax numpy orbax",
     "model": "jax flax numpy",
     "embedded": "numpy",
@@ -131,7 +141,7 @@ THEIRS = {
 
 LAZY = {
     *("orbax", "tensorflow_datasets", "matplotlib", "tyro", "PIL", "array_record"),
-    *("h5py", "safetensors", "grain", "jax2onnx"),
+    *("h5py", "safetensors", "grain", "jax2onnx", "tensorboardX"),
 }
 """Never at the top of a module."""
 
