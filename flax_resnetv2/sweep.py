@@ -300,7 +300,7 @@ def _run(
     """One run to its end: its line; None: it was stopped."""
     directory = log.with_suffix("")
     words = [*sweep.words, *shlex.split(override.words)]
-    words += ["--seed", str(seed), "--workdir", str(directory), "--no-report"]
+    words += ["--no-report", "--seed", str(seed), "--workdir", str(directory)]
     log.parent.mkdir(exist_ok=True)
     with log.open("a") as file:
         file.write(f"{shlex.join(['train.py', *words])}\n")

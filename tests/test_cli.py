@@ -26,7 +26,7 @@ def captured(monkeypatch, tmp_path):
     """The calls of ``fit`` that a command leads to; nothing is trained."""
     calls = []
 
-    def fit(config, workdir, profile=None, executor="pmap"):
+    def fit(config, workdir, profile=None, executor="pmap", tensorboard=False):
         calls.append((config, workdir))
         calls.extend([profile] if profile else [])
         return {"accuracy": 0.5, "count": 2000, "seconds": 12.0}

@@ -281,7 +281,8 @@ def test_a_failed_run_is_recorded_and_the_queue_goes_on(tmp_path, monkeypatch, c
     assert "0 of 2 runs are done" in page
     assert "- `(as it is)`, seed 0: no network" in page
     assert (tmp_path / "as-it-is" / "seed-0.log").read_text() == (
-        f"train.py quickstart --seed 0 --workdir {tmp_path / 'as-it-is' / 'seed-0'}\n"
+        "train.py quickstart --no-report --seed 0 --workdir "
+        f"{tmp_path / 'as-it-is' / 'seed-0'}\n"
         "something\nfailed: no network\n"
     )
     assert capsys.readouterr().out.count("failed:") == 2
