@@ -266,15 +266,15 @@ def _calibration(tested: Tested) -> str:
     found = scores.calibration(tested.probabilities, tested.labels)
     figure = _figure(2, 1.1)
     left, right = figure.subplots(1, 2)
-    there = found.count > 0
+    there = found.images > 0
     left.plot([0, 1], [0, 1], color="0.7", linewidth=1)
     left.plot(found.confidence[there], found.accuracy[there], "o-", markersize=4)
     left.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-    edges = np.linspace(0, 1, len(found.count) + 1)
-    right.stairs(found.count, edges, fill=True)
+    edges = np.linspace(0, 1, len(found.images) + 1)
+    right.stairs(found.images, edges, fill=True)
     right.set(xlabel="confidence", ylabel="test images", xlim=(0, 1))
     text = (
-        f"Expected calibration error {found.error:.2%} ({len(found.count)} bins). "
+        f"Expected calibration error {found.error:.2%} ({len(found.images)} bins). "
         "Below the diagonal the net is surer than it is right, above it less sure."
     )
     return _img(figure, text)

@@ -37,8 +37,8 @@ class Calibration(NamedTuple):
     """Mean probability of the answer, by bin; NaN where no image is."""
     accuracy: np.ndarray
     """Share of right answers."""
-    count: np.ndarray
-    """Images."""
+    images: np.ndarray
+    """How many."""
     error: float
     """Expected calibration error: the mean difference of the two over the images."""
 

@@ -56,7 +56,7 @@ class TrainState:
 
 
 def create_train_state(
-    model: "ResNetV2",
+    model: "ResNetV2 | Autoencoder",
     config: TrainConfig,
     key: jax.Array,
     image_shape: tuple[int, int, int],
@@ -89,7 +89,9 @@ def create_train_state(
 
 
 def train_state_shapes(
-    model: "ResNetV2", config: TrainConfig, image_shape: tuple[int, int, int]
+    model: "ResNetV2 | Autoencoder",
+    config: TrainConfig,
+    image_shape: tuple[int, int, int],
 ) -> TrainState:
     """``create_train_state`` without its numbers: a state of jax.ShapeDtypeStruct."""
 
@@ -292,7 +294,7 @@ def make_eval_step(
 
 
 def classification(
-    model: "ResNetV2", augmentation: AugmentConfig, smoothing: float = 0.0
+    model: "ResNetV2 | Autoencoder", augmentation: AugmentConfig, smoothing: float = 0.0
 ) -> Classification:
     """The objective of a net that gives logits."""
     dtype, classes = model.execution.param_dtype, model.plan.head.features

@@ -271,6 +271,7 @@ def test_type_checkers_see_the_names_that_the_package_has():
         for node in block.body
     }
     assert seen == flax_resnetv2._HOME
+    assert flax_resnetv2.__all__ == sorted(flax_resnetv2._MODULE_OF)
 
 
 @pytest.mark.parametrize("name", flax_resnetv2.__all__)

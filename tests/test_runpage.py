@@ -247,7 +247,7 @@ def test_calibration_is_the_mean_difference_over_the_images():
     probabilities = np.stack([sure, 1 - sure], axis=1)
     found = scores.calibration(probabilities, np.array([0, 1, 0, 0]), bins=10)
     assert found.error == pytest.approx((2 * 0.1 + 2 * 0.1) / 4)
-    assert found.count.tolist() == [0, 0, 0, 0, 0, 0, 2, 0, 0, 2]
+    assert found.images.tolist() == [0, 0, 0, 0, 0, 0, 2, 0, 0, 2]
     assert found.accuracy[6] == 0.5
     assert np.isnan(found.accuracy[0])
 
