@@ -58,12 +58,22 @@ def residual_ratios(
         "stack1" -> one number a unit: the norm of its residual over the norm of its
         identity, a mean over the images. The article's "filters stay small at first".
     """
+    return {
+        stack: [float(ratio.mean()) for ratio in ratios]
+        for stack, ratios in unit_ratios(model, variables, images).items()
+    }
+
+
+def unit_ratios(
+    model: ResNetV2, variables: dict[str, Any], images: jax.Array
+) -> dict[str, list[jax.Array]]:
+    """The same of each image, [N] a unit, for anybody's ``jit``."""
     _, state = model.apply(variables, images, train=False, mutable=["intermediates"])
     sown = state["intermediates"]
     return {
-        stack: [
-            float(sown[stack][f"unit{u}"]["residual_ratio"][0].mean())
-            for u in range(1, len(sown[stack]) + 1)
+        f"stack{s}": [
+            sown[f"stack{s}"][f"unit{u}"]["residual_ratio"][0]
+            for u in range(1, len(stack.units) + 1)
         ]
-        for stack in (f"stack{s}" for s in range(1, len(model.plan.stacks) + 1))
+        for s, stack in enumerate(model.plan.stacks, start=1)
     }

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 
-from flax_resnetv2 import modelfile
+from flax_resnetv2 import modelcard, modelfile
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.inference import Predictor
 from flax_resnetv2.restored import Restored, Which, restore
@@ -34,7 +34,11 @@ needs for examples only."""
 
 
 def export(
-    source: str | Path, path: str | Path, *, checkpoint: Which = "newest"
+    source: str | Path,
+    path: str | Path,
+    *,
+    checkpoint: Which = "newest",
+    card: bool = False,
 ) -> None:
     """Write a trained net as the suffix of ``path`` says.
 
@@ -42,6 +46,7 @@ def export(
         source: a run's directory, a file of ``modelfile``, or a net of the package.
         path: ends in one of ``FORMATS``.
         checkpoint: which one of a run.
+        card: write a card beside it, with the suffix ``.md``.
 
     Raises:
         UsageError: another suffix, no such net, the file cannot be written, or what
@@ -59,6 +64,9 @@ def export(
     content = FORMATS[path.suffix](net)
     try:
         write_whole(path, content)
+        if card:
+            text = modelcard.card(net, path.stem)
+            write_whole(path.with_suffix(".md"), text)
     except OSError as error:
         raise UsageError(
             f"to={path} cannot be written ({error.strerror}); choose another place"

@@ -273,6 +273,7 @@ def export(arguments: list[str]) -> int:
         net: tyro.conf.Positional[str],
         to: str,
         checkpoint: Literal["newest", "best"] = "newest",
+        card: bool = False,
     ) -> None:
         """Write a trained net into one file, for this package or for other programs.
 
@@ -281,10 +282,11 @@ def export(arguments: list[str]) -> int:
             to: The file; .safetensors is for predict.py, .stablehlo for jax.export
                 without this package, .onnx for ONNX runtimes (needs jax2onnx).
             checkpoint: The newest, or the best on the split "validation".
+            card: Write a model card (.md) beside it, from the run's records.
         """
         from flax_resnetv2.export import export
 
-        export(net, to, checkpoint=checkpoint)
+        export(net, to, checkpoint=checkpoint, card=card)
         print(f"written to {to}: {Path(to).stat().st_size:,} bytes")
 
     prog = "python -m flax_resnetv2 export"
@@ -347,6 +349,35 @@ def compare(arguments: list[str]) -> int:
     return guarded(lambda: tyro.cli(main, prog=prog, args=arguments))
 
 
+def serve(arguments: list[str]) -> int:
+    """Open a page on this machine: drop an image, see the answer and the maps."""
+    import tyro
+
+    def main(
+        net: tyro.conf.Positional[str], port: int = 8000, host: str = "127.0.0.1"
+    ) -> None:
+        """Open a page on this machine: drop an image, see the answer and the maps.
+
+        Args:
+            net: A run directory of train.py, an exported .safetensors file, or a net
+                that comes with the package.
+            port: Where the page is; 0: any free one.
+            host: Which address listens; 127.0.0.1 is for this machine alone.
+        """
+        from flax_resnetv2.serve import make_server
+
+        with make_server(net, host=host, port=port) as server:
+            address = f"http://{host}:{server.server_address[1]}/"
+            print(f"open {address} in a browser; Ctrl-C ends it", flush=True)
+            try:
+                server.serve_forever()
+            except KeyboardInterrupt:
+                print()
+
+    prog = "python -m flax_resnetv2 serve"
+    return guarded(lambda: tyro.cli(main, prog=prog, args=arguments))
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "show": show,
     "doctor": doctor,
@@ -356,6 +387,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": compare,
     "reconstruct": reconstruct,
     "export": export,
+    "serve": serve,
 }
 """What ``python -m flax_resnetv2`` can be told to do."""
 

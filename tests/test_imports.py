@@ -71,9 +71,11 @@ OURS = {
     "errors",
     "reconstruction": "augment data fields restored rundir streaming errors",
     "modelfile": "assembly config data restored errors",
+    "modelcard": "counting restored scores",
     "inference": "augment images model modelfile restored training errors",
     "prediction": "fields folder inference restored rundir errors",
-    "export": "inference modelfile restored rundir errors",
+    "serve": "analysis augment embedded fields inference errors",
+    "export": "inference modelcard modelfile restored rundir errors",
     "drawing": "architecture counting planning",
     "installed": "",
     "doctor": "assembly catalog config data decoded folder installed loop preflight "
@@ -83,7 +85,7 @@ OURS = {
     "cli": "config loop parallel prediction process recipes rundir runpage tracing "
     "errors",
     "tools": "cli compare_runs config counting doctor drawing export find_rate "
-    "installed presets process reconstruction rundir runpage sweep errors",
+    "installed presets process reconstruction rundir runpage serve sweep errors",
     "__main__": "doctor installed tools",
 }
 """What each module may import of ours, anywhere in it."""
@@ -128,6 +130,7 @@ THEIRS = {
     "restored": "jax",
     "modelfile": "jax flax numpy safetensors",
     "prediction": "numpy",
+    "serve": "jax numpy PIL",
     "export": "jax jax2onnx",
     "reconstruction": "jax numpy matplotlib",
     "inference": "jax numpy",

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from flax_resnetv2 import Predictor, UsageError, cli, loop, modelfile, tools
+from flax_resnetv2 import Predictor, UsageError, cli, loop, modelcard, modelfile, tools
 from flax_resnetv2.augment import AugmentConfig
 from flax_resnetv2.export import to_stablehlo
 from flax_resnetv2.restored import restore
@@ -223,6 +223,25 @@ def test_a_truncated_file_is_refused(exported, tmp_path, length):
     path.write_bytes(exported.read_bytes()[:length])
     with pytest.raises(UsageError, match=r"cannot be read .* give a whole"):
         modelfile.load(path)
+
+
+# The nets that come with the package
+
+
+@pytest.mark.parametrize("name", modelfile.shipped())
+def test_a_net_of_the_package_answers_and_its_card_is_its_own(name, tmp_path, capsys):
+    path = modelfile.find(name)
+    assert path.stat().st_size < 2**20
+    card = path.with_suffix(".md").read_text()
+    assert card == modelcard.card(modelfile.load(path), name)
+    Image.new("RGB", (40, 30), (90, 140, 250)).save(tmp_path / "sky.png")
+    code, (line,), _ = said(capsys, [name, tmp_path / "sky.png", "--json"])
+    assert code == 0
+    assert json.loads(line)["classes"][0]["class"] in Predictor.find(name).class_names
+
+
+def test_there_is_a_net_in_the_package():
+    assert "cifar10-resnet20" in modelfile.shipped()
 
 
 # Programs
