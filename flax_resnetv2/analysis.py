@@ -17,7 +17,8 @@ def activations(
     """Follow images through the net: what stem, units and stacks give out.
 
     Args:
-        model, variables: a net, evaluated with its running statistics.
+        model: a net, evaluated with its running statistics.
+        variables: its parameters and statistics.
         images: [N, H, W, channels], normalised.
 
     Returns:
@@ -52,7 +53,10 @@ def residual_ratios(
 ) -> dict[str, list[float]]:
     """How much each residual unit adds to what its shortcut carries.
 
-    Args: as ``activations``.
+    Args:
+        model: a net, evaluated with its running statistics.
+        variables: its parameters and statistics.
+        images: [N, H, W, channels], normalised.
 
     Returns:
         "stack1" -> one number a unit: the norm of its residual over the norm of its

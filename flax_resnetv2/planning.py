@@ -220,9 +220,18 @@ def plan_stack(
 ) -> StackPlan:
     """Plan a residual stack by hand.
 
-    Args: those of ``plan_unit``, and
+    Args:
+        in_width: maps in.
+        width: maps out.
         units: how many residual units; the one that semantics names has the stride.
+        stride: of the stack.
+        reduction: as of ``plan_unit``.
+        central_reduction: as of ``plan_unit``.
+        kernel: as of ``plan_unit``.
+        unit: as of ``plan_unit``.
         bridge: add a shortcut around the whole stack.
+        behind_norm: as of ``plan_unit``.
+        semantics: as of ``plan_unit``.
 
     Raises:
         UsageError: as ``plan_unit``.
@@ -265,7 +274,8 @@ def plan_unit(
     """Plan a residual unit by hand.
 
     Args:
-        in_width, width: maps in and out.
+        in_width: maps in.
+        width: maps out.
         stride: of the layer that ``semantics`` names, and of the shortcut.
         reduction: layer 1 has ``width / reduction`` maps, or ``in_width``
             ("previous").

@@ -66,7 +66,8 @@ def create_train_state(
     """Initial parameters, statistics and optimiser state; pure, fastest outside jit.
 
     Args:
-        model, config: the net and how it is trained.
+        model: the net.
+        config: how it is trained.
         key: of what is drawn.
         image_shape: (height, width, channels) of what the net sees.
         steps_per_epoch: the schedule's epoch.
@@ -117,7 +118,8 @@ def make_train_step(
 
     Args:
         model: gives logits [B, classes], or what the objective asks for.
-        train, augmentation: what to do; ``augmentation.mean`` and ``std`` are set.
+        train: how the net learns.
+        augmentation: what is done to images; its ``mean`` and ``std`` are set.
         seed: of the images' random keys, with the step number.
         steps_per_epoch: the schedule's epoch.
         axis_name: the mapped axis that shares the batch; None: there is none.

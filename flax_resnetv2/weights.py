@@ -50,7 +50,9 @@ def from_file(
 
     Args:
         path: as ``from_keras``, ``from_timm`` or ``from_bit`` reads it.
-        model, classifier, key, and the rest: as ``from_keras``.
+        model: of a fitting preset, or with another head.
+        classifier: as of ``from_keras``.
+        key: as of ``from_keras``.
     """
     check_file(path)
     read = next(f for f, kinds in _KINDS.items() if Path(path).suffix in kinds)
@@ -104,7 +106,8 @@ def from_timm(
     Args:
         path: ``.safetensors``.
         model: of a preset timm-* or bit-*, or with another head.
-        classifier, key, and the rest: as ``from_keras``.
+        classifier: as of ``from_keras``.
+        key: as of ``from_keras``.
     """
     found = _read_timm(Path(path))
     return _import(found, path, model, dialects.timm, classifier, key)
@@ -122,7 +125,8 @@ def from_bit(
     Args:
         path: ``.npz``, as BiT-M-R50x1.npz.
         model: of a preset bit-*, or with another head.
-        classifier, key, and the rest: as ``from_keras``.
+        classifier: as of ``from_keras``.
+        key: as of ``from_keras``.
     """
     found = _read_npz(Path(path))
     return _import(found, path, model, dialects.bit, classifier, key)
