@@ -33,7 +33,8 @@ class TrainCommand(Config):
     profile: str | None = None
     """FIRST:END, as 20:30: write a trace of these steps to WORKDIR/profile."""
     report: bool = True
-    """Write WORKDIR/report.html at the end: curves, mistakes, the net."""
+    """Write WORKDIR/report.html at the end: curves, mistakes, the net. (Of several
+    processes none does; python -m flax_resnetv2 report WORKDIR makes up for it.)"""
     tensorboard: bool = False
     """Write WORKDIR/tensorboard too, for TensorBoard."""
     deterministic: bool = False
@@ -87,7 +88,8 @@ def train(arguments: Sequence[str] | None = None) -> int:
                 tensorboard=command.tensorboard,
             )
         if process.is_first():
-            if command.report:
+            # Reading a checkpoint would take all of several processes.
+            if command.report and not many:
                 _write_page(workdir)
             what = "accuracy" if "accuracy" in result else "loss"
             print(

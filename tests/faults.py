@@ -58,7 +58,14 @@ class Faults:
 
 def start(workdir: Path, epochs: int, processes: int) -> list[subprocess.Popen]:
     """Start the run, or let it go on."""
-    command = [sys.executable, "train.py", *RUN, "--train.epochs", str(epochs)]
+    command = [
+        sys.executable,
+        "train.py",
+        *RUN,
+        "--train.epochs",
+        str(epochs),
+        "--no-report",
+    ]
     command += ["--workdir", str(workdir)]
     with socket.socket() as free:
         free.bind(("localhost", 0))
