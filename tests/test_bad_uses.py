@@ -1220,7 +1220,7 @@ CASES = {
         package(
             "nothing",
             "",
-            "{show, doctor, find-rate, sweep, reconstruct, export}",
+            "{show, doctor, find-rate, sweep, ",
             box=True,
         ),
         package("command", "paint", "paint", "show, doctor", box=True),
