@@ -23,7 +23,7 @@ SMOKE = {
         "PRESET": "he2016-resnet20",
     },
     "04_latents_and_transfer": {"STEPS": 30, "ENCODER_STEPS": 15, "FEW": 10},
-    "05_many_devices": {"STEPS": 2},
+    "05_many_devices": {"STEPS": 2, "DEVICES": 4},
 }
 """In place of what stands in the first cell."""
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))

@@ -444,7 +444,7 @@ def test_the_best_can_be_asked_for(copied):
     (copied / "metrics.jsonl").unlink()
     predictor = Predictor.from_run(copied, "best")
     saved = stored(copied, best)
-    kernel = predictor._variables["params"]["head"]["classifier"]["kernel"]
+    kernel = predictor.variables["params"]["head"]["classifier"]["kernel"]
     assert np.asarray(kernel).tobytes() in saved.values()
 
 
