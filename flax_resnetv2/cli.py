@@ -5,11 +5,12 @@ done, 2 bad use, 1 failed run, 75 stopped by a signal with all of it saved, 130 
 Ctrl-C before there was anything to save; with one message and no traceback.
 """
 
+import io
 import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -114,7 +115,9 @@ def _write_page(workdir: str | Path) -> None:
     from flax_resnetv2.runpage import write_page
 
     try:
-        write_page(workdir)
+        # What there is to say of the data was said when the run began.
+        with redirect_stdout(io.StringIO()):
+            write_page(workdir)
     except Exception as error:  # whatever it is, the run is done
         reason = (str(error).splitlines() or [""])[0] or repr(error)
         print(
