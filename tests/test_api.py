@@ -37,7 +37,10 @@ def described(name):
         methods = {
             name: _arguments(member)
             for name, member in vars(value).items()
-            if not name.startswith("_") and inspect.isroutine(_plain(member))
+            if not name.startswith("_")
+            and inspect.isroutine(_plain(member))
+            # Not what flax adds to its dataclasses, version by version.
+            and _plain(member).__module__.startswith("flax_resnetv2")
         }
         about |= {"methods": methods} if methods else {}
     return about
