@@ -66,8 +66,9 @@ def _default(value):
 
 
 def _text(value):
-    """Without what differs between Python's versions."""
-    return re.sub(r"typing\.|<class '([\w.]+)'>", r"\1", repr(value))
+    """Without what differs between versions of Python and JAX."""
+    text = re.sub(r"typing\.|<class '([\w.]+)'>", r"\1", repr(value))
+    return re.sub(r"[\w.]+\.Array\b", "jax.Array", text)
 
 
 def snapshot():
