@@ -22,9 +22,9 @@ import tyro
 from benchmarks.cpu import read_rows
 from benchmarks.measure import RESULTS, append, interleaved, provenance, summary
 from flax_resnetv2 import process
+from flax_resnetv2.agreement import resolve
 from flax_resnetv2.config import Config
 from flax_resnetv2.data import DataConfig, Dataset, open_dataset
-from flax_resnetv2.loop import resolve
 from flax_resnetv2.parallel import Run
 from flax_resnetv2.recipes import RECIPES
 

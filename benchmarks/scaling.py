@@ -49,11 +49,11 @@ from benchmarks import peers
 from benchmarks.cpu import read_rows
 from benchmarks.gpu import LIKE_RESNET50, MARK, ROOT, Job, run_job
 from benchmarks.measure import RESULTS, append, interleaved, provenance, summary
+from flax_resnetv2.agreement import resolve
 from flax_resnetv2.architecture import Architecture
 from flax_resnetv2.config import Config
 from flax_resnetv2.counting import layer_table
 from flax_resnetv2.data import Dataset, Split, epoch_order
-from flax_resnetv2.loop import resolve
 from flax_resnetv2.parallel import AXIS, Run
 from flax_resnetv2.presets import PRESETS
 from flax_resnetv2.recipes import RECIPES

@@ -150,7 +150,7 @@ def _parts(recipe: str, environment: dict[str, str]) -> Any:
 
 def parts(recipe: str) -> dict[str, float]:
     """Do what ``loop.fit`` does up to its first step; seconds of each part."""
-    from flax_resnetv2 import process
+    from flax_resnetv2 import agreement, process
 
     process.tune()
     process.cache_compilations()
@@ -174,7 +174,7 @@ def parts(recipe: str) -> dict[str, float]:
 
     jax.devices()
     lap("imports")
-    config, dataset = loop.agree(config, Path("nowhere"), jax.local_device_count())
+    config, dataset = agreement.agree(config, Path("nowhere"), jax.local_device_count())
     run = parallel.Run(config, dataset, jax.local_devices())
     lap("data")
     state = jax.block_until_ready(run.initial_state())

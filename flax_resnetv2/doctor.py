@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_resnetv2 import loop, preparation, process, rundir, tracing
+from flax_resnetv2 import agreement, preparation, process, rundir, tracing
 from flax_resnetv2.assembly import count_needs, create_net
 from flax_resnetv2.catalog import DATASETS
 from flax_resnetv2.config import Config, check_config, check_shape
@@ -233,17 +233,17 @@ def run(
         check_config(config)
         dataset = _stand_in(config.data)
         facts = describe(config.data)
-        config = loop.fill_in(config, facts)
+        config = agreement.fill_in(config, facts)
         check_shape(config, facts.image_shape)
         model = create_net(config, dataset.image_shape)
-        loop.check_devices(config, len(devices))
+        agreement.check_devices(config, len(devices))
         rundir.check_same(place, config)
         config = rundir.as_begun(place, config)
-        config = loop.in_memory_or_not(config, facts, memory_limit(devices[0]))
+        config = agreement.in_memory_or_not(config, facts, memory_limit(devices[0]))
         if config.data.stream:
             dataset = _on_disk(dataset)
-        loop.check_weights(config, place)
-        loop.check_fits(config, dataset)
+        agreement.check_weights(config, place)
+        agreement.check_fits(config, dataset)
         steps = dataset.splits["train"].images // train.batch_size
         # How far a run in workdir has come, only opening its checkpoints would say.
         tracing.check_steps(tracing.parse_steps(profile), 0, steps * train.epochs)

@@ -16,10 +16,10 @@ from typing import Annotated
 import jax
 
 from flax_resnetv2 import rundir
+from flax_resnetv2.agreement import agree
 from flax_resnetv2.config import Config
 from flax_resnetv2.errors import RunError, UsageError
 from flax_resnetv2.fields import Range, check_arguments
-from flax_resnetv2.loop import agree
 from flax_resnetv2.parallel import Run, add_up
 
 DIVERGED = 4.0

@@ -5,29 +5,25 @@ import errno
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import jax
 
-from flax_resnetv2 import process, rundir, weights
-from flax_resnetv2.assembly import count_needs, create_net
-from flax_resnetv2.catalog import Facts
+from flax_resnetv2 import process, rundir
+from flax_resnetv2.agreement import agree
+from flax_resnetv2.assembly import count_needs
 from flax_resnetv2.checkpoint import Checkpointer, best_step
-from flax_resnetv2.config import Config, check_config, check_shape
-from flax_resnetv2.data import Dataset, describe, open_dataset
+from flax_resnetv2.config import Config
 from flax_resnetv2.errors import RunError, Stopped, UsageError
 from flax_resnetv2.fields import check_choice
 from flax_resnetv2.parallel import Executor, Run, add_up, one_of_all, the_first_says
-from flax_resnetv2.preflight import check_images, memory_limit, peak_flops
+from flax_resnetv2.preflight import memory_limit, peak_flops
 from flax_resnetv2.process import Stop
 from flax_resnetv2.report import Reporter
 from flax_resnetv2.tracing import Tracer, check_steps
 from flax_resnetv2.training import Metrics, TrainState
-
-IN_MEMORY = 4
-"""Images take at most one part in so many of a device's memory, or stay on disk."""
 
 
 def fit(
@@ -392,121 +388,3 @@ def _diverged(what: str, checkpoints: Checkpointer) -> RunError:
         + " was saved before it; the same command would come to the same, so begin "
         "another run with a lower --train.learning-rate or more --train.warmup-epochs"
     )
-
-
-def agree(
-    config: Config, workdir: Path, devices: int, limit: int | None = None
-) -> tuple[Config, Dataset]:
-    """Everything that can be refused, cheapest first; the configuration filled in.
-
-    Args:
-        config, workdir: of the run.
-        devices: how many share a batch.
-        limit: bytes of memory of one of them; None: unknown.
-    """
-    check_config(config)
-    # Planned before anything is read, so that a mistake costs no waiting.
-    facts = describe(config.data)
-    config = fill_in(config, facts)
-    check_shape(config, facts.image_shape)
-    create_net(config, facts.image_shape)
-    check_devices(config, devices)
-    if not process.writable(workdir):
-        raise UsageError(
-            f"workdir={workdir} cannot be written, or made; choose another --workdir"
-        )
-    rundir.check_same(workdir, config)
-    config = in_memory_or_not(rundir.as_begun(workdir, config), facts, limit)
-    check_weights(config, workdir)
-    dataset = open_dataset(config.data)
-    rundir.check_data(workdir, dataset)
-    return resolve(config, dataset), dataset
-
-
-def in_memory_or_not(config: Config, facts: Facts, limit: int | None) -> Config:
-    """Decide where images are to be, if that is left open.
-
-    Args:
-        config: of the run.
-        facts: of its data set.
-        limit: bytes of memory of a device; None: unknown.
-
-    Raises:
-        UsageError: they are to be in memory, and do not fit.
-    """
-    stream = config.data.stream
-    if stream is None:
-        stream = limit is not None and facts.size * IN_MEMORY > limit
-    if not stream:
-        count = sum(facts.images.values())
-        check_images(config.data.name, count, facts.size, jax.local_devices()[0])
-    return replace(config, data=replace(config.data, stream=stream))
-
-
-def check_weights(config: Config, workdir: Path) -> None:
-    """Refuse weights that a new run could not open."""
-    if config.weights is None or (workdir / "config.json").exists():
-        return
-    try:
-        weights.check_file(config.weights)
-    except UsageError as error:
-        raise UsageError(f"weights={error}; name it by --weights FILE") from error
-
-
-def fill_in(config: Config, data: Facts | Dataset) -> Config:
-    """Fill in the number of classes where it was left to the data set."""
-    if config.architecture.num_classes is not None:
-        return config
-    classes = len(data.class_names)
-    architecture = replace(config.architecture, num_classes=classes)
-    return replace(config, architecture=architecture)
-
-
-def resolve(config: Config, dataset: Dataset) -> Config:
-    """Fill in what only the data set knows, and check that the two fit."""
-    config = fill_in(config, dataset)
-    check_fits(config, dataset)
-    if config.augment.mean is None:
-        if config.weights is not None:
-            known = weights.NORMALISATION
-            mean, std = known.mean, known.std
-        else:
-            mean, std = dataset.channel_statistics()
-        config = replace(config, augment=replace(config.augment, mean=mean, std=std))
-    return config
-
-
-def check_fits(config: Config, dataset: Dataset) -> None:
-    """Refuse a configuration for other data."""
-    classes, asked = len(dataset.class_names), config.architecture.num_classes
-    if config.architecture.head == "classifier" and classes != asked:
-        raise UsageError(
-            f"architecture.num_classes={asked}, but {dataset.name} has {classes} "
-            f"classes; set --architecture.num_classes {classes}"
-        )
-    cut = config.augment.crop_scale, config.augment.test_crop
-    if dataset.in_memory() and cut != (None, 1.0):
-        raise UsageError(
-            f"augment.crop_scale={cut[0]} and augment.test_crop={cut[1]} are for "
-            "images that stay on disk; add --data.stream True, or leave them out"
-        )
-    images, batch = dataset.splits["train"].images, config.train.batch_size
-    if batch > images:
-        raise UsageError(
-            f"train.batch_size={batch} is more than the {images} training images of "
-            f"{dataset.name}; choose one from 1 to {images}"
-        )
-
-
-def check_devices(config: Config, count: int) -> None:
-    """Refuse a batch that ``count`` devices cannot share equally, part by part."""
-    batch, parts = config.train.batch_size, config.train.accumulate
-    unit = count * parts
-    if batch % unit:
-        below, above = batch // unit * unit, (batch // unit + 1) * unit
-        choices = f"{below} or {above}" if below else str(above)
-        each = "" if parts == 1 else f" in train.accumulate={parts} parts each"
-        raise UsageError(
-            f"train.batch_size={batch} cannot be shared equally by {count} devices"
-            f"{each}; choose a multiple of {unit}, as {choices}"
-        )

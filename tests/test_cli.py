@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flax_resnetv2 import RECIPES, Config, RunError, cli, loop, tools
+from flax_resnetv2 import RECIPES, Config, RunError, agreement, cli, loop, tools
 from flax_resnetv2.rundir import new_workdir
 
 
@@ -199,7 +199,7 @@ def test_a_directory_that_cannot_be_made_is_bad_use(tmp_path, monkeypatch, capsy
 
     (tmp_path / "file").touch()
     data = tiny.dataset(train=64)
-    monkeypatch.setattr(loop, "open_dataset", lambda *_: data)
+    monkeypatch.setattr(agreement, "open_dataset", lambda *_: data)
     flags = ["--architecture.num-classes", "4", "--workdir", str(tmp_path / "file")]
     assert run(["quickstart", *flags]) == 2
     assert str(tmp_path / "file") in capsys.readouterr().err

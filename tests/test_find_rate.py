@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from flax_resnetv2 import RunError, UsageError, loop
+from flax_resnetv2 import RunError, UsageError, agreement
 from flax_resnetv2.find_rate import find_rate
 from tests import tiny
 
@@ -14,7 +14,7 @@ CONFIG = tiny.replace(tiny.config(schedule="one_cycle"), architecture=tiny.SMALL
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
-    monkeypatch.setattr(loop, "open_dataset", lambda _: tiny.dataset())
+    monkeypatch.setattr(agreement, "open_dataset", lambda _: tiny.dataset())
 
 
 def run(directory, **more):

@@ -61,9 +61,10 @@ OURS = {
     "streaming": "data folder images records",
     "parallel": "assembly augment config data optimizers records streaming training "
     "weights",
-    "loop": "assembly catalog checkpoint config data fields parallel preflight process "
-    "report rundir tracing training weights errors",
-    "find_rate": "config fields loop parallel rundir errors",
+    "agreement": "assembly catalog config data preflight process rundir weights errors",
+    "loop": "agreement assembly checkpoint config fields parallel preflight process "
+    "report rundir tracing training errors",
+    "find_rate": "agreement config fields parallel rundir errors",
     "analysis": "model",
     "dialects": "model errors",
     "weights": "augment dialects fields model errors",
@@ -78,8 +79,8 @@ OURS = {
     "export": "inference modelcard modelfile restored rundir errors",
     "drawing": "architecture counting planning",
     "installed": "",
-    "doctor": "assembly catalog config data decoded folder installed loop preflight "
-    "preparation process records rundir tracing training errors",
+    "doctor": "agreement assembly catalog config data decoded folder installed "
+    "preflight preparation process records rundir tracing training errors",
     "comparison": "",
     "sweep": "comparison config counting data fields planning process rundir errors",
     "cli": "config loop parallel prediction process recipes rundir runpage tracing "
@@ -122,6 +123,7 @@ THEIRS = {
     "rundir": "jax",
     "tracing": "jax",
     "parallel": "jax numpy",
+    "agreement": "jax",
     "loop": "jax",
     "find_rate": "jax matplotlib",
     "analysis": "jax flax",

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flax_resnetv2 import Checkpointer, Predictor, UsageError, cli, create_model, loop
+from flax_resnetv2 import (
+    Checkpointer,
+    Predictor,
+    UsageError,
+    agreement,
+    cli,
+    create_model,
+    loop,
+)
 from flax_resnetv2.augment import AugmentConfig
 from flax_resnetv2.images import square
 from flax_resnetv2.rundir import load_config
@@ -18,7 +26,7 @@ def run(tmp_path_factory):
     """The directory of a run with moving averages, trained for one epoch."""
     directory = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "open_dataset", lambda *_: tiny.dataset())
+        patch.setattr(agreement, "open_dataset", lambda *_: tiny.dataset())
         config = tiny.replace(
             tiny.config(epochs=1, ema=0.5), architecture=tiny.SMALL, log_every=100
         )

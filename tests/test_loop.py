@@ -18,6 +18,7 @@ from flax_resnetv2 import (
     Checkpointer,
     Execution,
     UsageError,
+    agreement,
     create_model,
     loop,
     optimizers,
@@ -83,7 +84,7 @@ def run_fit(directory, config, devices=2, dataset=None, create=None, profile=Non
         return evaluate(self, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "open_dataset", lambda *_: dataset)
+        patch.setattr(agreement, "open_dataset", lambda *_: dataset)
         patch.setattr(loop._Training, "_evaluate", keep)
         if create:
             patch.setattr(parallel, "create_train_state", create)
@@ -350,7 +351,7 @@ def test_what_is_refused_leaves_a_directory_to_be_used(fit, monkeypatch, tmp_pat
 
 
 def test_a_mistake_is_found_before_data_are_read(monkeypatch, tmp_path):
-    monkeypatch.setattr(loop, "open_dataset", lambda *_: pytest.fail("was read"))
+    monkeypatch.setattr(agreement, "open_dataset", lambda *_: pytest.fail("was read"))
     wrong = replace(configuration(), architecture=replace(tiny.SMALL, kernel=2))
     with pytest.raises(UsageError, match="kernel"):
         loop.fit(wrong, tmp_path)

@@ -13,7 +13,16 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from flax_resnetv2 import Predictor, UsageError, cli, loop, modelcard, modelfile, tools
+from flax_resnetv2 import (
+    Predictor,
+    UsageError,
+    agreement,
+    cli,
+    loop,
+    modelcard,
+    modelfile,
+    tools,
+)
 from flax_resnetv2.augment import AugmentConfig
 from flax_resnetv2.export import to_stablehlo
 from flax_resnetv2.restored import restore
@@ -22,7 +31,7 @@ from tests import tiny
 
 def train(directory, **changes):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "open_dataset", lambda *_: tiny.dataset())
+        patch.setattr(agreement, "open_dataset", lambda *_: tiny.dataset())
         config = tiny.replace(tiny.config(epochs=1), log_every=100, **changes)
         loop.fit(config, directory, devices=jax.devices()[:1])
     return directory

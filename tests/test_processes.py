@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_enable_x64", True)
-from flax_resnetv2 import Execution, UsageError, cli, loop, process
+from flax_resnetv2 import agreement, Execution, UsageError, cli, loop, process
 from flax_resnetv2.process import join
 coordinator, count, number, devices, workdir, executor, records, *more = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", int(devices))
@@ -38,7 +38,7 @@ import pytest
 data = streamed_from(Path(records)) if records else VALIDATED
 config = replace(CONFIG, execution=Execution(dtype="float64"), checkpoint_steps=5)
 with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, "open_dataset", lambda *_: data)
+    patch.setattr(agreement, "open_dataset", lambda *_: data)
     if more and number == more[1]:
         stop_after(patch, int(more[0]))
     code = cli.guarded(lambda: loop.fit(config, workdir, executor=executor))

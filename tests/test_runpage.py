@@ -17,6 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from flax_resnetv2 import (
     Predictor,
+    agreement,
     cli,
     compare_runs,
     loop,
@@ -33,7 +34,7 @@ def train(directory, dataset=None, **changes):
     """Two epochs, then the page on them."""
     dataset = dataset or tiny.dataset()
     with pytest.MonkeyPatch.context() as patch:
-        for module in (loop, runpage, reconstruction):
+        for module in (agreement, runpage, reconstruction):
             patch.setattr(module, "open_dataset", lambda *_: dataset)
         config = tiny.replace(
             tiny.config(), **{"architecture": tiny.SMALL, "log_every": 4} | changes

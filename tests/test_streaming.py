@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from flax_resnetv2 import UsageError, loop, rundir
+from flax_resnetv2 import UsageError, agreement, rundir
 from flax_resnetv2.augment import AugmentConfig
 from flax_resnetv2.data import Dataset, Split
 from flax_resnetv2.errors import Stopped
@@ -270,7 +270,7 @@ def test_by_size_or_as_asked(tmp_path, monkeypatch):
 
     def agree(limit, stream=None):
         asked = replace(config, data=replace(config.data, stream=stream))
-        found, dataset = loop.agree(asked, tmp_path / "run", 2, limit)
+        found, dataset = agreement.agree(asked, tmp_path / "run", 2, limit)
         assert found.data.stream == (not dataset.in_memory())
         return found.data.stream
 

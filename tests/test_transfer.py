@@ -13,6 +13,7 @@ from flax_resnetv2 import (
     TIMM,
     Predictor,
     UsageError,
+    agreement,
     cli,
     create_model,
     from_file,
@@ -52,7 +53,7 @@ def fit(monkeypatch, config, workdir):
         save(self, step, state, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "open_dataset", lambda *_: tiny.dataset())
+        patch.setattr(agreement, "open_dataset", lambda *_: tiny.dataset())
         patch.setattr(loop.Checkpointer, "save", keep)
         loop.fit(config, workdir, devices=jax.devices()[:1])
     return states[-1] if states else None
