@@ -178,9 +178,11 @@ def convolution(
     Returns:
         [N, ceil(H / stride), ceil(W / stride), F].
 
-    A 1x1 convolution is a matrix product over maps, and is written as one: XLA's CPU
-    convolution runs a 1x1 at a tenth of the speed of its matrix product, which nearly
-    doubles the training step of a bottleneck net. A stride then only selects pixels.
+    On the CPU a 1x1 convolution is written as the matrix product over maps that it is:
+    XLA's CPU convolution runs a 1x1 at a tenth of the speed of its matrix product, which
+    nearly doubles the training step of a bottleneck net. A stride then only selects
+    pixels. On a GPU the product, where XLA lays float32 maps out as NCHW, can end the
+    process while it compiles (openxla/xla#47381, jaxlib 0.11.2).
     """
     return _convolve(_value(x), kernel, stride, padding)
 
@@ -242,10 +244,14 @@ def _through_activation(source, value, dvalue):
 
 def _convolve(x, kernel, stride, padding):
     size, _, maps, features = kernel.shape
-    if size == 1:
+    plain = partial(plain_convolution, stride=stride, padding=padding)
+
+    def product(x, kernel):
         x = x[:, ::stride, ::stride]
         return (x.reshape(-1, maps) @ kernel[0, 0]).reshape(*x.shape[:3], features)
-    plain = partial(plain_convolution, stride=stride, padding=padding)
+
+    if size == 1:
+        return lax.platform_dependent(x, kernel, cpu=product, default=plain)
     if stride > 1 or max(maps, features) > WIDEST_SHIFTED:
         return plain(x, kernel)
     return lax.platform_dependent(
@@ -255,7 +261,13 @@ def _convolve(x, kernel, stride, padding):
 
 def _input_gradient(x, kernel, g, stride, padding):
     size, _, maps, features = kernel.shape
-    if size == 1:
+
+    def plain(g, kernel):
+        return jax.linear_transpose(
+            lambda x: plain_convolution(x, kernel, stride, padding), x
+        )(g)[0]
+
+    def product(g, kernel):
         # A transposed copy: the product with a kernel read across takes twice as long.
         across = lax.optimization_barrier(kernel[0, 0].T)
         dx = (g.reshape(-1, features) @ across).reshape(*g.shape[:3], maps)
@@ -264,11 +276,8 @@ def _input_gradient(x, kernel, g, stride, padding):
         ends = [(0, (side - 1) % stride, stride - 1) for side in x.shape[1:3]]
         return lax.pad(dx, jnp.zeros([], dx.dtype), [(0, 0, 0), *ends, (0, 0, 0)])
 
-    def plain(g, kernel):
-        return jax.linear_transpose(
-            lambda x: plain_convolution(x, kernel, stride, padding), x
-        )(g)[0]
-
+    if size == 1:
+        return lax.platform_dependent(g, kernel, cpu=product, default=plain)
     if stride > 1 or max(maps, features) > WIDEST_SHIFTED:
         return plain(g, kernel)
     return lax.platform_dependent(
@@ -281,15 +290,15 @@ def _input_gradient(x, kernel, g, stride, padding):
 
 def _kernel_gradient(x, kernel, g, stride, padding):
     size, _, maps, features = kernel.shape
-    if size == 1:
-        x = x[:, ::stride, ::stride]
-        product = _sum_over_rows(x.reshape(-1, maps), g.reshape(-1, features))
-        return product[None, None]
 
     def plain(x, g):
         return jax.linear_transpose(
             lambda k: plain_convolution(x, k, stride, padding), kernel
         )(g)[0]
+
+    def product(x, g):
+        x = x[:, ::stride, ::stride]
+        return _sum_over_rows(x.reshape(-1, maps), g.reshape(-1, features))[None, None]
 
     def shifted(x, g):
         """Rows of x and columns of g are shifted: one product holds all taps.
@@ -303,6 +312,8 @@ def _kernel_gradient(x, kernel, g, stride, padding):
         )
         return product.reshape(size, maps, size, features).transpose(0, 2, 1, 3)
 
+    if size == 1:
+        return lax.platform_dependent(x, g, cpu=product, default=plain)
     if stride > 1:
         return plain(x, g)
     return lax.platform_dependent(x, g, cpu=shifted, default=plain)
@@ -352,13 +363,8 @@ def _sum_over_rows(x, g):
     and faster still where that side is turned a block at a time (-10 % of a step).
     """
     if g.shape[1] < x.shape[1]:
-        return lax.platform_dependent(
-            x,
-            g,
-            cpu=lambda x, g: lax.optimization_barrier(_in_blocks(g, x)).T,
-            default=lambda x, g: x.T @ g,
-        )
-    return lax.platform_dependent(x, g, cpu=_in_blocks, default=lambda x, g: x.T @ g)
+        return lax.optimization_barrier(_in_blocks(g, x)).T
+    return _in_blocks(x, g)
 
 
 def _in_blocks(x, g):
