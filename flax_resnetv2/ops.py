@@ -179,10 +179,10 @@ def convolution(
         [N, ceil(H / stride), ceil(W / stride), F].
 
     On the CPU a 1x1 convolution is written as the matrix product over maps that it is:
-    XLA's CPU convolution runs a 1x1 at a tenth of the speed of its matrix product, which
-    nearly doubles the training step of a bottleneck net. A stride then only selects
-    pixels. On a GPU the product, where XLA lays float32 maps out as NCHW, can end the
-    process while it compiles (openxla/xla#47381, jaxlib 0.11.2).
+    XLA's CPU convolution runs it at a tenth of the speed of its matrix product, and a
+    bottleneck net's training step would take nearly twice as long. A stride then only
+    selects pixels. On a GPU the product of float32 maps ended the process while XLA
+    compiled it (openxla/xla#47381; jaxlib 0.11.2).
     """
     return _convolve(_value(x), kernel, stride, padding)
 
