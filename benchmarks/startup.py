@@ -174,7 +174,9 @@ def parts(recipe: str) -> dict[str, float]:
 
     jax.devices()
     lap("imports")
-    config, dataset = agreement.agree(config, Path("nowhere"), jax.local_device_count())
+    config, dataset = agreement.agree(
+        config, Path("nowhere"), jax.local_device_count(), None
+    )
     run = parallel.Run(config, dataset, jax.local_devices())
     lap("data")
     state = jax.block_until_ready(run.initial_state())

@@ -12,7 +12,7 @@ import jax
 from flax_resnetv2 import process, rundir, weights
 from flax_resnetv2.assembly import create_net
 from flax_resnetv2.catalog import Facts
-from flax_resnetv2.config import Config, check_config, check_shape
+from flax_resnetv2.config import SMALLEST_STD, Config, check_config, check_shape
 from flax_resnetv2.data import Dataset, describe, open_dataset
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.preflight import check_images
@@ -22,7 +22,7 @@ IN_MEMORY = 4
 
 
 def agree(
-    config: Config, workdir: Path, devices: int, limit: int | None = None
+    config: Config, workdir: Path, devices: int, limit: int | None
 ) -> tuple[Config, Dataset]:
     """Everything that can be refused, cheapest first; the configuration filled in.
 
@@ -30,24 +30,34 @@ def agree(
         config, workdir: of the run.
         devices: how many share a batch.
         limit: bytes of memory of one of them; None: unknown.
+
+    Raises:
+        UsageError: it is refused.
     """
+    config, _ = agree_unread(config, workdir, devices, limit)
+    if not process.writable(workdir):
+        raise UsageError(
+            f"workdir={workdir} cannot be written, or made; choose another --workdir"
+        )
+    dataset = open_dataset(config.data)
+    rundir.check_data(workdir, dataset)
+    return resolve(config, dataset), dataset
+
+
+def agree_unread(
+    config: Config, workdir: Path, devices: int, limit: int | None
+) -> tuple[Config, Facts]:
+    """The part of ``agree`` before any image is read: a mistake costs no waiting."""
     check_config(config)
-    # Planned before anything is read, so that a mistake costs no waiting.
     facts = describe(config.data)
     config = fill_in(config, facts)
     check_shape(config, facts.image_shape)
     create_net(config, facts.image_shape)
     check_devices(config, devices)
-    if not process.writable(workdir):
-        raise UsageError(
-            f"workdir={workdir} cannot be written, or made; choose another --workdir"
-        )
     rundir.check_same(workdir, config)
     config = in_memory_or_not(rundir.as_begun(workdir, config), facts, limit)
-    check_weights(config, workdir)
-    dataset = open_dataset(config.data)
-    rundir.check_data(workdir, dataset)
-    return resolve(config, dataset), dataset
+    check_weights(config, facts.image_shape, workdir)
+    return config, facts
 
 
 def in_memory_or_not(config: Config, facts: Facts, limit: int | None) -> Config:
@@ -70,10 +80,18 @@ def in_memory_or_not(config: Config, facts: Facts, limit: int | None) -> Config:
     return replace(config, data=replace(config.data, stream=stream))
 
 
-def check_weights(config: Config, workdir: Path) -> None:
-    """Refuse weights that a new run could not open."""
+def check_weights(
+    config: Config, image_shape: tuple[int, int, int], workdir: Path
+) -> None:
+    """Refuse weights that a new run could not open or use."""
     if config.weights is None or (workdir / "config.json").exists():
         return
+    known, channels = len(weights.NORMALISATION.mean), image_shape[2]
+    if channels != known:
+        raise UsageError(
+            f"weights={config.weights} are for images of {known} channels, and those "
+            f"of {config.data.name} have {channels}; leave the weights out"
+        )
     try:
         weights.check_file(config.weights)
     except UsageError as error:
@@ -99,7 +117,10 @@ def resolve(config: Config, dataset: Dataset) -> Config:
             mean, std = known.mean, known.std
         else:
             mean, std = dataset.channel_statistics()
+            # A channel that never changes stays 0.
+            std = tuple(value if value > SMALLEST_STD else 1.0 for value in std)
         config = replace(config, augment=replace(config.augment, mean=mean, std=std))
+        check_shape(config, dataset.image_shape)
     return config
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from flax_resnetv2.autoencoder import Autoencoder, Autoencoding, create_autoencoder
 from flax_resnetv2.config import Config
+from flax_resnetv2.counting import LayerRow, layer_table
 from flax_resnetv2.mirror import decoder_table
 from flax_resnetv2.model import ResNetV2, create_model
 from flax_resnetv2.objective import Objective
@@ -47,7 +48,17 @@ def create_objective(config: Config, model: ResNetV2 | Autoencoder) -> Objective
 
 def count_needs(config: Config, image_shape: tuple[int, int, int]) -> Needs:
     """Count what training takes of a device; arguments as of ``create_net``."""
-    shape, a, more = config.augment.input_shape(image_shape), config.architecture, []
-    if a.head == "latent":
-        more = decoder_table(a, shape, config.autoencoder)
+    shape, a = config.augment.input_shape(image_shape), config.architecture
+    more = _decoder(config, image_shape)
     return needs(a, config.execution, shape, config.train.accumulate, more)
+
+
+def count_parameters(config: Config, image_shape: tuple[int, int, int]) -> int:
+    """Count all that learns, a decoder included; arguments as of ``create_net``."""
+    net = layer_table(config.architecture, config.augment.input_shape(image_shape))
+    return sum(row.parameters for row in [*net, *_decoder(config, image_shape)])
+
+
+def _decoder(config: Config, image_shape: tuple[int, int, int]) -> list[LayerRow]:
+    a, shape = config.architecture, config.augment.input_shape(image_shape)
+    return decoder_table(a, shape, config.autoencoder) if a.head == "latent" else []

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flax_resnetv2 import counting, rundir, scores
+from flax_resnetv2 import rundir, scores
+from flax_resnetv2.assembly import count_parameters
 from flax_resnetv2.config import Config, differences
 from flax_resnetv2.errors import UsageError
 
@@ -34,9 +35,7 @@ def read_run(workdir: str | Path) -> RunRecord:
     lines = rundir.read_metrics(workdir)
     if not lines:
         raise UsageError(f"{workdir} has no line of metrics yet; train there first")
-    shape = config.augment.input_shape(tuple(facts["image_shape"]))
-    rows = counting.layer_table(config.architecture, shape)
-    parameters = sum(row.parameters for row in rows)
+    parameters = count_parameters(config, tuple(facts["image_shape"]))
     several = facts.get("multi_label", False)
     return RunRecord(str(workdir), config, lines, parameters, several)
 
@@ -78,9 +77,9 @@ def _score(run: RunRecord, split: str) -> str:
     if "accuracy" not in line:
         return f"squared error {line['squared_error']:.4f}" if line else ""
     text = f"{line['accuracy']:.2%}"
-    if run.multi_label:
+    if (bounds := scores.interval(line, run.multi_label)) is None:
         return text
-    low, high = scores.wilson(line["accuracy"] * line["count"], line["count"])
+    low, high = bounds
     return f"{text} ({100 * low:.2f} to {100 * high:.2f})"
 
 

@@ -24,6 +24,8 @@ _OF_LABELS = (
 """Fields that an autoencoder has no use for."""
 _OF_LATENTS = ("architecture.latent_variance", "autoencoder")
 """Fields that a classifier has no use for."""
+SMALLEST_STD = 1e-6
+"""Of a channel that is divided by it."""
 SCHEMA = 1
 """Of ``config.json``: raised when a stored configuration no longer means the same."""
 
@@ -140,8 +142,10 @@ def check_shape(config: Config, shape: tuple[int, int, int]) -> None:
                 f"augment.{name}={shown(values)} must be {channels} numbers, one for "
                 f"each channel of {config.data.name}"
             )
-    check("augment.mean", mean, tuple[Annotated[float, Range(0, 1)], ...] | None)
-    check("augment.std", std, tuple[Annotated[float, Range(1e-6, 1)], ...] | None)
+    share = Annotated[float, Range(0, 1)]
+    positive = Annotated[float, Range(SMALLEST_STD, 1)]
+    check("augment.mean", mean, tuple[share, ...] | None)
+    check("augment.std", std, tuple[positive, ...] | None)
 
 
 def to_json(config: Config) -> str:

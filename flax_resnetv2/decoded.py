@@ -100,7 +100,7 @@ def _fingerprint(directory: Path) -> str:
 def _places(directory: Path, label: str | None, size: int | None) -> list[Path]:
     """Where the file may lie, the best place first."""
     way = "".join(f"-{said}" for said in (label, size) if said is not None)
-    whole = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
+    whole = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:16]
     root, version = directory.parent, directory.name
     elsewhere = user_cache() / "decoded" / f"{root.name}-{version}{way}-{whole}.npz"
     beside = root / f"decoded-{version}{way}.npz"

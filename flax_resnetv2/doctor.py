@@ -16,10 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_resnetv2 import agreement, preparation, process, rundir, tracing
+from flax_resnetv2 import agreement, preparation, process, tracing
 from flax_resnetv2.assembly import count_needs, create_net
 from flax_resnetv2.catalog import DATASETS
-from flax_resnetv2.config import Config, check_config, check_shape
+from flax_resnetv2.config import Config
 from flax_resnetv2.data import (
     DataConfig,
     Dataset,
@@ -229,21 +229,14 @@ def run(
 ) -> Iterator[Finding]:
     """What would the run take, and do, or why would it be refused?"""
     devices, train, place = jax.local_devices(), config.train, workdir or Path("runs")
-    try:  # in the order of fit
-        check_config(config)
+    limit = memory_limit(devices[0])
+    try:
+        config, _ = agreement.agree_unread(config, place, len(devices), limit)
         dataset = _stand_in(config.data)
-        facts = describe(config.data)
-        config = agreement.fill_in(config, facts)
-        check_shape(config, facts.image_shape)
-        model = create_net(config, dataset.image_shape)
-        agreement.check_devices(config, len(devices))
-        rundir.check_same(place, config)
-        config = rundir.as_begun(place, config)
-        config = agreement.in_memory_or_not(config, facts, memory_limit(devices[0]))
         if config.data.stream:
             dataset = _on_disk(dataset)
-        agreement.check_weights(config, place)
         agreement.check_fits(config, dataset)
+        model = create_net(config, dataset.image_shape)
         steps = dataset.splits["train"].images // train.batch_size
         # How far a run in workdir has come, only opening its checkpoints would say.
         tracing.check_steps(tracing.parse_steps(profile), 0, steps * train.epochs)
@@ -251,7 +244,6 @@ def run(
         state = train_state_shapes(model, train, shape)
         needed = count_needs(config, dataset.image_shape)
         needed = needed.beside(state, dataset.in_memory())
-        limit = memory_limit(devices[0])
         needed.check(train.batch_size, len(devices), limit)
     except UsageError as error:
         yield Finding("problem", "run", f"{command} would be refused: {error}")

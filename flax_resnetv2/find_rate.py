@@ -17,10 +17,12 @@ import jax
 
 from flax_resnetv2 import rundir
 from flax_resnetv2.agreement import agree
+from flax_resnetv2.assembly import count_needs
 from flax_resnetv2.config import Config
 from flax_resnetv2.errors import RunError, UsageError
 from flax_resnetv2.fields import Range, check_arguments
 from flax_resnetv2.parallel import Run, add_up
+from flax_resnetv2.preflight import memory_limit
 
 DIVERGED = 4.0
 """The test ends when the smoothed loss is so many times its lowest value."""
@@ -64,16 +66,20 @@ def find_rate(
             f"workdir={directory} holds a run, which find-rate leaves alone; choose "
             "another --workdir"
         )
-    config, dataset = agree(config, directory, len(devices))
+    limit = memory_limit(devices[0])
+    config, dataset = agree(config, directory, len(devices), limit)
     per_epoch = dataset.splits["train"].images // config.train.batch_size
     train = replace(
         config.train,
         schedule="exponential",
         learning_rate=highest,
-        epochs=steps // per_epoch + 1,
+        epochs=steps // per_epoch + 2,  # longer than the warm-up, however rounded
         warmup_epochs=steps / per_epoch,
     )
     run = Run(replace(config, train=train), dataset, devices)
+    needed = count_needs(run.config, dataset.image_shape)
+    needed = needed.beside(run.state_shapes(), dataset.in_memory())
+    needed.check(config.train.batch_size, len(devices), limit)
     state, lines, lowest, average = run.initial_state(), [], None, 0.0
     rundir.make_directory(directory)
     with (directory / "rates.jsonl").open("w", buffering=1) as file, closing(run):

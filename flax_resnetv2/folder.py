@@ -249,7 +249,8 @@ def _ordered(
     found = [(path, names.index(name)) for name in images for path in images[name]]
 
     def place(item: tuple[Path, int]) -> bytes:
-        return hashlib.sha256(item[0].relative_to(root).as_posix().encode()).digest()
+        name = item[0].relative_to(root).as_posix()
+        return hashlib.sha256(os.fsencode(name)).digest()
 
     return tuple(sorted(found, key=place))
 

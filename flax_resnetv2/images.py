@@ -130,6 +130,12 @@ def read_image(
                     f"{name} is {image.width}x{image.height} pixels; the limit "
                     f"of a side is {LONGEST_SIDE}; scale it down"
                 )
+            # ``careful`` is not known in every thread and process that reads.
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise UsageError(
+                    f"{name} is too large ({image.width}x{image.height} pixels; the "
+                    f"limit is {Image.MAX_IMAGE_PIXELS:,}); scale it down"
+                )
             pixels = _eight_bits(ImageOps.exif_transpose(image), name)
             pixels = fit(pixels.convert("RGB" if channels == 3 else "L"))
     except UsageError:

@@ -1,6 +1,7 @@
 """The card of a trained net, from its own records: no number is typed by hand."""
 
-from flax_resnetv2 import counting, scores
+from flax_resnetv2 import scores
+from flax_resnetv2.assembly import count_parameters
 from flax_resnetv2.restored import Restored
 
 
@@ -13,8 +14,7 @@ def card(net: Restored, name: str) -> str:
     """
     config, facts, line = net.config, net.facts, net.test
     a, t = config.architecture, config.train
-    shape = config.augment.input_shape(tuple(facts["image_shape"]))
-    parameters = sum(row.parameters for row in counting.layer_table(a, shape))
+    parameters = count_parameters(config, tuple(facts["image_shape"]))
     size = " x ".join(map(str, facts["image_shape"]))
     known = sorted(net.environment["versions"].items())
     versions = ", ".join(f"{name} {version}" for name, version in known)
@@ -72,11 +72,26 @@ def _result(net: Restored) -> str:
         return "It was never tested."
     if "accuracy" not in line:
         return f"Squared error {line['squared_error']:.4f} on {line['count']:,} images."
-    low, high = scores.wilson(line["accuracy"] * line["count"], line["count"])
+    chance = "n = 1 run"
+    if bounds := scores.interval(line, net.facts.get("multi_label", False)):
+        low, high = bounds
+        chance += f"; at 95 % the images alone leave {low:.2%} to {high:.2%}"
     return (
-        f"{line['accuracy']:.2%} of all {line['count']:,} test images, after the last "
-        f"epoch (n = 1 run; at 95 % the images alone leave {low:.2%} to {high:.2%}). "
-        "Nothing was selected on the test images."
+        f"{line['accuracy']:.2%} on all {line['count']:,} test images, after epoch "
+        f"{line['epoch']:g} of {net.config.train.epochs} ({chance}). {_selected(net)}"
+    )
+
+
+def _selected(net: Restored) -> str:
+    """What this result was chosen by."""
+    target = net.config.target_accuracy
+    if target is None:
+        return "Nothing was selected on the test images."
+    if net.config.data.validation:
+        return f"It ended when it reached {target:.2%} on images held out."
+    return (
+        f"It was to end when it reached {target:.2%} on these images: they selected "
+        "their own result."
     )
 
 

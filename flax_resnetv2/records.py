@@ -297,6 +297,8 @@ def reading(directory: Path, part: str = "") -> Iterator[None]:
     """Turn what reading a damaged data set raises into one line."""
     try:
         yield
+    except (UsageError, MemoryError, ImportError):
+        raise  # the data set is not to blame, or blamed already
     except Exception as error:  # foreign readers raise anything
         if isinstance(error, OSError) and error.strerror:
             raise UsageError(
@@ -306,7 +308,7 @@ def reading(directory: Path, part: str = "") -> Iterator[None]:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UsageError(
             f"{part}{directory} cannot be read ({reason}); remove it to have the data "
-            "set prepared again"
+            "set prepared again, or bring back a copy of one that TFDS prepared"
         ) from error
 
 

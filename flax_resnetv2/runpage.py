@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flax_resnetv2 import counting, scores
+from flax_resnetv2.assembly import count_parameters
 from flax_resnetv2.config import to_json
 from flax_resnetv2.data import Dataset, open_dataset
 from flax_resnetv2.drawing import draw
@@ -121,9 +122,7 @@ def _batches(
 
 def _headline(net: Restored, workdir: str | Path) -> str:
     architecture, facts, line = net.config.architecture, net.facts, net.test or {}
-    parameters = sum(
-        row.parameters for row in counting.layer_table(architecture, _input_shape(net))
-    )
+    parameters = count_parameters(net.config, tuple(facts["image_shape"]))
     big = "not tested yet"
     if "accuracy" in line:
         big = f"{line['accuracy']:.2%} of {line['count']:,} test images"
@@ -135,8 +134,8 @@ def _headline(net: Restored, workdir: str | Path) -> str:
         f"{net.step:,}"
         + (f", epoch {line['epoch']:g}, {line['seconds']:,.0f} s" if line else "")
     ]
-    if "accuracy" in line and not facts.get("multi_label", False):
-        low, high = scores.wilson(line["accuracy"] * line["count"], line["count"])
+    if bounds := scores.interval(line, facts.get("multi_label", False)):
+        low, high = bounds
         notes.append(
             f"One run. By chance of the {line['count']:,} images alone the true share "
             f"lies, at 95 %, between {low:.2%} and {high:.2%} (Wilson); what another "

@@ -4,6 +4,7 @@ Probabilities are float [N, K], labels int [N].
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,19 @@ def wilson(correct: float, count: int, z: float = 1.959964) -> tuple[float, floa
     half = z * math.sqrt(share * (1 - share) / count + extra / count / 4) / (1 + extra)
     # Rounding aside, no share is outside of [0, 1].
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def interval(
+    line: Mapping[str, float], multi_label: bool
+) -> tuple[float, float] | None:
+    """Give Wilson's interval of a line of metrics (``accuracy``, ``count``).
+
+    Returns:
+        None: an image has no answer, or several, which are not independent.
+    """
+    if "accuracy" not in line or multi_label:
+        return None
+    return wilson(line["accuracy"] * line["count"], line["count"])
 
 
 def confusion(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -58,3 +58,10 @@ def test_a_run_is_left_alone(tmp_path):
     with pytest.raises(UsageError, match="holds a run, which find-rate leaves alone"):
         run(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_memory_is_counted_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr("flax_resnetv2.find_rate.memory_limit", lambda _: 10_000)
+    with pytest.raises(UsageError, match="memory"):
+        run(tmp_path / "rates", steps=40, highest=1.0)
+    assert not (tmp_path / "rates").exists()

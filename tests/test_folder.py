@@ -1,6 +1,7 @@
 """A folder of images: what is a class, what is an image, and what is refused."""
 
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -221,3 +222,12 @@ def test_an_image_that_vanishes_meanwhile_is_named(tmp_path):
     (root / "dog" / "004.png").unlink()
     with pytest.raises(UsageError, match=r"dog/004.png cannot be read \(No such file"):
         read_folder(found, 4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes: Linux")
+def test_a_name_may_be_of_any_bytes(tmp_path):
+    root = fill(tmp_path / "a", {"cat": 10, "dog": 10})
+    (root / "cat" / "003.png").rename(root / "cat" / os.fsdecode(b"caf\xe9.png"))
+    for _ in range(2):  # decoded, and then as it was kept
+        arrays, _ = read_folder(list_folder(str(root)), 4)
+        assert len(arrays["train"][1]) == 18

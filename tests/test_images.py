@@ -1,6 +1,7 @@
 """Image files of every kind, brought to squares."""
 
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -105,3 +106,14 @@ def test_one_of_many_that_cannot_be_read_is_named():
     bomb = file_of(np.zeros((9_500, 9_500), bool))
     with pytest.raises(UsageError, match=r"^bomb is too large"):
         read_squares([(bomb, "bomb")], 1, 3, 2)
+
+
+def test_too_many_pixels_are_refused_without_help_from_the_thread(monkeypatch):
+    """As in the workers of a stream, where nobody is ``careful``."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
+    read_image(file_of(np.zeros((9, 11), np.uint8)), "a", 3, square(2))
+    message = r"^b is too large \(12x9 pixels; the limit is 99\); scale it down$"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(UsageError, match=message):
+            read_image(file_of(np.zeros((9, 12), np.uint8)), "b", 3, square(2))

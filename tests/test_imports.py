@@ -27,9 +27,9 @@ OURS = {
     "tensorboard": "",
     "report": "rundir tensorboard errors",
     "scores": "",
-    "compare_runs": "config counting rundir scores errors",
-    "runpage": "config counting data drawing inference reconstruction restored rundir "
-    "scores streaming",
+    "compare_runs": "assembly config rundir scores errors",
+    "runpage": "assembly config counting data drawing inference reconstruction "
+    "restored rundir scores streaming",
     "checkpoint": "errors",
     "model": "planning architecture presets ops fields errors",
     "embedded": "errors",
@@ -53,7 +53,7 @@ OURS = {
     "autoencoder": "architecture augment mirror model objective planning",
     "config": "architecture augment data fields mirror optimizers errors",
     "recipes": "architecture augment config data optimizers presets",
-    "assembly": "autoencoder config mirror model objective preflight training",
+    "assembly": "autoencoder config counting mirror model objective preflight training",
     "counting": "architecture planning",
     "preflight": "counting architecture errors",
     "rundir": "config data errors",
@@ -64,7 +64,7 @@ OURS = {
     "agreement": "assembly catalog config data preflight process rundir weights errors",
     "loop": "agreement assembly checkpoint config fields parallel preflight process "
     "report rundir tracing training errors",
-    "find_rate": "agreement config fields parallel rundir errors",
+    "find_rate": "agreement assembly config fields parallel preflight rundir errors",
     "analysis": "model",
     "dialects": "model errors",
     "weights": "augment dialects fields model errors",
@@ -72,7 +72,7 @@ OURS = {
     "errors",
     "reconstruction": "augment data fields restored rundir streaming errors",
     "modelfile": "assembly config data restored errors",
-    "modelcard": "counting restored scores",
+    "modelcard": "assembly restored scores",
     "inference": "augment images model modelfile restored training errors",
     "prediction": "fields folder inference restored rundir errors",
     "serve": "analysis augment embedded fields inference errors",
@@ -80,7 +80,7 @@ OURS = {
     "drawing": "architecture counting planning",
     "installed": "",
     "doctor": "agreement assembly catalog config data decoded folder installed "
-    "preflight preparation process records rundir tracing training errors",
+    "preflight preparation process records tracing training errors",
     "comparison": "",
     "sweep": "comparison config counting data fields planning process rundir errors",
     "cli": "config loop parallel prediction process recipes rundir runpage tracing "

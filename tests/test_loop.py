@@ -662,3 +662,15 @@ def test_the_share_of_the_peak_is_said_where_it_is_known(tmp_path, capsys):
 )
 def test_a_time_is_said_in_its_unit(seconds, text):
     assert report._clock(seconds) == text
+
+
+def test_a_channel_that_never_changes_stays_finite():
+    train, test = (
+        Split(s.image.copy(), s.label) for s in tiny.dataset().splits.values()
+    )
+    train.image[..., 1] = 77
+    flat = replace(tiny.dataset(), splits={"train": train, "test": test})
+    found = agreement.resolve(tiny.config(), flat).augment
+    assert found.std[1] == 1.0
+    assert found.mean[1] == pytest.approx(77 / 255)
+    assert 0 < found.std[0] < 1

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from flax_resnetv2 import (
 from flax_resnetv2.catalog import DATASETS
 from flax_resnetv2.data import describe
 from flax_resnetv2.images import careful, read_image, square
-from flax_resnetv2.records import find_prepared, label_of, read_split
+from flax_resnetv2.records import find_prepared, label_of, read_split, reading
 from tests.archives import celeba_bit, encoded, write_celeba, write_tfds
 
 
@@ -351,3 +352,9 @@ def test_a_set_that_is_not_for_classification_is_named(tmp_path, features, messa
     with pytest.raises(UsageError, match=message) as caught:
         describe(config(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ImportError("no PIL")])
+def test_a_data_set_is_not_blamed_for_everything(error):
+    with pytest.raises(type(error)), reading(Path("/data/x/1.0.0")):
+        raise error

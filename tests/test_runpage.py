@@ -6,9 +6,11 @@ import json
 import re
 import shutil
 import struct
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,16 +18,21 @@ from scipy import stats
 from tensorboardX.proto.event_pb2 import Event
 
 from flax_resnetv2 import (
+    RECIPES,
     Predictor,
     agreement,
     cli,
     compare_runs,
     loop,
+    modelcard,
+    modelfile,
     reconstruction,
     runpage,
     scores,
     tools,
 )
+from flax_resnetv2.assembly import count_parameters, create_net
+from flax_resnetv2.data import describe
 from flax_resnetv2.rundir import read_metrics
 from tests import tiny
 
@@ -265,3 +272,29 @@ def test_pictures_hold_their_pixels():
     content = base64.b64decode(address.partition(",")[2])
     found = np.asarray(Image.open(io.BytesIO(content)))
     np.testing.assert_array_equal(found, pixels[..., 0])
+
+
+@pytest.mark.parametrize(
+    ("target", "held_out", "said"),
+    [
+        (None, 0, "Nothing was selected on the test images."),
+        (0.9, 0, "they selected their own result."),
+        (0.9, 10, "It ended when it reached 90.00% on images held out."),
+    ],
+)
+def test_a_card_says_what_its_result_was_selected_by(target, held_out, said):
+    net = modelfile.load(modelfile.find("cifar10-resnet20"))
+    data = replace(net.config.data, validation=held_out)
+    changed = replace(net.config, target_accuracy=target, data=data)
+    assert said in modelcard.card(net._replace(config=changed), "x")
+
+
+def test_parameters_of_an_autoencoder_have_the_decoder():
+    config = RECIPES["quickstart-vae"].config
+    config = agreement.fill_in(config, describe(config.data))
+    net = create_net(config, (32, 32, 3))
+    shapes = jax.eval_shape(
+        lambda: net.init(jax.random.key(0), jnp.zeros([1, 32, 32, 3]), train=False)
+    )
+    total = sum(x.size for x in jax.tree.leaves(shapes["params"]))
+    assert count_parameters(config, (32, 32, 3)) == total

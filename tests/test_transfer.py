@@ -21,6 +21,7 @@ from flax_resnetv2 import (
     to_timm,
     training,
 )
+from flax_resnetv2.data import DataConfig
 from flax_resnetv2.recipes import RECIPES
 from flax_resnetv2.rundir import load_config
 from tests import tiny
@@ -136,3 +137,13 @@ def test_the_recipes_ask_for_the_published_file(name, monkeypatch, tmp_path, cap
     assert said.count("\n") == 1
     assert RECIPES[name].config.weights in said
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_are_for_images_of_three_channels(start, tmp_path):
+    run = replace(config(start[0]), data=DataConfig(name="mnist"))
+    with pytest.raises(
+        UsageError,
+        match=r"x\.safetensors are for images of 3 channels, and those of mnist have 1",
+    ):
+        agreement.agree(run, tmp_path / "run", 1, None)
+    assert not (tmp_path / "run").exists()
