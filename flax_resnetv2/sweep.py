@@ -312,7 +312,7 @@ def _run(
     line = {"override": override.words, "seed": seed, "status": "done", "reason": None}
     if code:
         return line | {"status": "failed", "reason": _reason(code, log, begin)}
-    return line | _outcome(directory)
+    return line | outcome(directory)
 
 
 def _reason(code: int, log: Path, begin: int) -> str:
@@ -326,7 +326,7 @@ def _reason(code: int, log: Path, begin: int) -> str:
     return said[-1].strip().removeprefix("failed: ").removeprefix("error: ")
 
 
-def _outcome(directory: Path) -> dict[str, Any]:
+def outcome(directory: Path) -> dict[str, Any]:
     """What is told of a finished run, from its own records."""
     config = rundir.load_config(directory)
     last = {line["split"]: line for line in rundir.read_metrics(directory)}

@@ -1,0 +1,326 @@
+"""The evidence: recipes and studies, run on real CIFAR-10, as one page.
+
+    python -m benchmarks.studies run stride order --minutes 60
+    python -m benchmarks.studies add cifar10-cpu-hour runs/hour
+    python -m benchmarks.studies page
+
+``run`` sweeps each study's overrides over paired seeds; it goes on where it stopped.
+``add`` takes over finished runs of a recipe. Both put lines into
+``results/NAME.jsonl``: a line a run, with its scores on all test images after the last
+epoch, versions, device and commit. ``page`` makes ``results/README.md`` and its plots of
+these lines and of what is written below, the same bytes again; no number on it is typed
+by hand.
+"""
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from scipy import stats
+
+from benchmarks.cpu import read_rows
+from flax_resnetv2 import RECIPES, comparison, rundir, scores, sweep
+from flax_resnetv2.errors import UsageError
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results"
+RUNS = ROOT / "build" / "studies"
+SMALL = (
+    "cifar10-he2016-resnet20 --architecture.stem-stride 2 --train.epochs 4 "
+    "--evaluate-every 4 --checkpoint-every 4"
+)
+"""The protocol for a CPU: the whole training set four times, at half the resolution,
+about two minutes a run on two cores."""
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question, and what is compared to answer it."""
+
+    question: str
+    overrides: tuple[str, ...]
+    """Flags; the first is what the others are compared with."""
+    why: str
+    """What is known of it, and from where."""
+
+
+_UNIT = "--architecture.semantics."
+STUDIES = {
+    "stride": Study(
+        "Does the stride belong on layer 1 (1x1) or on layer 2 (3x3)?",
+        ("", f"{_UNIT}stride-layer 2"),
+        "He et al. 2016 stride the 1x1, which throws three of four pixels away "
+        "unread; most later code strides the 3x3, which costs more multiply-adds.",
+    ),
+    "order": Study(
+        "What did pre-activation change at this depth?",
+        (
+            "",
+            f"{_UNIT}order post {_UNIT}shortcut-input raw {_UNIT}no-final-norm "
+            f"{_UNIT}stem-norm {_UNIT}no-first-layer-exception",
+        ),
+        "He et al. 2016 report gains that grow with depth (110 layers and more).",
+    ),
+    "bridges": Study(
+        "What does a bridge around each whole stack give?",
+        ("", "--architecture.bridge True"),
+        "The article proposes it without a number.",
+    ),
+    "decay": Study(
+        "Adam with an L2 term, or AdamW?",
+        (
+            "--train.optimizer adamw --train.learning-rate 0.003 "
+            "--train.weight-decay 0.05",
+            "--train.optimizer adam_l2 --train.learning-rate 0.003 "
+            "--train.weight-decay 1e-4",
+        ),
+        "Loshchilov & Hutter 2019 decouple the decay. Each has a usual rate and decay "
+        "here; neither was tuned.",
+    ),
+    "shortcut": Study(
+        "Should shortcuts that change shape read raw or pre-activated maps, with a "
+        "kernel of 1 or 3?",
+        (
+            "",
+            f"{_UNIT}shortcut-input raw",
+            f"{_UNIT}shortcut-kernel 3",
+        ),
+        "Published nets differ (docs/weights.md).",
+    ),
+    "reduction": Study(
+        "Which depth reduction is possible in the bottleneck?",
+        (
+            "",
+            "--architecture.reduction 2",
+            "--architecture.reduction 8",
+            "--architecture.reduction 8 --architecture.units 4 4 4",
+        ),
+        "The article says it should be investigated. At 8 with two more units a stack "
+        "the multiply-adds come nearer to those at 4: see the column.",
+    ),
+    "stacks": Study(
+        "Do four or five stacks help?",
+        (
+            "",
+            "--architecture.units 2 2 2 2 --architecture.widths 32 64 128 256 "
+            "--architecture.strides 1 2 2 2",
+            "--architecture.units 2 2 2 2 2 --architecture.widths 16 32 64 128 256 "
+            "--architecture.strides 1 2 2 2 1",
+        ),
+        "The article gives three to five stacks without a comparison.",
+    ),
+}
+
+
+def run(names: Sequence[str], minutes: float) -> None:
+    """Run studies for so many minutes in all, and take their lines over."""
+    end = time.monotonic() + 60 * minutes
+    for name in names:
+        directory = RUNS / name
+        varied = [word for o in STUDIES[name].overrides for word in ("--vary", o)]
+        words = [*SMALL.split(), *varied, "--seeds", *map(str, SEEDS)]
+        command = [sys.executable, "-m", "flax_resnetv2", "sweep", *words]
+        command += ["--workdir", str(directory)]
+        process = subprocess.Popen(command, cwd=ROOT)
+        try:
+            process.wait(max(1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)  # it saves, and goes on next time
+            process.wait()
+        keep(name, [x | {"words": SMALL} for x in sweep.read_lines(directory)])
+
+
+def keep(name: str, new: Sequence[dict[str, Any]]) -> None:
+    """Put lines of finished runs into a file of results, each run once."""
+    path = RESULTS / f"{name}.jsonl"
+
+    def which(line: dict[str, Any]) -> tuple[Any, ...]:
+        return line["words"], line["override"], line["seed"], *line["devices"]
+
+    done = [line for line in new if line["status"] == "done"]
+    lines = {which(line): line for line in [*read_rows(path), *done]}
+    text = "".join(json.dumps(line) + "\n" for line in lines.values())
+    rundir.write_whole(path, text)
+
+
+def add(recipe: str, directories: Sequence[Path]) -> None:
+    """Take over finished runs of a recipe as it is.
+
+    Raises:
+        UsageError: a run is of another configuration, or not finished.
+    """
+    lines = []
+    for directory in directories:
+        config, metrics = rundir.load_config(directory), rundir.read_metrics(directory)
+        rundir.check_same(directory, replace(RECIPES[recipe].config, seed=config.seed))
+        if metrics[-1]["epoch"] != config.train.epochs:
+            raise UsageError(f"{directory} is not finished; train there further first")
+        line = {"words": recipe, "override": "", "seed": config.seed, "status": "done"}
+        lines.append(line | sweep.outcome(directory))
+    keep("recipes", lines)
+
+
+def verdict(rows: Sequence[comparison.Row]) -> list[str]:
+    """Say of each override what its differences can tell; numbers only of ``rows``."""
+    said = []
+    for row in rows[1:]:
+        d = row.difference
+        if d is None or d.spread is None:
+            said.append(f"`{row.name}`: too few runs to tell.")
+            continue
+        half = d.spread * stats.t.ppf(0.975, d.n - 1)
+        low, high = 100 * (d.mean - half), 100 * (d.mean + half)
+        between = f"between {low:+.2f} and {high:+.2f} points at 95 % (n = {d.n})"
+        if low > 0 or high < 0:
+            better = "better" if low > 0 else "worse"
+            said.append(f"`{row.name}` is {better}: {between}.")
+        else:
+            said.append(f"`{row.name}`: no difference beyond noise, {between}.")
+    return said
+
+
+def page() -> dict[str, str | bytes]:
+    """Make the page and its plots from the lines: file name to contents."""
+    files: dict[str, str | bytes] = {}
+    text = [
+        "# Results",
+        "",
+        *_wrapped(
+            "Made by `python -m benchmarks.studies page` from the lines beside it (one "
+            "a run). Every accuracy is of the final epoch on all 10,000 test images of "
+            "CIFAR-10; nothing was selected on them."
+        ),
+        "",
+        "## Recipes",
+        "",
+        *_recipes(read_rows(RESULTS / "recipes.jsonl")),
+    ]
+    for name, study in STUDIES.items():
+        lines = read_rows(RESULTS / f"{name}.jsonl")
+        if not lines:
+            continue
+        shown = [x | {"override": x["override"] or "(as it is)"} for x in lines]
+        names = [o or "(as it is)" for o in study.overrides]
+        rows = comparison.compare(names, shown)
+        seeds = sorted({line["seed"] for line in lines})
+        files[f"{name}.png"] = comparison.draw(study.question, rows)
+        table = comparison.to_markdown(SMALL, rows, seeds, shown)
+        text += [f"## {study.question}", "", *_wrapped(study.why), ""]
+        text += [f"All runs: `train.py {SMALL}`, and of each row:"]
+        text += ["", *(line for line in table.splitlines() if line.startswith("|"))]
+        text += ["", f"![accuracy by seed]({name}.png)", ""]
+        text += [f"- {said}" for said in verdict(rows)]
+        text += ["", _where(lines), ""]
+    missing = [n for n in STUDIES if not read_rows(RESULTS / f"{n}.jsonl")]
+    if missing:
+        text += ["## Not run yet", "", ", ".join(missing) + "."]
+    text += [
+        "",
+        "## How to read it",
+        "",
+        *_wrapped(
+            "± is the sample standard deviation over seeds (n - 1). A difference is to "
+            "the first row, paired by seed; there ± is the standard error, and the "
+            "interval below is Student's. A difference within noise is none that was "
+            "shown, not one that was shown to be none. Beside single runs stands "
+            "Wilson's interval at 95 %, of the images alone."
+        ),
+    ]
+    files["README.md"] = "\n".join(text).rstrip() + "\n"
+    return files
+
+
+def _recipes(lines: Sequence[dict[str, Any]]) -> list[str]:
+    head = ["recipe", "n", "test accuracy, %", "epochs", "parameters", "seconds"]
+    head += ["device", "versions", "commit"]
+    table = [head, ["---", "---:", "---:", "---:", "---:", "---:", "---", "---", "---"]]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault((line["words"], _device(line)), []).append(line)
+    for (words, device), some in groups.items():
+        found = [100 * line["test"]["accuracy"] for line in some]
+        if len(found) > 1:
+            accuracy = f"{fmean(found):.2f} ± {stdev(found):.2f}"
+        else:
+            low, high = scores.interval(some[0]["test"], False)
+            accuracy = f"{found[0]:.2f} ({100 * low:.2f} to {100 * high:.2f})"
+        # Beside other runs on its device a run takes longer than it would.
+        seconds = [line["seconds"] for line in some if line.get("alone", True)]
+        versions = some[0]["versions"]
+        table.append(
+            [
+                f"`{words}`",
+                str(len(some)),
+                accuracy,
+                str(some[0]["epochs"]),
+                f"{some[0]['parameters']:,}",
+                f"{fmean(seconds):,.0f}" if seconds else "",
+                device,
+                f"jax {versions['jax']}, flax {versions['flax']}",
+                ", ".join(sorted({f"`{line['commit'][:7]}`" for line in some})),
+            ]
+        )
+    rows = ["| " + " | ".join(cells) + " |" for cells in table]
+    return [
+        *rows,
+        "",
+        *_wrapped(
+            "Seconds are those of whole runs: compiling, training, testing, saving."
+        ),
+        "",
+    ]
+
+
+def _device(line: dict[str, Any]) -> str:
+    kinds = line["devices"]
+    return f"{len(kinds)} x {kinds[0]}"
+
+
+def _where(lines: Sequence[dict[str, Any]]) -> str:
+    places = sorted(
+        {
+            f"{_device(x)}, jax {x['versions']['jax']}, commit `{x['commit'][:7]}`"
+            for x in lines
+        }
+    )
+    return f"Run on {'; '.join(places)}."
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 88, break_on_hyphens=False)
+
+
+def main() -> None:
+    """Run studies, take runs over, or write the page."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.studies", description=__doc__.split("\n\n")[0]
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="run studies, or go on with them")
+    running.add_argument("names", nargs="+", choices=STUDIES)
+    running.add_argument("--minutes", type=float, default=600, help="for all of them")
+    adding = commands.add_parser("add", help="take finished runs of a recipe over")
+    adding.add_argument("recipe", choices=RECIPES)
+    adding.add_argument("workdirs", nargs="+", type=Path)
+    commands.add_parser("page", help="write results/README.md and its plots")
+    given = parser.parse_args()
+    if given.command == "run":
+        run(given.names, given.minutes)
+    elif given.command == "add":
+        add(given.recipe, given.workdirs)
+    for name, contents in page().items():
+        rundir.write_whole(RESULTS / name, contents)
+
+
+if __name__ == "__main__":
+    main()
