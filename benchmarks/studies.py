@@ -7,9 +7,9 @@
 ``run`` sweeps each study's overrides over paired seeds; it goes on where it stopped.
 ``add`` takes over finished runs of a recipe. Both put lines into
 ``results/NAME.jsonl``: a line a run, with its scores on all test images after the last
-epoch, versions, device and commit. ``page`` makes ``results/README.md`` and its plots of
-these lines and of what is written below, the same bytes again; no number on it is typed
-by hand.
+epoch, versions, device and commit. ``page`` makes ``results/README.md`` and its plots
+of these lines and of what is written below, the same bytes again; no number on it is
+typed by hand.
 """
 
 import argparse

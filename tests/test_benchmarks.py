@@ -15,7 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cpu, gpu, operations, options, peers, startup, together
+from benchmarks import (
+    cpu,
+    gpu,
+    operations,
+    options,
+    peers,
+    startup,
+    studies,
+    together,
+)
+from benchmarks.cpu import read_rows
 from benchmarks.measure import append, interleaved, summary
 from flax_resnetv2 import (
     ARTICLE,
@@ -24,7 +34,10 @@ from flax_resnetv2 import (
     RECIPES,
     Architecture,
     Execution,
+    cli,
 )
+from flax_resnetv2.assembly import create_net
+from flax_resnetv2.comparison import compare
 from flax_resnetv2.config import check_config
 from tests import tiny
 
@@ -322,3 +335,68 @@ def test_neither_torch_nor_keras_nor_the_command_line_is_loaded():
     # (flax itself loads rich.)
     assert "jax" in loaded
     assert not {"torch", "keras", "tyro", "tensorflow_datasets"} & set(loaded)
+
+
+# The evidence
+
+
+def run_line(override, seed, accuracy, **more):
+    score = {"accuracy": accuracy, "loss": 1.0, "count": 10_000}
+    versions = {"jax": "1", "flax": "2"}
+    return {
+        "words": "w",
+        "override": override,
+        "seed": seed,
+        "status": "done",
+        "test": score,
+        "validation": None,
+        "seconds": 9.0,
+        "parameters": 5,
+        "multiply_adds": 7,
+        "devices": ["cpu"],
+        "versions": versions,
+        "commit": "abcdefghij",
+    } | more
+
+
+def test_the_page_of_results_is_made_of_the_committed_lines():
+    for name, contents in studies.page().items():
+        path = studies.RESULTS / name
+        if name.endswith(".md"):
+            assert path.read_text() == contents
+        else:  # another matplotlib draws other pixels
+            assert path.read_bytes()[:24] == contents[:24]  # PNG, and its size
+
+
+def test_a_verdict_is_a_students_interval_of_paired_differences():
+    lines = [run_line("a", seed, 0.5 + 0.01 * seed) for seed in range(3)]
+    lines += [run_line("b", s, 0.6 + 0.01 * s + 0.001 * (s == 1)) for s in range(3)]
+    lines += [run_line("c", s, 0.5 + 0.02 * (s == 1)) for s in range(3)]
+    lines += [run_line("d", 0, 0.9)]
+    better, noise, few = studies.verdict(compare(["a", "b", "c", "d"], lines))
+    # Differences 10, 10.1, 10: mean 10.033, standard error 0.0333, t = 4.303.
+    assert better == ("`b` is better: between +9.89 and +10.18 points at 95 % (n = 3).")
+    # 0, 1, -2: mean -0.333, standard error 0.882.
+    assert noise == (
+        "`c`: no difference beyond noise, between -4.13 and +3.46 points at 95 % "
+        "(n = 3)."
+    )
+    assert few == "`d`: too few runs to tell."
+
+
+def test_a_run_is_kept_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    studies.keep("x", [run_line("a", 0, 0.5), run_line("a", 1, 0.6)])
+    again = [run_line("a", 1, 0.7), run_line("a", 2, 0.1, status="failed")]
+    studies.keep("x", again)
+    rows = read_rows(tmp_path / "x.jsonl")
+    assert [(r["seed"], r["test"]["accuracy"]) for r in rows] == [(0, 0.5), (1, 0.7)]
+
+
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_what_a_study_compares_can_be_trained(name):
+    for override in studies.STUDIES[name].overrides:
+        words = [*studies.SMALL.split(), *override.split()]
+        _, config, _ = cli.parse(words, "x", "y")
+        check_config(config)
+        create_net(config, (32, 32, 3))
