@@ -4,6 +4,7 @@ Everything that can be refused is refused here, cheapest first, before there is 
 array; and what was left open is filled in.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def check_weights(
     config: Config, image_shape: tuple[int, int, int], workdir: Path
 ) -> None:
     """Refuse weights that a new run could not open or use."""
-    if config.weights is None or (workdir / "config.json").exists():
+    if config.weights is None or os.path.exists(workdir / "config.json"):
         return
     known, channels = len(weights.NORMALISATION.mean), image_shape[2]
     if channels != known:

@@ -268,7 +268,7 @@ def run(
     each = f", {share} on each of {len(devices)} devices" if len(devices) > 1 else ""
     where = f"in a new directory of {place}"
     if workdir is not None:
-        new = not (workdir / "config.json").exists()
+        new = not os.path.exists(workdir / "config.json")
         where = f"in {workdir}" + ("" if new else ", going on with the run there")
     yield Finding(
         "ok",

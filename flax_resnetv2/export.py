@@ -20,7 +20,7 @@ import jax
 from flax_resnetv2 import modelcard, modelfile
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.inference import Predictor
-from flax_resnetv2.restored import Restored, Which, restore
+from flax_resnetv2.restored import Restored, Which
 from flax_resnetv2.rundir import write_whole
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -57,10 +57,7 @@ def export(
         raise UsageError(
             f"to={path} must end in one of {', '.join(FORMATS)}, which says the format"
         )
-    if Path(source).is_dir():
-        net = restore(source, checkpoint)
-    else:
-        net = modelfile.load(modelfile.find(source))
+    net = modelfile.open_net(source, checkpoint)
     content = FORMATS[path.suffix](net)
     try:
         write_whole(path, content)

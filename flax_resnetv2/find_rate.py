@@ -7,6 +7,7 @@ the smoothed loss was lowest is a good highest rate of a schedule.
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -61,7 +62,7 @@ def find_rate(
     """
     check_arguments(find_rate, {"steps": steps, "highest": highest})
     directory, devices = Path(directory), list(devices or jax.local_devices())
-    if (directory / "config.json").exists():
+    if os.path.exists(directory / "config.json"):  # also of a name that is too long
         raise UsageError(
             f"workdir={directory} holds a run, which find-rate leaves alone; choose "
             "another --workdir"

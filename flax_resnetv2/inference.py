@@ -4,7 +4,6 @@
 >>> predictor(images).argmax(-1)
 """
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -108,10 +107,7 @@ class Predictor:
             UsageError: there is no such thing, or it cannot be used.
             RunError: the checkpoints are damaged.
         """
-        if os.path.isdir(name):  # also of a name that is too long
-            net = restore(name, checkpoint)
-        else:
-            net = modelfile.load(modelfile.find(name))
+        net = modelfile.open_net(name, checkpoint)
         if test_flip is not None:
             augment = replace(net.config.augment, test_flip=test_flip)
             net = net._replace(config=replace(net.config, augment=augment))

@@ -18,7 +18,7 @@ from flax_resnetv2.assembly import create_net
 from flax_resnetv2.config import check_config, from_json, to_json
 from flax_resnetv2.data import DataConfig
 from flax_resnetv2.errors import UsageError
-from flax_resnetv2.restored import Restored
+from flax_resnetv2.restored import Restored, Which, restore
 
 KEY = "flax_resnetv2"
 """Of the metadata."""
@@ -67,6 +67,22 @@ def pack(net: Restored) -> bytes:
         for leaf, array in flatten_dict(net.variables).items()
     }
     return save(tensors, {KEY: json.dumps(record, sort_keys=True)})
+
+
+def open_net(name: str | Path, checkpoint: Which = "newest") -> Restored:
+    """Load a run's checkpoint, an exported file, or a net of the package.
+
+    Args:
+        name: a directory, a file, or one of ``shipped()``.
+        checkpoint: which one of a run.
+
+    Raises:
+        UsageError: there is no such thing, or it cannot be used.
+        RunError: the checkpoints are damaged.
+    """
+    if os.path.isdir(name):  # also of a name that is too long
+        return restore(name, checkpoint)
+    return load(find(name))
 
 
 def load(path: str | Path) -> Restored:

@@ -30,8 +30,8 @@ class TrainConfig:
     the term weight_decay / 2 * |w|^2, which is another method than adamw. (Keras's
     l2(x) is weight_decay = 2x.) lars: sgd whose steps are scaled kernel by kernel, for
     large batches (You et al. 2017); its rates are far above those of sgd.
-    muon: kernels of the units' convolutions take orthogonal steps (Jordan et al. 2024),
-    all else, the stem and the head too, those of adamw, at the same rate."""
+    muon: kernels of convolutions, but the stem's, take orthogonal steps (Jordan et al.
+    2024), all else, the stem and the head too, those of adamw, at the same rate."""
     learning_rate: Annotated[float, Range(0, 1e6, above=True)] = 0.1
     """The highest of the schedule."""
     momentum: Share = 0.9

@@ -138,7 +138,7 @@ def _damaged(path: Path, reason: str) -> UsageError:
 
 def has_begun(workdir: Path) -> bool:
     """Whether a run has something there to go on with, or began to have."""
-    return (workdir / "checkpoints").exists()
+    return os.path.exists(workdir / "checkpoints")  # also of a name too long
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
@@ -189,7 +189,7 @@ MAY_CHANGE = {
 
 def as_begun(workdir: Path, config: Config) -> Config:
     """Fill in what was decided when the run began, where None leaves it open."""
-    if not (workdir / "config.json").exists():
+    if not os.path.exists(workdir / "config.json"):
         return config
     old = load_config(workdir)
     if config.augment.mean is None:
@@ -209,7 +209,7 @@ def check_same(workdir: Path, config: Config) -> list[str]:
     Raises:
         UsageError: with every field that differs and must not.
     """
-    if not (workdir / "config.json").exists():
+    if not os.path.exists(workdir / "config.json"):
         return []
     old, config = load_config(workdir), as_begun(workdir, config)
     free = MAY_CHANGE | (

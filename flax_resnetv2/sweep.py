@@ -142,7 +142,7 @@ def load_sweep(workdir: Path) -> Sweep:
         UsageError: there is none, or it is none.
     """
     path = workdir / "sweep.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UsageError(
             f"workdir={workdir} is not a sweep's directory (no sweep.json); give one "
             "that a sweep made"
@@ -230,7 +230,7 @@ def run_sweep(sweep: Sweep, workdir: str | Path) -> None:
         Stopped: SIGTERM or SIGINT came; the same call goes on.
     """
     workdir = Path(workdir)
-    if rundir.has_begun(workdir) or (workdir / "config.json").exists():
+    if rundir.has_begun(workdir) or os.path.exists(workdir / "config.json"):
         raise UsageError(
             f"workdir={workdir} holds a run; give a sweep another --workdir"
         )
