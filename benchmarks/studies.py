@@ -240,6 +240,12 @@ def page() -> dict[str, str | bytes]:
     return files
 
 
+def write_page() -> None:
+    """Write what ``page`` makes."""
+    for name, contents in page().items():
+        rundir.write_whole(RESULTS / name, contents)
+
+
 def _recipes(lines: Sequence[dict[str, Any]]) -> list[str]:
     head = ["recipe", "n", "test accuracy, %", "epochs", "parameters", "seconds"]
     head += ["device", "versions", "commit"]
@@ -266,7 +272,11 @@ def _recipes(lines: Sequence[dict[str, Any]]) -> list[str]:
                 f"{some[0]['parameters']:,}",
                 f"{fmean(seconds):,.0f}" if seconds else "",
                 device,
-                f"jax {versions['jax']}, flax {versions['flax']}",
+                ", ".join(
+                    f"{name} {versions[name]}"
+                    for name in ("jax", "flax", "torch")
+                    if name in versions
+                ),
                 ", ".join(sorted({f"`{line['commit'][:7]}`" for line in some})),
             ]
         )
@@ -318,8 +328,7 @@ def main() -> None:
         run(given.names, given.minutes)
     elif given.command == "add":
         add(given.recipe, given.workdirs)
-    for name, contents in page().items():
-        rundir.write_whole(RESULTS / name, contents)
+    write_page()
 
 
 if __name__ == "__main__":

@@ -297,9 +297,12 @@ def reading(directory: Path, part: str = "") -> Iterator[None]:
     """Turn what reading a damaged data set raises into one line."""
     try:
         yield
-    except (UsageError, MemoryError, ImportError):
-        raise  # the data set is not to blame, or blamed already
+    except (UsageError, MemoryError):
+        raise  # the data set is blamed already, or not to blame
     except Exception as error:  # foreign readers raise anything
+        # TFDS asks for TensorFlow where it does not understand a description.
+        if isinstance(error, ImportError) and error.name != "tensorflow":
+            raise
         if isinstance(error, OSError) and error.strerror:
             raise UsageError(
                 f"{part}{directory} cannot be read ({error.strerror}: "
