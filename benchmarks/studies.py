@@ -6,7 +6,7 @@
 
 ``run`` sweeps each study's overrides over paired seeds; it goes on where it stopped.
 ``add`` takes over finished runs of a recipe. Both put lines into
-``results/NAME.jsonl``: a line a run, with its scores on all test images after the last
+``results/*.jsonl``: a line a run, with its scores on all test images after the last
 epoch, versions, device and commit. ``page`` makes ``results/README.md`` and its plots
 of these lines and of what is written below, the same bytes again; no number on it is
 typed by hand.
@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,8 +47,8 @@ class Study:
     """A question, and what is compared to answer it."""
 
     question: str
-    overrides: tuple[str, ...]
-    """Flags; the first is what the others are compared with."""
+    overrides: dict[str, str]
+    """Flags, by what the page calls them; with the first the others are compared."""
     why: str
     """What is known of it, and from where."""
 
@@ -57,87 +56,103 @@ class Study:
 _UNIT = "--architecture.semantics."
 STUDIES = {
     "stride": Study(
-        "Does the stride belong on layer 1 (1x1) or on layer 2 (3x3)?",
-        ("", f"{_UNIT}stride-layer 2"),
+        "Does the stride belong on layer 1 or on layer 2?",
+        {"on layer 1, the 1x1": "", "on layer 2, the 3x3": f"{_UNIT}stride-layer 2"},
         "He et al. 2016 stride the 1x1, which throws three of four pixels away "
         "unread; most later code strides the 3x3, which costs more multiply-adds.",
     ),
     "order": Study(
         "What did pre-activation change at this depth?",
-        (
-            "",
-            f"{_UNIT}order post {_UNIT}shortcut-input raw {_UNIT}no-final-norm "
-            f"{_UNIT}stem-norm {_UNIT}no-first-layer-exception",
-        ),
+        {
+            "pre-activation, version 2": "",
+            "post-activation, version 1": f"{_UNIT}order post "
+            f"{_UNIT}shortcut-input raw {_UNIT}no-final-norm {_UNIT}stem-norm "
+            f"{_UNIT}no-first-layer-exception",
+        },
         "He et al. 2016 report gains that grow with depth (110 layers and more).",
     ),
     "bridges": Study(
         "What does a bridge around each whole stack give?",
-        ("", "--architecture.bridge True"),
-        "The article proposes it without a number.",
+        {"none": "", "around each stack": "--architecture.bridge True"},
+        "The article proposes it without a number. Here a bridge is a 1x1 convolution "
+        "wherever shapes differ.",
     ),
     "decay": Study(
         "Adam with an L2 term, or AdamW?",
-        (
-            "--train.optimizer adamw --train.learning-rate 0.003 "
+        {
+            "AdamW": "--train.optimizer adamw --train.learning-rate 0.003 "
             "--train.weight-decay 0.05",
-            "--train.optimizer adam_l2 --train.learning-rate 0.003 "
+            "Adam with L2": "--train.optimizer adam_l2 --train.learning-rate 0.003 "
             "--train.weight-decay 1e-4",
-        ),
+        },
         "Loshchilov & Hutter 2019 decouple the decay. Each has a usual rate and decay "
         "here; neither was tuned.",
     ),
     "shortcut": Study(
-        "Should shortcuts that change shape read raw or pre-activated maps, with a "
-        "kernel of 1 or 3?",
-        (
-            "",
-            f"{_UNIT}shortcut-input raw",
-            f"{_UNIT}shortcut-kernel 3",
-        ),
+        "Should shortcuts that change shape read raw or pre-activated maps, and with "
+        "what kernel?",
+        {
+            "pre-activated, 1x1": "",
+            "raw, 1x1": f"{_UNIT}shortcut-input raw",
+            "pre-activated, 3x3": f"{_UNIT}shortcut-kernel 3",
+        },
         "Published nets differ (docs/weights.md).",
     ),
     "reduction": Study(
         "Which depth reduction is possible in the bottleneck?",
-        (
-            "",
-            "--architecture.reduction 2",
-            "--architecture.reduction 8",
-            "--architecture.reduction 8 --architecture.units 4 4 4",
-        ),
-        "The article says it should be investigated. At 8 with two more units a stack "
-        "the multiply-adds come nearer to those at 4: see the column.",
+        {
+            "4": "",
+            "2": "--architecture.reduction 2",
+            "8": "--architecture.reduction 8",
+            "8, twice the units": "--architecture.reduction 8 "
+            "--architecture.units 4 4 4",
+        },
+        "The article says it should be investigated. At 8 with twice the units the "
+        "multiply-adds come nearer to those at 4: see the column.",
     ),
     "stacks": Study(
         "Do four or five stacks help?",
-        (
-            "",
-            "--architecture.units 2 2 2 2 --architecture.widths 32 64 128 256 "
+        {
+            "3": "",
+            "4": "--architecture.units 2 2 2 2 --architecture.widths 32 64 128 256 "
             "--architecture.strides 1 2 2 2",
-            "--architecture.units 2 2 2 2 2 --architecture.widths 16 32 64 128 256 "
-            "--architecture.strides 1 2 2 2 1",
-        ),
+            "5": "--architecture.units 2 2 2 2 2 --architecture.widths 16 32 64 128 "
+            "256 --architecture.strides 1 2 2 2 1",
+        },
         "The article gives three to five stacks without a comparison.",
     ),
 }
 
 
 def run(names: Sequence[str], minutes: float) -> None:
-    """Run studies for so many minutes in all, and take their lines over."""
-    end = time.monotonic() + 60 * minutes
-    for name in names:
-        directory = RUNS / name
-        varied = [word for o in STUDIES[name].overrides for word in ("--vary", o)]
-        words = [*SMALL.split(), *varied, "--seeds", *map(str, SEEDS)]
-        command = [sys.executable, "-m", "flax_resnetv2", "sweep", *words]
-        command += ["--workdir", str(directory)]
-        process = subprocess.Popen(command, cwd=ROOT)
-        try:
-            process.wait(max(1, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)  # it saves, and goes on next time
-            process.wait()
-        keep(name, [x | {"words": SMALL} for x in sweep.read_lines(directory)])
+    """Run studies for so many minutes in all, and take their lines over.
+
+    They are one sweep, so that what several compare with is run once; what has its
+    lines in ``results`` is not run again.
+    """
+    lines = read_rows(RESULTS / "studies.jsonl")
+    have = {(x["override"], x["seed"]) for x in lines if x["words"] == SMALL}
+    known: list[str] = []
+    if (RUNS / "sweep.json").exists():
+        known = [override.words for override in sweep.load_sweep(RUNS).overrides]
+    asked = [
+        flags
+        for name in names
+        for flags in STUDIES[name].overrides.values()
+        if any((flags, seed) not in have for seed in SEEDS)
+    ]
+    if not asked:
+        return
+    varied = [f"--vary={flags}" for flags in dict.fromkeys([*known, *asked])]
+    words = [*SMALL.split(), *varied, "--seeds", *map(str, SEEDS)]
+    command = [sys.executable, "-m", "flax_resnetv2", "sweep", *words]
+    process = subprocess.Popen([*command, "--workdir", str(RUNS)], cwd=ROOT)
+    try:
+        process.wait(60 * minutes)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)  # it saves, and goes on next time
+        process.wait()
+    keep("studies", [x | {"words": SMALL} for x in sweep.read_lines(RUNS)])
 
 
 def keep(name: str, new: Sequence[dict[str, Any]]) -> None:
@@ -176,16 +191,16 @@ def verdict(rows: Sequence[comparison.Row]) -> list[str]:
     for row in rows[1:]:
         d = row.difference
         if d is None or d.spread is None:
-            said.append(f"`{row.name}`: too few runs to tell.")
+            said.append(f"{row.name}: too few runs to tell.")
             continue
         half = d.spread * stats.t.ppf(0.975, d.n - 1)
         low, high = 100 * (d.mean - half), 100 * (d.mean + half)
         between = f"between {low:+.2f} and {high:+.2f} points at 95 % (n = {d.n})"
         if low > 0 or high < 0:
             better = "better" if low > 0 else "worse"
-            said.append(f"`{row.name}` is {better}: {between}.")
+            said.append(f"{row.name}: {better}, {between}.")
         else:
-            said.append(f"`{row.name}`: no difference beyond noise, {between}.")
+            said.append(f"{row.name}: no difference beyond noise, {between}.")
     return said
 
 
@@ -205,27 +220,31 @@ def page() -> dict[str, str | bytes]:
         "",
         *_recipes(read_rows(RESULTS / "recipes.jsonl")),
     ]
+    text += ["## Studies", ""]
+    text += [f"All runs: `train.py {SMALL}`, and the flags of each row.", ""]
+    lines, missing = read_rows(RESULTS / "studies.jsonl"), []
     for name, study in STUDIES.items():
-        lines = read_rows(RESULTS / f"{name}.jsonl")
-        if not lines:
+        called = {flags: label for label, flags in study.overrides.items()}
+        some = [
+            line | {"override": called[line["override"]]}
+            for line in lines
+            if line["override"] in called
+        ]
+        rows = comparison.compare(list(study.overrides), some)
+        if not all(row.accuracy for row in rows):
+            missing.append(name)
             continue
-        shown = [x | {"override": x["override"] or "(as it is)"} for x in lines]
-        names = [o or "(as it is)" for o in study.overrides]
-        rows = comparison.compare(names, shown)
-        seeds = sorted({line["seed"] for line in lines})
         files[f"{name}.png"] = comparison.draw(study.question, rows)
-        table = comparison.to_markdown(SMALL, rows, seeds, shown)
-        text += [f"## {study.question}", "", *_wrapped(study.why), ""]
-        text += [f"All runs: `train.py {SMALL}`, and of each row:"]
-        text += ["", *(line for line in table.splitlines() if line.startswith("|"))]
-        text += ["", f"![accuracy by seed]({name}.png)", ""]
-        text += [f"- {said}" for said in verdict(rows)]
-        text += ["", _where(lines), ""]
-    missing = [n for n in STUDIES if not read_rows(RESULTS / f"{n}.jsonl")]
+        text += [f"### {study.question}", "", *_wrapped(study.why), ""]
+        table = comparison.to_markdown(SMALL, rows, SEEDS, some).splitlines()
+        text += [line.replace("`", "") for line in table if line.startswith("|")]
+        text += ["", *(f"- {said}" for said in verdict(rows)), ""]
+        for label, flags in study.overrides.items():
+            text += [f"- {label}: `{flags}`"] if flags else []
+        text += ["", f"![accuracy by seed]({name}.png)", "", _where(some), ""]
     if missing:
-        text += ["## Not run yet", "", ", ".join(missing) + "."]
+        text += ["Not run yet: " + ", ".join(missing) + ".", ""]
     text += [
-        "",
         "## How to read it",
         "",
         *_wrapped(

@@ -375,13 +375,12 @@ def test_a_verdict_is_a_students_interval_of_paired_differences():
     lines += [run_line("d", 0, 0.9)]
     better, noise, few = studies.verdict(compare(["a", "b", "c", "d"], lines))
     # Differences 10, 10.1, 10: mean 10.033, standard error 0.0333, t = 4.303.
-    assert better == ("`b` is better: between +9.89 and +10.18 points at 95 % (n = 3).")
+    assert better == ("b: better, between +9.89 and +10.18 points at 95 % (n = 3).")
     # 0, 1, -2: mean -0.333, standard error 0.882.
     assert noise == (
-        "`c`: no difference beyond noise, between -4.13 and +3.46 points at 95 % "
-        "(n = 3)."
+        "c: no difference beyond noise, between -4.13 and +3.46 points at 95 % (n = 3)."
     )
-    assert few == "`d`: too few runs to tell."
+    assert few == "d: too few runs to tell."
 
 
 def test_a_run_is_kept_once(tmp_path, monkeypatch):
@@ -395,7 +394,7 @@ def test_a_run_is_kept_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", studies.STUDIES)
 def test_what_a_study_compares_can_be_trained(name):
-    for override in studies.STUDIES[name].overrides:
+    for override in studies.STUDIES[name].overrides.values():
         words = [*studies.SMALL.split(), *override.split()]
         _, config, _ = cli.parse(words, "x", "y")
         check_config(config)
