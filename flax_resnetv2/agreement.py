@@ -4,7 +4,6 @@ Everything that can be refused is refused here, cheapest first, before there is 
 array; and what was left open is filled in.
 """
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def agree(
     Raises:
         UsageError: it is refused.
     """
-    config, _ = agree_unread(config, workdir, devices, limit)
+    config = agree_unread(config, workdir, devices, limit)
     if not process.writable(workdir):
         raise UsageError(
             f"workdir={workdir} cannot be written, or made; choose another --workdir"
@@ -47,7 +46,7 @@ def agree(
 
 def agree_unread(
     config: Config, workdir: Path, devices: int, limit: int | None
-) -> tuple[Config, Facts]:
+) -> Config:
     """The part of ``agree`` before any image is read: a mistake costs no waiting."""
     check_config(config)
     facts = describe(config.data)
@@ -58,7 +57,7 @@ def agree_unread(
     rundir.check_same(workdir, config)
     config = in_memory_or_not(rundir.as_begun(workdir, config), facts, limit)
     check_weights(config, facts.image_shape, workdir)
-    return config, facts
+    return config
 
 
 def in_memory_or_not(config: Config, facts: Facts, limit: int | None) -> Config:
@@ -85,7 +84,7 @@ def check_weights(
     config: Config, image_shape: tuple[int, int, int], workdir: Path
 ) -> None:
     """Refuse weights that a new run could not open or use."""
-    if config.weights is None or os.path.exists(workdir / "config.json"):
+    if config.weights is None or rundir.is_run(workdir):
         return
     known, channels = len(weights.NORMALISATION.mean), image_shape[2]
     if channels != known:

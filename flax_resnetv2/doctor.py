@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_resnetv2 import agreement, preparation, process, tracing
+from flax_resnetv2 import agreement, preparation, process, rundir, tracing
 from flax_resnetv2.assembly import count_needs, create_net
 from flax_resnetv2.catalog import DATASETS
 from flax_resnetv2.config import Config
@@ -231,7 +231,7 @@ def run(
     devices, train, place = jax.local_devices(), config.train, workdir or Path("runs")
     limit = memory_limit(devices[0])
     try:
-        config, _ = agreement.agree_unread(config, place, len(devices), limit)
+        config = agreement.agree_unread(config, place, len(devices), limit)
         dataset = _stand_in(config.data)
         if config.data.stream:
             dataset = _on_disk(dataset)
@@ -268,7 +268,7 @@ def run(
     each = f", {share} on each of {len(devices)} devices" if len(devices) > 1 else ""
     where = f"in a new directory of {place}"
     if workdir is not None:
-        new = not os.path.exists(workdir / "config.json")
+        new = not rundir.is_run(workdir)
         where = f"in {workdir}" + ("" if new else ", going on with the run there")
     yield Finding(
         "ok",

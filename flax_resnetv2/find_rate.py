@@ -7,8 +7,7 @@ the smoothed loss was lowest is a good highest rate of a schedule.
 
 import json
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from flax_resnetv2.errors import RunError, UsageError
 from flax_resnetv2.fields import Range, check_arguments
 from flax_resnetv2.parallel import Run, add_up
 from flax_resnetv2.preflight import memory_limit
+from flax_resnetv2.training import TrainState
 
 DIVERGED = 4.0
 """The test ends when the smoothed loss is so many times its lowest value."""
@@ -62,7 +62,7 @@ def find_rate(
     """
     check_arguments(find_rate, {"steps": steps, "highest": highest})
     directory, devices = Path(directory), list(devices or jax.local_devices())
-    if os.path.exists(directory / "config.json"):  # also of a name that is too long
+    if rundir.is_run(directory):
         raise UsageError(
             f"workdir={directory} holds a run, which find-rate leaves alone; choose "
             "another --workdir"
@@ -74,36 +74,21 @@ def find_rate(
         config.train,
         schedule="exponential",
         learning_rate=highest,
-        epochs=steps // per_epoch + 2,  # longer than the warm-up, however rounded
+        epochs=steps // per_epoch + 1,
         warmup_epochs=steps / per_epoch,
     )
     run = Run(replace(config, train=train), dataset, devices)
     needed = count_needs(run.config, dataset.image_shape)
     needed = needed.beside(run.state_shapes(), dataset.in_memory())
     needed.check(config.train.batch_size, len(devices), limit)
-    state, lines, lowest, average = run.initial_state(), [], None, 0.0
+    state = run.initial_state()  # the last that can be refused
     rundir.make_directory(directory)
     with (directory / "rates.jsonl").open("w", buffering=1) as file, closing(run):
-        for step in range(steps):
-            state, metrics = run.train(state, step, 1)
-            sums = add_up([metrics])
-            loss = sums["loss"] / sums["count"]
-            if not math.isfinite(loss):
-                break
-            average = _KEEP * average + (1 - _KEEP) * loss
-            line = {
-                "step": step,
-                "learning_rate": float(run.schedule(step)),
-                "loss": loss,
-                # The average began at 0, which has less and less of a share.
-                "smoothed": average / (1 - _KEEP ** (step + 1)),
-            }
+        lines = []
+        for line in _rise(run, state, steps):
             lines.append(line)
             file.write(json.dumps(line) + "\n")
-            if lowest is None or line["smoothed"] < lowest["smoothed"]:
-                lowest = line
-            if line["smoothed"] > DIVERGED * lowest["smoothed"]:
-                break
+    lowest = min(lines, key=lambda line: line["smoothed"], default=None)
     if lowest is None:
         raise RunError(
             "the loss of the first step is not a finite number; look at the "
@@ -118,6 +103,29 @@ def find_rate(
             "higher --highest, or more --steps"
         )
     return rate
+
+
+def _rise(run: Run, state: TrainState, steps: int) -> Iterator[dict[str, float]]:
+    """Train step by step, a line each, until the loss has diverged."""
+    lowest, average = math.inf, 0.0
+    for step in range(steps):
+        state, metrics = run.train(state, step, 1)
+        sums = add_up([metrics])
+        loss = sums["loss"] / sums["count"]
+        if not math.isfinite(loss):
+            return
+        average = _KEEP * average + (1 - _KEEP) * loss
+        # The average began at 0, which has less and less of a share.
+        smoothed = average / (1 - _KEEP ** (step + 1))
+        yield {
+            "step": step,
+            "learning_rate": float(run.schedule(step)),
+            "loss": loss,
+            "smoothed": smoothed,
+        }
+        lowest = min(lowest, smoothed)
+        if smoothed > DIVERGED * lowest:
+            return
 
 
 def draw(lines: list[dict], rate: float, path: Path) -> None:

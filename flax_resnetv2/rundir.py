@@ -138,7 +138,12 @@ def _damaged(path: Path, reason: str) -> UsageError:
 
 def has_begun(workdir: Path) -> bool:
     """Whether a run has something there to go on with, or began to have."""
-    return os.path.exists(workdir / "checkpoints")  # also of a name too long
+    return os.path.exists(workdir / "checkpoints")
+
+
+def is_run(workdir: Path) -> bool:
+    """Whether a run wrote down there what it is; False of what cannot be a name."""
+    return os.path.exists(workdir / "config.json")
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
@@ -189,7 +194,7 @@ MAY_CHANGE = {
 
 def as_begun(workdir: Path, config: Config) -> Config:
     """Fill in what was decided when the run began, where None leaves it open."""
-    if not os.path.exists(workdir / "config.json"):
+    if not is_run(workdir):
         return config
     old = load_config(workdir)
     if config.augment.mean is None:
@@ -209,7 +214,7 @@ def check_same(workdir: Path, config: Config) -> list[str]:
     Raises:
         UsageError: with every field that differs and must not.
     """
-    if not os.path.exists(workdir / "config.json"):
+    if not is_run(workdir):
         return []
     old, config = load_config(workdir), as_begun(workdir, config)
     free = MAY_CHANGE | (

@@ -230,7 +230,7 @@ def run_sweep(sweep: Sweep, workdir: str | Path) -> None:
         Stopped: SIGTERM or SIGINT came; the same call goes on.
     """
     workdir = Path(workdir)
-    if rundir.has_begun(workdir) or os.path.exists(workdir / "config.json"):
+    if rundir.has_begun(workdir) or rundir.is_run(workdir):
         raise UsageError(
             f"workdir={workdir} holds a run; give a sweep another --workdir"
         )

@@ -6,6 +6,7 @@ leave a step as sums and counts, so that they can be added up.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import flax.struct
@@ -96,8 +97,10 @@ def train_state_shapes(
 ) -> TrainState:
     """``create_train_state`` without its numbers: a state of jax.ShapeDtypeStruct."""
 
+    # They do not depend on the rate, and a warm-up may not fit in epochs of one step.
+    config = replace(config, schedule="constant", warmup_epochs=0.0)
+
     def create() -> TrainState:
-        # Shapes do not depend on how many steps an epoch has.
         key = jax.random.key(0)
         return create_train_state(model, config, key, image_shape, steps_per_epoch=1)
 

@@ -64,7 +64,8 @@ OURS = {
     "agreement": "assembly catalog config data preflight process rundir weights errors",
     "loop": "agreement assembly checkpoint config fields parallel preflight process "
     "report rundir tracing training errors",
-    "find_rate": "agreement assembly config fields parallel preflight rundir errors",
+    "find_rate": "agreement assembly config fields parallel preflight rundir training "
+    "errors",
     "analysis": "model",
     "dialects": "model errors",
     "weights": "augment dialects fields model errors",
@@ -80,7 +81,7 @@ OURS = {
     "drawing": "architecture counting planning",
     "installed": "",
     "doctor": "agreement assembly catalog config data decoded folder installed "
-    "preflight preparation process records tracing training errors",
+    "preflight preparation process records rundir tracing training errors",
     "comparison": "",
     "sweep": "comparison config counting data fields planning process rundir errors",
     "cli": "config loop parallel prediction process recipes rundir runpage tracing "

@@ -674,3 +674,12 @@ def test_a_channel_that_never_changes_stays_finite():
     assert found.std[1] == 1.0
     assert found.mean[1] == pytest.approx(77 / 255)
     assert 0 < found.std[0] < 1
+
+
+def test_a_warm_up_may_be_most_of_one_epoch(tmp_path):
+    """The state's shapes were once asked for of epochs of one step."""
+    config = replace(tiny.config(epochs=1, warmup_epochs=0.6), architecture=tiny.SMALL)
+    run = parallel.Run(
+        agreement.resolve(config, tiny.dataset()), tiny.dataset(), jax.devices()[:1]
+    )
+    assert run.state_shapes().step.shape == ()
