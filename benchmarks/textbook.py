@@ -14,6 +14,7 @@ import argparse
 import math
 import platform
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,105 +49,136 @@ def check(config: Config) -> None:
         )
 
 
-def train(
-    config: Config, dataset: Dataset, seconds: float, seed: int
-) -> dict[str, Any]:
-    """Train for so many seconds, testing included, and give the line."""
-    import torch
-    from torch.nn import functional
+class Loop:
+    """Net, optimiser and schedule, and the images that they see.
 
-    began, t = time.perf_counter(), config.train
-    torch.set_num_threads(usable_cores())
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in dataset.channel_statistics())
-    images, labels = dataset.splits["train"]
-    labels = torch.from_numpy(np.asarray(labels)).long()
-    side, p = images.shape[1], config.augment.crop_padding
-    steps_per_epoch = len(images) // t.batch_size
+    Images are NHWC uint8 arrays outside and NCHW float32 tensors, channels last in
+    memory, inside.
+    """
 
-    def normalised(chosen: np.ndarray) -> torch.Tensor:
-        x = torch.from_numpy(chosen).permute(0, 3, 1, 2).float() / 255
-        return (x - mean) / std
+    def __init__(self, config: Config, dataset: Dataset) -> None:
+        import torch
 
-    def augmented(x: torch.Tensor) -> torch.Tensor:
-        count = len(x)
-        x = functional.pad(x, (p, p, p, p))
-        row, column = (
-            torch.randint(0, 2 * p + 1, (count, 1)) + torch.arange(side)
-            for _ in range(2)
+        self.config, self.shape = config, dataset.image_shape
+        self.images, labels = dataset.splits["train"]
+        self.labels = torch.from_numpy(np.asarray(labels)).long()
+        self.test, truth = dataset.splits["test"]
+        self.truth = torch.from_numpy(np.asarray(truth)).long()
+        self.mean, self.std = (
+            torch.tensor(x).view(1, 3, 1, 1) for x in dataset.channel_statistics()
         )
-        column = torch.where(torch.rand(count, 1) < 0.5, column.flip(1), column)
-        some = torch.arange(count)[:, None, None]
-        # Indexed this way the channels come last, as the net wants them in memory.
-        x = x.permute(0, 2, 3, 1)[some, row[:, :, None], column[:, None, :]]
-        return x.permute(0, 3, 1, 2)
+        self.steps_per_epoch = len(self.images) // config.train.batch_size
 
-    def build(total: int) -> tuple[Any, Any, Any]:
-        net = torch_net(plan(config.architecture, dataset.image_shape))
-        net = net.to(memory_format=torch.channels_last)
+    def begin(self, steps: int) -> None:
+        """Draw the net anew, for so many steps."""
+        import torch
+
+        t = self.config.train
+        net = torch_net(plan(self.config.architecture, self.shape))
+        self.net = net.to(memory_format=torch.channels_last)
         kernels = [w for w in net.parameters() if w.ndim > 1]
         rest = [w for w in net.parameters() if w.ndim == 1]
-        optimizer = torch.optim.SGD(
+        self.optimizer = torch.optim.SGD(
             [{"params": kernels, "weight_decay": t.weight_decay}, {"params": rest}],
             t.learning_rate,
             t.momentum,
             nesterov=t.nesterov,
             fused=True,
         )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, t.learning_rate, total, cycle_momentum=False
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, t.learning_rate, steps, cycle_momentum=False
         )
-        return net, optimizer, schedule
 
-    def step(net: Any, optimizer: Any, schedule: Any, chosen: np.ndarray) -> Any:
-        optimizer.zero_grad(set_to_none=True)
-        logits = net(augmented(normalised(images[chosen])))
-        loss = functional.cross_entropy(
-            logits, labels[chosen], label_smoothing=t.label_smoothing
+    def normalise(self, images: np.ndarray) -> Any:
+        """uint8 [B, H, W, 3] -> float32 [B, 3, H, W]."""
+        import torch
+
+        x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        return (x - self.mean) / self.std
+
+    def augment(self, x: Any) -> Any:
+        """Crop and mirror each of [B, 3, H, W]."""
+        import torch
+
+        p, count = self.config.augment.crop_padding, len(x)
+        row, column = (
+            torch.randint(0, 2 * p + 1, (count, 1)) + torch.arange(x.shape[2])
+            for _ in range(2)
+        )
+        column = torch.where(torch.rand(count, 1) < 0.5, column.flip(1), column)
+        some = torch.arange(count)[:, None, None]
+        x = torch.nn.functional.pad(x, (p, p, p, p))
+        # Indexed this way the channels stay last in memory.
+        x = x.permute(0, 2, 3, 1)[some, row[:, :, None], column[:, None, :]]
+        return x.permute(0, 3, 1, 2)
+
+    def step(self, chosen: np.ndarray) -> Any:
+        """Train on these images, int [B]; the loss."""
+        import torch
+
+        self.optimizer.zero_grad(set_to_none=True)
+        logits = self.net(self.augment(self.normalise(self.images[chosen])))
+        loss = torch.nn.functional.cross_entropy(
+            logits,
+            self.labels[chosen],
+            label_smoothing=self.config.train.label_smoothing,
         )
         loss.backward()
-        optimizer.step()
-        schedule.step()
+        self.optimizer.step()
+        self.schedule.step()
         return loss
 
-    # A net of its own to time steps on.
-    some, rate = build(100), 0.0
+    def evaluate(self) -> dict[str, Any]:
+        """Give ``loss``, ``accuracy`` and ``count`` of all test images."""
+        import torch
+
+        self.net.eval()
+        logits = []
+        with torch.inference_mode():
+            for first in range(0, len(self.test), 500):
+                x = self.normalise(self.test[first : first + 500])
+                both = [x, x.flip(3)] if self.config.augment.test_flip else [x]
+                logits.append(sum(self.net(view) for view in both) / len(both))
+            found = torch.cat(logits)
+            correct = (found.argmax(1) == self.truth).sum().item()
+            loss = torch.nn.functional.cross_entropy(found, self.truth).item()
+        count = len(self.test)
+        return {"loss": loss, "accuracy": correct / count, "count": count}
+
+
+def train(
+    config: Config, dataset: Dataset, seconds: float, seed: int
+) -> dict[str, Any]:
+    """Train for so many seconds, testing included, and give what was reached."""
+    import torch
+
+    began, batch = time.perf_counter(), config.train.batch_size
+    torch.set_num_threads(usable_cores())
+    torch.manual_seed(seed)
+    rng, loop = np.random.default_rng(seed), Loop(config, dataset)
+    loop.begin(5 + TIMED)
     for number in range(5 + TIMED):
         if number == 5:
-            rate = time.perf_counter()
-        step(*some, rng.integers(0, len(images), t.batch_size))
-    each = (time.perf_counter() - rate) / TIMED
+            timed = time.perf_counter()
+        loop.step(rng.integers(0, len(loop.images), batch))
+    each = (time.perf_counter() - timed) / TIMED
     left = seconds - (time.perf_counter() - began)
     # Testing takes a third of a step, twice for the mirror images.
-    testing = 2 / 3 * each * dataset.splits["test"].images / t.batch_size
-    epochs = max(1, int((left - testing) / (each * steps_per_epoch)))
-    print(f"{t.batch_size / each:.0f} images/s: {epochs} epochs", flush=True)
+    testing = 2 / 3 * each * len(loop.test) / batch
+    epochs = max(1, int((left - testing) / (each * loop.steps_per_epoch)))
+    print(f"{batch / each:.0f} images/s: epochs: {epochs}", flush=True)
 
-    net, optimizer, schedule = build(epochs * steps_per_epoch)
+    loop.begin(epochs * loop.steps_per_epoch)
     for epoch in range(epochs):
-        order = rng.permutation(len(images))[: steps_per_epoch * t.batch_size]
-        for chosen in order.reshape(steps_per_epoch, t.batch_size):
-            loss = step(net, optimizer, schedule, chosen)
+        order = rng.permutation(len(loop.images))[: loop.steps_per_epoch * batch]
+        for chosen in order.reshape(loop.steps_per_epoch, batch):
+            loss = loop.step(chosen)
         seen = time.perf_counter() - began
         print(f"epoch {epoch + 1}  loss {loss.item():.3f}  {seen:.0f} s", flush=True)
-    net.eval()
-    test, truth = dataset.splits["test"]
-    logits = []
-    with torch.inference_mode():
-        for first in range(0, len(test), 500):
-            x = normalised(test[first : first + 500])
-            both = [x, x.flip(3)] if config.augment.test_flip else [x]
-            logits.append(sum(net(each) for each in both) / len(both))
-        all_logits = torch.cat(logits)
-        target = torch.from_numpy(np.asarray(truth)).long()
-        correct = (all_logits.argmax(1) == target).sum().item()
-        loss = functional.cross_entropy(all_logits, target).item()
-    count = len(test)
     return {
-        "test": {"loss": loss, "accuracy": correct / count, "count": count},
+        "test": loop.evaluate(),
         "validation": None,
-        "steps": epochs * steps_per_epoch,
+        "steps": epochs * loop.steps_per_epoch,
         "epochs": epochs,
         "seconds": round(time.perf_counter() - began, 3),
     }
@@ -166,8 +198,8 @@ def main() -> None:
     check(config)
     dataset = open_dataset(config.data)
     if given.images:
-        for name, split in dataset.splits.items():
-            dataset.splits[name] = split.take(0, given.images)
+        some = {n: s.take(0, given.images) for n, s in dataset.splits.items()}
+        dataset = replace(dataset, splits=some)
     found = train(config, dataset, given.seconds, given.seed)
     shape = dataset.image_shape
     about = provenance()

@@ -181,8 +181,8 @@ def convolution(
     On the CPU a 1x1 convolution is written as the matrix product over maps that it is:
     XLA's CPU convolution runs it at a tenth of the speed of its matrix product, and a
     bottleneck net's training step would take nearly twice as long. A stride then only
-    selects pixels. On a GPU the product of float32 maps ended the process while XLA
-    compiled it (openxla/xla#47381; jaxlib 0.11.2).
+    selects pixels. On a GPU the product of float32 maps can end the process while XLA
+    compiles it (openxla/xla#47381; seen with jaxlib 0.11.2).
     """
     return _convolve(_value(x), kernel, stride, padding)
 

@@ -26,7 +26,7 @@ _ONE_CYCLE = TrainConfig(
     schedule="one_cycle",
     label_smoothing=0.1,
 )
-# Basic units at half the resolution from stack 1 on: most accuracy for the time.
+# Basic units at half the resolution from stack 1 on, as nets for the clock have it.
 _AT_16X16 = Architecture(
     units=(2, 2, 2),
     widths=(128, 384, 512),

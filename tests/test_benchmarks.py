@@ -5,6 +5,7 @@ compares them.
 """
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from benchmarks import (
     peers,
     startup,
     studies,
+    textbook,
     together,
 )
 from benchmarks.cpu import read_rows
@@ -39,6 +41,7 @@ from flax_resnetv2 import (
 from flax_resnetv2.assembly import create_net
 from flax_resnetv2.comparison import compare
 from flax_resnetv2.config import check_config
+from flax_resnetv2.errors import UsageError
 from tests import tiny
 
 SIZE = (9, 9, 3)
@@ -399,3 +402,41 @@ def test_what_a_study_compares_can_be_trained(name):
         _, config, _ = cli.parse(words, "x", "y")
         check_config(config)
         create_net(config, (32, 32, 3))
+
+
+def test_the_readme_says_what_the_page_of_results_says():
+    """Its rows stand beside others, and are typed; the page's are not."""
+    page, readme = studies.page()["README.md"], (studies.ROOT / "README.md").read_text()
+    for recipe in ("cifar10-cpu-hour", "cifar10-fast"):
+        (row,) = re.findall(rf"^\| `{recipe}` \|.*", page, re.M)
+        accuracy = row.split("|")[3].split("(")[0].strip()
+        (told,) = re.findall(rf"^\| `python train.py {recipe}`.*", readme, re.M)
+        assert f"| {accuracy} %" in told
+        assert row.split("|")[5] in told  # parameters
+
+
+def test_what_has_its_lines_is_not_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    monkeypatch.setattr(studies, "RUNS", tmp_path / "runs")
+    flags = list(studies.STUDIES["shortcut"].overrides.values())
+    lines = [run_line("", seed, 0.5, words=studies.SMALL) for seed in studies.SEEDS]
+    studies.keep("studies", [*lines, run_line(flags[1], 0, 0.5, words=studies.SMALL)])
+    asked = []
+
+    class Ended:
+        def __init__(self, command, cwd):
+            asked.append([w for w in command if w.startswith("--vary")])
+
+        def wait(self, timeout):
+            return 0
+
+    monkeypatch.setattr(studies.subprocess, "Popen", Ended)
+    studies.run(["shortcut"], 1)
+    assert asked == [[f"--vary={flags[1]}", f"--vary={flags[2]}"]]
+
+
+@pytest.mark.parametrize("recipe", ["cifar10-fast", "cifar10-vae"])
+def test_the_textbook_loop_refuses_what_it_does_not_have(recipe):
+    with pytest.raises(UsageError, match="choose cifar10-cpu-hour"):
+        textbook.check(RECIPES[recipe].config)
+    textbook.check(RECIPES["cifar10-cpu-hour"].config)

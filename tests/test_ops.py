@@ -230,3 +230,18 @@ def test_a_promise_uses_the_statistics_it_is_given(float64):
     expected = (x - mean) / jnp.sqrt(variance + 1e-5) * scale + bias
     y = ops.pre_activation(x, scale, bias, mean, variance, 1e-5).value
     np.testing.assert_allclose(y, np.maximum(expected, 0), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_only_the_cpu_multiplies_matrices(stride):
+    """On a GPU they end the process in float32: openxla/xla#47381."""
+    x, kernel = jnp.zeros((2, 8, 8, 4)), jnp.zeros((1, 1, 4, 6))
+
+    def loss(x, kernel):
+        return ops.convolution(x, kernel, stride).sum()
+
+    traced = jax.jit(jax.grad(loss, (0, 1))).trace(x, kernel)
+    for platform, product in (("cpu", True), ("cuda", False), ("tpu", False)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.dot_general" in text) == product
+        assert ("stablehlo.convolution" in text) != product
