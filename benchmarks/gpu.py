@@ -19,11 +19,15 @@ optax, numpy, pytest and torch; what only the command line of the project needs 
 Jobs: "tests/FILE" (its fast tests that need one device, products in full float32),
 "peak" (matrix product and copy), "train/NET/BATCH/CONTESTANT", and
 "pipeline/NET/BATCH": gathering, normalising and augmenting against one normalised
-batch, in turns, as a share of a step.
+batch, in turns, as a share of a step; and, where CIFAR-10 is at hand
+(``TFDS_DATA_DIR``), "accuracy/RECIPE/SEED" and "study/NAME", which put their lines into
+``results`` (``benchmarks.studies page`` writes them up). These two save what they have
+when the time is over, and go on next time: half an hour is enough to get on.
 FLOPs of the model: six for each multiply-add of ``analysis.layer_table``.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -61,6 +65,17 @@ MARK = "RESULT "
 AUGMENT = AugmentConfig(mean=peers.PIXELS.mean, std=peers.PIXELS.std)
 EAGER, COMPILED = "torch-eager", "torch-compile-"
 TESTS = ("ops", "model", "training", "augment")
+GRACE = 60
+"""Seconds for a job that saves."""
+ACCURACY = (
+    ("cifar10-accurate", 5),
+    ("cifar10-he2016-resnet164-paper", 5),
+    ("cifar10-atienza-resnet56v2-book", 3),
+    ("cifar10-atienza-resnet164v2-book", 3),
+)
+"""Recipes and how many seeds of each, after ``cifar10-fast``."""
+STUDIES = "stride", "order", "shortcut", "bridges", "reduction", "stacks", "decay"
+"""In order of worth."""
 
 LIKE_RESNET50 = Architecture(
     units=(3, 4, 6, 3),
@@ -130,6 +145,8 @@ class Job:
     """Seconds that must be left for it to be started."""
     timeout: float
     """Seconds after which it is ended."""
+    saves: bool = False
+    """SIGTERM makes it save, and it goes on there."""
 
 
 def run_queue(
@@ -150,7 +167,9 @@ def run_queue(
     status = {row["id"]: row["status"] for row in rows}
     waiting = [job for job in jobs if status.get(job.id) != "ok"]
     # One cut once keeps its place; cut again, it may be longer than any run.
-    waiting.sort(key=lambda j: status.get(j.id) == "failed" or tries[j.id] > 1)
+    waiting.sort(
+        key=lambda j: status.get(j.id) == "failed" or (tries[j.id] > 1 and not j.saves)
+    )
     print(f"{len(jobs)} jobs, {len(jobs) - len(waiting)} done before", flush=True)
     for job in waiting:
         left = end - time.monotonic()
@@ -167,7 +186,7 @@ def run_queue(
 
 def run_job(job: Job, left: float = math.inf) -> dict[str, Any]:
     """Run one job in its own process group; its row, whatever happens to it."""
-    began = time.monotonic()
+    began, limit = time.monotonic(), min(job.timeout, left)
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             job.command,
@@ -178,9 +197,13 @@ def run_job(job: Job, left: float = math.inf) -> dict[str, Any]:
         )
         timed_out = False
         try:
-            process.wait(min(job.timeout, left))
+            process.wait(limit - GRACE if job.saves else limit)
         except subprocess.TimeoutExpired:
             timed_out = True
+            if job.saves:
+                os.killpg(process.pid, signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
         finally:
             # The whole group: compilers' workers would hold the device.
             if process.poll() is None:
@@ -191,12 +214,12 @@ def run_job(job: Job, left: float = math.inf) -> dict[str, Any]:
     seconds = round(time.monotonic() - began, 1)
     row = {"id": job.id, "status": "ok", "job_seconds": seconds}
     found = [line for line in text.splitlines() if line.startswith(MARK)]
+    if process.returncode == 0 and found:
+        return row | json.loads(found[-1].removeprefix(MARK))
     if timed_out and left < job.timeout:
         return row | {"status": "cut", "error": f"time over after {seconds} s"}
     if timed_out:
         return row | {"status": "failed", "error": f"ended after {seconds} s"}
-    if process.returncode == 0 and found:
-        return row | json.loads(found[-1].removeprefix(MARK))
     return row | {
         "status": "failed",
         "exit_code": process.returncode,
@@ -257,6 +280,8 @@ def queue(tiny: bool) -> list[Job]:
     seconds = {n20: 45, n164: 90, n1001: 240, big: 75}
     files = TESTS[-1:] if tiny else TESTS
     jobs = [*(_job(f"tests/{f}", tiny, 90) for f in files), _job("peak", tiny, 45)]
+    if not tiny:
+        jobs += [_accuracy_job("cifar10-fast", seed) for seed in range(5)]
     for net, batch, contestants in plan:
         estimate = seconds.get(net, 10)
         if contestants is None:
@@ -266,7 +291,20 @@ def queue(tiny: bool) -> list[Job]:
             factor = {ours: 1, eager: 0.6}.get(name, 2 if "torch" in name else 1)
             job = f"train/{net}/{batch}/{name}"
             jobs.append(_job(job, tiny, factor * estimate))
+    if not tiny:
+        jobs += [
+            _accuracy_job(recipe, seed) for recipe, n in ACCURACY for seed in range(n)
+        ]
+        jobs += [
+            replace(_job(f"study/{name}", tiny, 180), timeout=math.inf, saves=True)
+            for name in STUDIES
+        ]
     return jobs
+
+
+def _accuracy_job(recipe: str, seed: int) -> Job:
+    job = _job(f"accuracy/{recipe}/{seed}", tiny=False, estimate=2 * GRACE)
+    return replace(job, timeout=math.inf, saves=True)
 
 
 def _job(name: str, tiny: bool, estimate: float) -> Job:
@@ -281,6 +319,8 @@ def perform(name: str, tiny: bool) -> dict[str, Any]:
         return run_tests(f"tests/test_{rest[0]}.py", tiny)
     if kind == "peak":
         return measure_peak(tiny)
+    if kind in ("accuracy", "study"):
+        return gather_evidence(kind, *rest)
     net, batch = (TINY_NETS if tiny else NETS)[rest[0]], int(rest[1])
     task = peers.Task(
         rest[0], net.architecture, net.image_shape, batch, dtype="bfloat16"
@@ -319,6 +359,26 @@ def run_tests(file: str, tiny: bool) -> dict[str, Any]:
         print(f"FAILED {lines[-1]} {'; '.join(failures)}")
         sys.exit(1)
     return {"summary": lines[-1], "matmul_precision": "highest"}
+
+
+def gather_evidence(kind: str, name: str, seed: str = "0") -> dict[str, Any]:
+    """Train a recipe, or a study's runs, or go on; their lines go to ``results``.
+
+    Raises:
+        Stopped: not all of it is done yet.
+    """
+    # These need what train.py needs; the other jobs do not.
+    from benchmarks import studies
+    from flax_resnetv2 import Stopped
+
+    found: dict[str, Any] | None
+    if kind == "study":
+        found = {} if studies.run([name], "full") else None
+    else:
+        found = studies.train(name, int(seed))
+    if found is None:
+        raise Stopped(f"{kind}/{name} is not finished")
+    return {key: found[key] for key in ("test", "epochs", "seconds") if key in found}
 
 
 def measure_peak(tiny: bool) -> dict[str, Any]:
@@ -514,6 +574,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for name, row in good.items():
         if name.startswith("tests/"):
             lines.append(f"- {name}: {row['summary']}")
+        if name.startswith("accuracy/"):
+            accuracy = f"{row['test']['accuracy']:.2%} after {row['epochs']} epochs"
+            lines.append(f"- {name}: {accuracy}, {row['seconds']:.0f} s")
     last = {row["id"]: row for row in rows}
     lines += [
         f"- {name}: {row['status']}, {row['error']}"

@@ -1,23 +1,29 @@
 """The evidence: recipes and studies, run on real CIFAR-10, as one page.
 
     python -m benchmarks.studies run stride order --minutes 60
+    python -m benchmarks.studies run stride order --protocol full    # for a GPU
+    python -m benchmarks.studies train cifar10-cpu-hour --seed 1
     python -m benchmarks.studies add cifar10-cpu-hour runs/hour
     python -m benchmarks.studies page
 
-``run`` sweeps each study's overrides over paired seeds; it goes on where it stopped.
-``add`` takes over finished runs of a recipe. Both put lines into
-``results/*.jsonl``: a line a run, with its scores on all test images after the last
-epoch, versions, device and commit. ``page`` makes ``results/README.md`` and its plots
+``run`` sweeps the studies' overrides over paired seeds, ``train`` trains a recipe as it
+is; both go on where they stopped, and save when SIGTERM comes. ``add`` takes over
+finished runs of a recipe. All put lines into ``results/*.jsonl``: a line a run, with
+its scores on all test images after the last epoch, versions, device and commit.
+``page`` makes ``results/README.md`` and its plots
 of these lines and of what is written below, the same bytes again; no number on it is
 typed by hand.
 """
 
 import argparse
+import contextlib
 import json
+import math
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,18 +34,39 @@ from scipy import stats
 
 from benchmarks.cpu import read_rows
 from flax_resnetv2 import RECIPES, comparison, rundir, scores, sweep
+from flax_resnetv2.assembly import count_parameters
 from flax_resnetv2.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 RUNS = ROOT / "build" / "studies"
-SMALL = (
-    "cifar10-he2016-resnet20 --architecture.stem-stride 2 --train.epochs 4 "
-    "--evaluate-every 4 --checkpoint-every 4"
-)
-"""The protocol for a CPU: the whole training set four times, at half the resolution,
-about two minutes a run on two cores."""
-SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How the runs of studies are trained."""
+
+    words: str
+    """What ``train.py`` gets."""
+    seeds: tuple[int, ...]
+    about: str
+
+
+PROTOCOLS = {
+    "small": Protocol(
+        "cifar10-he2016-resnet20 --architecture.stem-stride 2 --train.epochs 4 "
+        "--evaluate-every 4 --checkpoint-every 4",
+        (0, 1, 2, 3, 4),
+        "The protocol for a CPU: the whole training set four times, at half the "
+        "resolution, about two minutes a run on two cores.",
+    ),
+    "full": Protocol(
+        "cifar10-he2016-resnet20 --execution.dtype bfloat16 --evaluate-every 30 "
+        "--checkpoint-every 10",
+        (0, 1, 2, 3, 4),
+        "The protocol for a GPU: 30 epochs at full resolution.",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -104,11 +131,11 @@ STUDIES = {
             "4": "",
             "2": "--architecture.reduction 2",
             "8": "--architecture.reduction 8",
-            "8, twice the units": "--architecture.reduction 8 "
-            "--architecture.units 4 4 4",
+            "2, narrower": "--architecture.reduction 2 --architecture.widths 38 76 152",
+            "8, wider": "--architecture.reduction 8 --architecture.widths 96 192 384",
         },
-        "The article says it should be investigated. At 8 with twice the units the "
-        "multiply-adds come nearer to those at 4: see the column.",
+        "The article says it should be investigated. All at equal depth; the narrower "
+        "and the wider net have about the multiply-adds of the first.",
     ),
     "stacks": Study(
         "Do four or five stacks help?",
@@ -118,41 +145,81 @@ STUDIES = {
             "--architecture.strides 1 2 2 2",
             "5": "--architecture.units 2 2 2 2 2 --architecture.widths 16 32 64 128 "
             "256 --architecture.strides 1 2 2 2 1",
+            "4, wider": "--architecture.units 2 2 2 2 --architecture.widths 56 112 "
+            "224 448 --architecture.strides 1 2 2 2",
         },
-        "The article gives three to five stacks without a comparison.",
+        "The article gives three to five stacks without a comparison. 4 and 5 have "
+        "about the parameters of the first, the wider 4 about its multiply-adds.",
     ),
 }
 
 
-def run(names: Sequence[str], minutes: float) -> None:
+def run(names: Sequence[str], protocol: str, minutes: float = math.inf) -> bool:
     """Run studies for so many minutes in all, and take their lines over.
 
-    They are one sweep, so that what several compare with is run once; what has its
-    lines in ``results`` is not run again.
+    What several compare with is run once, and what has its lines in ``results`` is not
+    run again. Seed by seed, so that studies that end early compare fairly.
+
+    Returns:
+        Whether every run is done.
     """
-    lines = read_rows(RESULTS / "studies.jsonl")
-    have = {(x["override"], x["seed"]) for x in lines if x["words"] == SMALL}
-    known: list[str] = []
-    if (RUNS / "sweep.json").exists():
-        known = [override.words for override in sweep.load_sweep(RUNS).overrides]
-    asked = [
-        flags
-        for name in names
-        for flags in STUDIES[name].overrides.values()
-        if any((flags, seed) not in have for seed in SEEDS)
-    ]
-    if not asked:
-        return
-    varied = [f"--vary={flags}" for flags in dict.fromkeys([*known, *asked])]
-    words = [*SMALL.split(), *varied, "--seeds", *map(str, SEEDS)]
-    command = [sys.executable, "-m", "flax_resnetv2", "sweep", *words]
-    process = subprocess.Popen([*command, "--workdir", str(RUNS)], cwd=ROOT)
+    how, end = PROTOCOLS[protocol], time.monotonic() + 60 * minutes
+    asked = {
+        flags: None for name in names for flags in STUDIES[name].overrides.values()
+    }
+    for seed in how.seeds:
+        lines = read_rows(RESULTS / "studies.jsonl")
+        have = {(x["override"], x["seed"]) for x in lines if x["words"] == how.words}
+        missing = [flags for flags in asked if (flags, seed) not in have]
+        if not missing:
+            continue
+        if time.monotonic() > end:
+            return False
+        directory = RUNS / protocol / f"seed-{seed}"
+        if (directory / "sweep.json").exists():  # a sweep only grows
+            known = (o.words for o in sweep.load_sweep(directory).overrides)
+            missing = list(dict.fromkeys([*known, *missing]))
+        command = [sys.executable, "-m", "flax_resnetv2", "sweep", *how.words.split()]
+        command += [f"--vary={flags}" for flags in missing]
+        command += ["--seeds", str(seed), "--workdir", str(directory)]
+        code = _let_run(command, end - time.monotonic())
+        keep("studies", [x | {"words": how.words} for x in sweep.read_lines(directory)])
+        if code:
+            return False
+    return True
+
+
+def train(recipe: str, seed: int, minutes: float = math.inf) -> dict[str, Any] | None:
+    """Train a recipe as it is for so many minutes.
+
+    Returns:
+        Its line, which was taken over; None: it is not finished.
+    """
+    directory = RUNS.parent / "recipes" / f"{recipe}-{seed}"
+    command = [sys.executable, "train.py", recipe, "--seed", str(seed)]
+    if _let_run([*command, "--workdir", str(directory)], 60 * minutes):
+        return None
+    (line,) = add(recipe, [directory])
+    return line
+
+
+def _let_run(command: Sequence[str], seconds: float) -> int:
+    """Run a command; when the time is over, or SIGTERM comes, it is told to save.
+
+    Returns:
+        Its exit code.
+    """
+    process = subprocess.Popen(command, cwd=ROOT)
+    # A handler, so that this process outlives the signal and takes lines over.
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
-        process.wait(60 * minutes)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)  # it saves, and goes on next time
-        process.wait()
-    keep("studies", [x | {"words": SMALL} for x in sweep.read_lines(RUNS)])
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(None if seconds == math.inf else max(0, seconds))
+        if process.poll() is None:
+            process.terminate()
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def keep(name: str, new: Sequence[dict[str, Any]]) -> None:
@@ -168,8 +235,11 @@ def keep(name: str, new: Sequence[dict[str, Any]]) -> None:
     rundir.write_whole(path, text)
 
 
-def add(recipe: str, directories: Sequence[Path]) -> None:
+def add(recipe: str, directories: Sequence[Path]) -> list[dict[str, Any]]:
     """Take over finished runs of a recipe as it is.
+
+    Returns:
+        Their lines.
 
     Raises:
         UsageError: a run is of another configuration, or not finished.
@@ -182,26 +252,80 @@ def add(recipe: str, directories: Sequence[Path]) -> None:
             raise UsageError(f"{directory} is not finished; train there further first")
         line = {"words": recipe, "override": "", "seed": config.seed, "status": "done"}
         lines.append(line | sweep.outcome(directory))
+        keep_log(recipe, config.seed, short_log(metrics))
     keep("recipes", lines)
+    return lines
 
 
-def verdict(rows: Sequence[comparison.Row]) -> list[str]:
-    """Say of each override what its differences can tell; numbers only of ``rows``."""
+def keep_log(recipe: str, seed: int, text: str) -> None:
+    """Put a run's short log beside the lines."""
+    directory = RESULTS / "logs"
+    directory.mkdir(exist_ok=True)
+    rundir.write_whole(directory / f"{recipe.replace(' ', '-')}-{seed}.txt", text)
+
+
+def short_log(metrics: Sequence[dict[str, Any]]) -> str:
+    """Write a run's metrics as a line an epoch: means of training, scores of tests."""
+    text = ""
+    for epoch in range(1, math.ceil(metrics[-1]["epoch"]) + 1):
+        some = [line for line in metrics if epoch - 1 < line["epoch"] <= epoch]
+        trained = [line for line in some if line["split"] == "train"]
+        count = sum(line["count"] for line in trained)
+        text += f"epoch {epoch}"
+        for name in ("loss", "accuracy"):
+            mean = sum(line[name] * line["count"] for line in trained) / count
+            text += f"  {name} {mean:.4f}"
+        for line in some:
+            if line["split"] != "train":
+                text += f"  {line['split']} {line['accuracy']:.4f}"
+        text += f"  {some[-1]['seconds']:.0f} s\n"
+    return text
+
+
+def interval(row: comparison.Row) -> tuple[float, float] | None:
+    """Student's at 95 % of an override's mean difference, in points; None: n < 2."""
+    d = row.difference
+    if d is None or d.spread is None:
+        return None
+    half = d.spread * stats.t.ppf(0.975, d.n - 1)
+    return 100 * (d.mean - half), 100 * (d.mean + half)
+
+
+def verdict(row: comparison.Row) -> str:
+    """Say what an override's differences can tell."""
+    found = interval(row)
+    if found is None:
+        return "too few runs to tell"
+    low, high = found
+    if low <= 0 <= high:
+        return "no difference beyond noise"
+    return "better" if low > 0 else "worse"
+
+
+def conclude(rows: Sequence[comparison.Row]) -> list[str]:
+    """A sentence on each override of a study; numbers only of ``rows``."""
     said = []
     for row in rows[1:]:
-        d = row.difference
-        if d is None or d.spread is None:
-            said.append(f"{row.name}: too few runs to tell.")
-            continue
-        half = d.spread * stats.t.ppf(0.975, d.n - 1)
-        low, high = 100 * (d.mean - half), 100 * (d.mean + half)
-        between = f"between {low:+.2f} and {high:+.2f} points at 95 % (n = {d.n})"
-        if low > 0 or high < 0:
-            better = "better" if low > 0 else "worse"
-            said.append(f"{row.name}: {better}, {between}.")
-        else:
-            said.append(f"{row.name}: no difference beyond noise, {between}.")
+        found, between = interval(row), ""
+        if found and row.difference:
+            low, high = found
+            between = f", between {low:+.2f} and {high:+.2f} points at 95 % "
+            between += f"(n = {row.difference.n})"
+        said.append(f"{row.name}: {verdict(row)}{between}{_cost(rows[0], row)}.")
     return said
+
+
+def _cost(first: comparison.Row, row: comparison.Row) -> str:
+    """Say at how many times the cost of the first an override has its accuracy."""
+    times = [
+        f"{there / here:.2f} times the {what}"
+        for what, here, there in (
+            ("multiply-adds", first.multiply_adds, row.multiply_adds),
+            ("parameters", first.parameters, row.parameters),
+        )
+        if here and there and f"{there / here:.2f}" != "1.00"
+    ]
+    return f", at {' and '.join(times)}" if times else ", at the same cost"
 
 
 def page() -> dict[str, str | bytes]:
@@ -212,8 +336,8 @@ def page() -> dict[str, str | bytes]:
         "",
         *_wrapped(
             "Made by `python -m benchmarks.studies page` from the lines beside it (one "
-            "a run). Every accuracy is of the final epoch on all 10,000 test images of "
-            "CIFAR-10; nothing was selected on them."
+            "a run). Every accuracy is of the final epoch on all test images, of CIFAR-10 "
+            "10,000; nothing was selected on them."
         ),
         "",
         "## Recipes",
@@ -221,34 +345,25 @@ def page() -> dict[str, str | bytes]:
         *_recipes(read_rows(RESULTS / "recipes.jsonl")),
     ]
     text += ["## Studies", ""]
-    text += [f"All runs: `train.py {SMALL}`, and the flags of each row.", ""]
-    lines, missing = read_rows(RESULTS / "studies.jsonl"), []
+    text += [f"- `train.py {how.words}`: {how.about}" for how in PROTOCOLS.values()]
+    text += ["", "| study | compared | with | points at 95 % | n | shown |"]
+    text += ["| --- | --- | --- | ---: | ---: | --- |"]
+    lines, missing, sections = read_rows(RESULTS / "studies.jsonl"), [], []
     for name, study in STUDIES.items():
-        called = {flags: label for label, flags in study.overrides.items()}
-        some = [
-            line | {"override": called[line["override"]]}
-            for line in lines
-            if line["words"] == SMALL and line["override"] in called
-        ]
-        rows = comparison.compare(list(study.overrides), some)
-        if not all(row.accuracy for row in rows):
-            missing.append(name)
-            continue
-        files[f"{name}.png"] = comparison.draw(study.question, rows)
-        text += [f"### {study.question}", "", *_wrapped(study.why), ""]
-        table = comparison.to_markdown(SMALL, rows, SEEDS, some).splitlines()
-        # Without the seconds: other work ran beside some of the runs.
-        text += [
-            line.replace("`", "").rsplit("|", 2)[0] + "|"
-            for line in table
-            if line.startswith("|")
-        ]
-        text += ["", *(f"- {said}" for said in verdict(rows)), ""]
-        for label, flags in study.overrides.items():
-            text += [f"- {label}: `{flags}`"] if flags else []
-        text += ["", f"![accuracy by seed]({name}.png)", "", _where(some), ""]
+        for protocol, how in PROTOCOLS.items():
+            some = _of_study(lines, study, how)
+            rows = comparison.compare(list(study.overrides), some)
+            if not all(row.accuracy for row in rows):
+                missing.append(f"{name} ({protocol})")
+                continue
+            which = name if protocol == "small" else f"{name}-{protocol}"
+            files[f"{which}.png"] = comparison.draw(study.question, rows)
+            text += [f"| {which} | {_summary(row, rows[0])} |" for row in rows[1:]]
+            sections += _section(which, study, how, rows, some)
+    text += [""]
     if missing:
-        text += ["Not run yet: " + ", ".join(missing) + ".", ""]
+        text += [*_wrapped("Not run yet: " + ", ".join(missing) + "."), ""]
+    text += sections
     text += [
         "## How to read it",
         "",
@@ -256,12 +371,57 @@ def page() -> dict[str, str | bytes]:
             "± is the sample standard deviation over seeds (n - 1). A difference is to "
             "the first row, paired by seed; there ± is the standard error, and the "
             "interval below is Student's. A difference within noise is none that was "
-            "shown, not one that was shown to be none. Beside single runs stands "
-            "Wilson's interval at 95 %, of the images alone."
+            "shown, not one that was shown to be none; and of twenty comparisons of "
+            "equals one is shown at 95 % by chance. Beside single runs stands Wilson's "
+            "interval at 95 %, of the images alone."
         ),
     ]
     files["README.md"] = "\n".join(text).rstrip() + "\n"
     return files
+
+
+def _of_study(
+    lines: Sequence[dict[str, Any]], study: Study, how: Protocol
+) -> list[dict[str, Any]]:
+    """A study's lines by a protocol, under the names of its overrides."""
+    called = {flags: label for label, flags in study.overrides.items()}
+    return [
+        line | {"override": called[line["override"]]}
+        for line in lines
+        if line["words"] == how.words
+        and line["override"] in called
+        and line["seed"] in how.seeds
+    ]
+
+
+def _summary(row: comparison.Row, first: comparison.Row) -> str:
+    """An override's cells in the table of all studies."""
+    found = interval(row)
+    between = f"{found[0]:+.2f} to {found[1]:+.2f}" if found else ""
+    n = row.difference.n if row.difference else 0
+    return f"{row.name} | {first.name} | {between} | {n} | {verdict(row)}"
+
+
+def _section(
+    name: str,
+    study: Study,
+    how: Protocol,
+    rows: Sequence[comparison.Row],
+    lines: Sequence[dict[str, Any]],
+) -> list[str]:
+    """A study's question, table, conclusion, flags and plot."""
+    text = [f"### {name}: {study.question}", "", *_wrapped(study.why), ""]
+    table = comparison.to_markdown(how.words, rows, how.seeds, lines).splitlines()
+    # Without the seconds: other work ran beside some of the runs.
+    text += [
+        line.replace("`", "").rsplit("|", 2)[0] + "|"
+        for line in table
+        if line.startswith("|")
+    ]
+    text += ["", *(f"- {said}" for said in conclude(rows)), ""]
+    for label, flags in study.overrides.items():
+        text += [f"- {label}: `{flags}`"] if flags else []
+    return [*text, "", f"![accuracy by seed]({name}.png)", "", _where(lines), ""]
 
 
 def write_page() -> None:
@@ -271,19 +431,13 @@ def write_page() -> None:
 
 
 def _recipes(lines: Sequence[dict[str, Any]]) -> list[str]:
-    head = ["recipe", "n", "test accuracy, %", "epochs", "parameters", "seconds"]
-    head += ["device", "versions", "commit"]
-    table = [head, ["---", "---:", "---:", "---:", "---:", "---:", "---", "---", "---"]]
+    head = ["recipe", "n", "test accuracy, %", "published", "epochs", "parameters"]
+    head += ["seconds", "device", "versions", "commit"]
+    table = [head, ["---", "---:", "---:", "---", *["---:"] * 3, *["---"] * 3]]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in lines:
         groups.setdefault((line["words"], _device(line)), []).append(line)
     for (words, device), some in groups.items():
-        found = [100 * line["test"]["accuracy"] for line in some]
-        if len(found) > 1:
-            accuracy = f"{fmean(found):.2f} ± {stdev(found):.2f}"
-        else:
-            low, high = scores.interval(some[0]["test"], False)
-            accuracy = f"{found[0]:.2f} ({100 * low:.2f} to {100 * high:.2f})"
         # Beside other runs on its device a run takes longer than it would.
         seconds = [line["seconds"] for line in some if line.get("alone", True)]
         versions = some[0]["versions"]
@@ -291,7 +445,8 @@ def _recipes(lines: Sequence[dict[str, Any]]) -> list[str]:
             [
                 f"`{words}`",
                 str(len(some)),
-                accuracy,
+                _accuracy(some),
+                _published(words),
                 str(some[0]["epochs"]),
                 f"{some[0]['parameters']:,}",
                 f"{fmean(seconds):,.0f}" if seconds else "",
@@ -305,14 +460,56 @@ def _recipes(lines: Sequence[dict[str, Any]]) -> list[str]:
             ]
         )
     rows = ["| " + " | ".join(cells) + " |" for cells in table]
+    wait = ["| recipe, not run to its end yet | published | epochs | parameters |"]
+    wait += ["| --- | --- | ---: | ---: |"]
+    for name in waiting(lines):
+        config = RECIPES[name].config
+        parameters = count_parameters(config, (32, 32, 3))
+        cells = f"{_published(name)} | {config.train.epochs} | {parameters:,}"
+        wait.append(f"| `{name}` | {cells} |")
     return [
         *rows,
+        "",
+        *wait,
         "",
         *_wrapped(
             "Seconds are those of whole runs: compiling, training, testing, saving."
         ),
         "",
     ]
+
+
+def waiting(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """Name the recipes whose accuracy on CIFAR-10 is asked for and not known."""
+    known = {line["words"] for line in lines}
+    asked = {name for name, recipe in RECIPES.items() if recipe.published is not None}
+    return [n for n in RECIPES if n in asked | {"cifar10-accurate"} and n not in known]
+
+
+def certificate(recipe: str) -> str:
+    """Say in a line what a recipe was measured to give, and on what."""
+    lines = [x for x in read_rows(RESULTS / "recipes.jsonl") if x["words"] == recipe]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault(_device(line), []).append(line)
+    told = [
+        f"{_accuracy(some)} %, n = {len(some)}, {device}"
+        for device, some in groups.items()
+    ]
+    return "; ".join(told) or "not run"
+
+
+def _accuracy(lines: Sequence[dict[str, Any]]) -> str:
+    """Give the test accuracy of runs that differ in their seeds, in percent."""
+    found = [100 * line["test"]["accuracy"] for line in lines]
+    if len(found) > 1:
+        return f"{fmean(found):.2f} ± {stdev(found):.2f}"
+    low, high = scores.interval(lines[0]["test"], False)
+    return f"{found[0]:.2f} ({100 * low:.2f} to {100 * high:.2f})"
+
+
+def _published(words: str) -> str:
+    return RECIPES[words].published or "" if words in RECIPES else ""
 
 
 def _device(line: dict[str, Any]) -> str:
@@ -342,14 +539,21 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="run studies, or go on with them")
     running.add_argument("names", nargs="+", choices=STUDIES)
-    running.add_argument("--minutes", type=float, default=600, help="for all of them")
+    running.add_argument("--protocol", choices=PROTOCOLS, default="small")
+    training = commands.add_parser("train", help="train a recipe, or go on with it")
+    training.add_argument("recipe", choices=RECIPES)
+    training.add_argument("--seed", type=int, default=0)
+    for command in (running, training):
+        command.add_argument("--minutes", type=float, default=math.inf, help="in all")
     adding = commands.add_parser("add", help="take finished runs of a recipe over")
     adding.add_argument("recipe", choices=RECIPES)
     adding.add_argument("workdirs", nargs="+", type=Path)
     commands.add_parser("page", help="write results/README.md and its plots")
     given = parser.parse_args()
     if given.command == "run":
-        run(given.names, given.minutes)
+        run(given.names, given.protocol, given.minutes)
+    elif given.command == "train":
+        train(given.recipe, given.seed, given.minutes)
     elif given.command == "add":
         add(given.recipe, given.workdirs)
     write_page()

@@ -167,6 +167,7 @@ def train(
     testing = 2 / 3 * each * len(loop.test) / batch
     epochs = max(1, int((left - testing) / (each * loop.steps_per_epoch)))
     print(f"{batch / each:.0f} images/s: epochs: {epochs}", flush=True)
+    log = ""
 
     loop.begin(epochs * loop.steps_per_epoch)
     for epoch in range(epochs):
@@ -174,8 +175,10 @@ def train(
         for chosen in order.reshape(loop.steps_per_epoch, batch):
             loss = loop.step(chosen)
         seen = time.perf_counter() - began
-        print(f"epoch {epoch + 1}  loss {loss.item():.3f}  {seen:.0f} s", flush=True)
+        log += f"epoch {epoch + 1}  last loss {loss.item():.4f}  {seen:.0f} s\n"
+        print(log.splitlines()[-1], flush=True)
     return {
+        "log": log,
         "test": loop.evaluate(),
         "validation": None,
         "steps": epochs * loop.steps_per_epoch,
@@ -201,6 +204,7 @@ def main() -> None:
         some = {n: s.take(0, given.images) for n, s in dataset.splits.items()}
         dataset = replace(dataset, splits=some)
     found = train(config, dataset, given.seconds, given.seed)
+    log = found.pop("log")
     shape = dataset.image_shape
     about = provenance()
     line = {
@@ -223,6 +227,7 @@ def main() -> None:
     print(f"test accuracy {accuracy:.4f} in {found['seconds']:.0f} s")
     if given.images is None and not math.isnan(found["test"]["loss"]):
         studies.keep("recipes", [line])
+        studies.keep_log(line["words"], given.seed, log)
         studies.write_page()
 
 

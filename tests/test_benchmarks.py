@@ -41,7 +41,7 @@ from flax_resnetv2 import (
 from flax_resnetv2.assembly import create_net
 from flax_resnetv2.comparison import compare
 from flax_resnetv2.config import check_config
-from flax_resnetv2.errors import UsageError
+from flax_resnetv2.errors import Stopped, UsageError
 from tests import tiny
 
 SIZE = (9, 9, 3)
@@ -373,17 +373,24 @@ def test_the_page_of_results_is_made_of_the_committed_lines():
 
 def test_a_verdict_is_a_students_interval_of_paired_differences():
     lines = [run_line("a", seed, 0.5 + 0.01 * seed) for seed in range(3)]
-    lines += [run_line("b", s, 0.6 + 0.01 * s + 0.001 * (s == 1)) for s in range(3)]
+    lines += [
+        run_line("b", s, 0.6 + 0.01 * s + 0.001 * (s == 1), multiply_adds=21)
+        for s in range(3)
+    ]
     lines += [run_line("c", s, 0.5 + 0.02 * (s == 1)) for s in range(3)]
     lines += [run_line("d", 0, 0.9)]
-    better, noise, few = studies.verdict(compare(["a", "b", "c", "d"], lines))
+    better, noise, few = studies.conclude(compare(["a", "b", "c", "d"], lines))
     # Differences 10, 10.1, 10: mean 10.033, standard error 0.0333, t = 4.303.
-    assert better == ("b: better, between +9.89 and +10.18 points at 95 % (n = 3).")
+    assert better == (
+        "b: better, between +9.89 and +10.18 points at 95 % (n = 3), at 3.00 times the "
+        "multiply-adds."
+    )
     # 0, 1, -2: mean -0.333, standard error 0.882.
     assert noise == (
-        "c: no difference beyond noise, between -4.13 and +3.46 points at 95 % (n = 3)."
+        "c: no difference beyond noise, between -4.13 and +3.46 points at 95 % "
+        "(n = 3), at the same cost."
     )
-    assert few == "d: too few runs to tell."
+    assert few == "d: too few runs to tell, at the same cost."
 
 
 def test_a_run_is_kept_once(tmp_path, monkeypatch):
@@ -395,10 +402,28 @@ def test_a_run_is_kept_once(tmp_path, monkeypatch):
     assert [(r["seed"], r["test"]["accuracy"]) for r in rows] == [(0, 0.5), (1, 0.7)]
 
 
+def test_a_short_log_has_a_line_an_epoch():
+    def line(epoch, split, loss, accuracy, count):
+        told = {"epoch": epoch, "split": split, "loss": loss, "seconds": 10 * epoch}
+        return told | {"accuracy": accuracy, "count": count}
+
+    metrics = [
+        line(0.5, "train", 2.0, 0.25, 30),
+        line(1.0, "train", 1.0, 0.75, 10),
+        line(2.0, "train", 0.5, 0.875, 40),
+        line(2.0, "test", 0.6, 0.8, 20),
+    ]
+    assert studies.short_log(metrics) == (
+        "epoch 1  loss 1.7500  accuracy 0.3750  10 s\n"
+        "epoch 2  loss 0.5000  accuracy 0.8750  test 0.8000  20 s\n"
+    )
+
+
 @pytest.mark.parametrize("name", studies.STUDIES)
-def test_what_a_study_compares_can_be_trained(name):
+@pytest.mark.parametrize("protocol", studies.PROTOCOLS)
+def test_what_a_study_compares_can_be_trained(name, protocol):
     for override in studies.STUDIES[name].overrides.values():
-        words = [*studies.SMALL.split(), *override.split()]
+        words = [*studies.PROTOCOLS[protocol].words.split(), *override.split()]
         _, config, _ = cli.parse(words, "x", "y")
         check_config(config)
         create_net(config, (32, 32, 3))
@@ -416,23 +441,89 @@ def test_the_readme_says_what_the_page_of_results_says():
 
 
 def test_what_has_its_lines_is_not_run_again(tmp_path, monkeypatch):
+    words, seeds = studies.PROTOCOLS["small"].words, studies.PROTOCOLS["small"].seeds
     monkeypatch.setattr(studies, "RESULTS", tmp_path)
     monkeypatch.setattr(studies, "RUNS", tmp_path / "runs")
-    flags = list(studies.STUDIES["shortcut"].overrides.values())
-    lines = [run_line("", seed, 0.5, words=studies.SMALL) for seed in studies.SEEDS]
-    studies.keep("studies", [*lines, run_line(flags[1], 0, 0.5, words=studies.SMALL)])
+    first, raw, wide = studies.STUDIES["shortcut"].overrides.values()
+    lines = [run_line(first, seed, 0.5, words=words) for seed in seeds]
+    lines += [run_line(raw, seed, 0.5, words=words) for seed in seeds[1:]]
+    lines += [run_line(wide, seeds[1], 0.5, words=words)]
+    studies.keep("studies", lines)
     asked = []
 
-    class Ended:
-        def __init__(self, command, cwd):
-            asked.append([w for w in command if w.startswith("--vary")])
+    def note(command, seconds):
+        asked.append([w.removeprefix("--vary=") for w in command if "--vary" in w])
+        return 75 * (len(asked) == 2)  # the second is told to stop
 
-        def wait(self, timeout):
-            return 0
+    monkeypatch.setattr(studies, "_let_run", note)
+    assert not studies.run(["shortcut"], "small")
+    assert asked == [[raw, wide], [wide]]
+    studies.keep("studies", [run_line(raw, seeds[0], 0.5, words=words)])
+    studies.keep("studies", [run_line(wide, seed, 0.5, words=words) for seed in seeds])
+    assert studies.run(["shortcut"], "small")
+    assert len(asked) == 2
 
-    monkeypatch.setattr(studies.subprocess, "Popen", Ended)
-    studies.run(["shortcut"], 1)
-    assert asked == [[f"--vary={flags[1]}", f"--vary={flags[2]}"]]
+
+TRAINING = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+print("ready", flush=True)
+time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize("how", ["time", "signal"])
+def test_a_run_of_evidence_is_told_to_save(how):
+    command = [sys.executable, "-c", TRAINING]
+    if how == "time":
+        assert studies._let_run(command, 2) == 75
+        return
+    code = (
+        f"import math; from benchmarks import studies; "
+        f"print('saved', studies._let_run({command!r}, math.inf))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=gpu.ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        assert process.stdout.readline() == "saved 75\n"
+
+
+def test_a_job_that_saves_is_told_before_it_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 10)
+    kept = replace(python("a", TRAINING), saves=True)
+    began = time.monotonic()
+    assert gpu.run_job(kept, left=12)["status"] == "cut"
+    assert time.monotonic() - began < 10
+    # However often it was cut, it keeps its place.
+    out = tmp_path / "rows.jsonl"
+    for _ in range(3):
+        append(out, {"id": "b", "status": "cut"})
+    jobs = [ok("a"), replace(ok("b"), saves=True), ok("c")]
+    gpu.run_queue(jobs, out, 60)
+    assert statuses(out)[3:] == [("a", "ok"), ("b", "ok"), ("c", "ok")]
+
+
+def test_the_queue_trains_recipes_and_keeps_their_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    monkeypatch.setattr(studies, "RUNS", tmp_path / "studies")
+    commands = []
+
+    def note(command, seconds):
+        commands.append(command)
+        return 75 * (len(commands) == 1)
+
+    monkeypatch.setattr(studies, "_let_run", note)
+    with pytest.raises(Stopped, match="not finished"):
+        gpu.perform("accuracy/cifar10-fast/1", tiny=False)
+    line = run_line("", 1, 0.94, words="cifar10-fast", epochs=40)
+    monkeypatch.setattr(studies, "add", lambda *_: [line])
+    row = gpu.perform("accuracy/cifar10-fast/1", tiny=False)
+    assert row == {key: line[key] for key in ("test", "epochs", "seconds")}
+    assert commands[1][1:5] == ["train.py", "cifar10-fast", "--seed", "1"]
+    done = {"id": "accuracy/cifar10-fast/1", "status": "ok"} | row
+    assert "cifar10-fast/1: 94.00% after 40 epochs, 9 s" in gpu.table([done])
 
 
 @pytest.mark.parametrize("recipe", ["cifar10-fast", "cifar10-vae"])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import flax_resnetv2
+from benchmarks import studies
 from flax_resnetv2 import RECIPES
 from flax_resnetv2.tools import COMMANDS
 
@@ -25,18 +26,21 @@ def recipes():
         "# Recipes",
         "",
         "What `python train.py RECIPE` can be told to do; every field is a flag, and",
-        "`python train.py RECIPE --help` lists them. What was measured with them, and",
-        "with what, stands in the README under *Results*; the others were not trained",
-        "to their end. (This page is written by `python -m tests.test_docs`.)",
+        "`python train.py RECIPE --help` lists them. Test accuracies are those of the",
+        "final epoch, ± over n seeds, or with the interval of the images; seconds,",
+        "versions and commits stand in `results/README.md`. *Not run*: not to its end.",
+        "(This page is written by `python -m tests.test_docs`.)",
         "",
-        "| recipe | what it is | data | epochs | batch | optimizer, rate, schedule |",
-        "|---|---|---|---:|---:|---|",
+        "| recipe | what it is | data | epochs | batch | optimizer, rate, schedule "
+        "| test accuracy |",
+        "|---|---|---|---:|---:|---|---|",
     ]
     for name, recipe in RECIPES.items():
         c, t = recipe.config, recipe.config.train
         lines.append(
             f"| `{name}` | {recipe.description} | `{c.data.name}` | {t.epochs} | "
-            f"{t.batch_size} | {t.optimizer}, {t.learning_rate:g}, {t.schedule} |"
+            f"{t.batch_size} | {t.optimizer}, {t.learning_rate:g}, {t.schedule} | "
+            f"{studies.certificate(name)} |"
         )
     return "\n".join(lines) + "\n"
 
