@@ -336,8 +336,9 @@ def page() -> dict[str, str | bytes]:
         "",
         *_wrapped(
             "Made by `python -m benchmarks.studies page` from the lines beside it (one "
-            "a run). Every accuracy is of the final epoch on all test images, of CIFAR-10 "
-            "10,000; nothing was selected on them."
+            "a run). Every accuracy is of the final epoch on all test images (of "
+            "CIFAR-10 10,000); nothing was selected on them. `logs/` has a line an "
+            "epoch."
         ),
         "",
         "## Recipes",
