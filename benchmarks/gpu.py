@@ -369,7 +369,7 @@ def gather_evidence(kind: str, name: str, seed: str = "0") -> dict[str, Any]:
     """
     # These need what train.py needs; the other jobs do not.
     from benchmarks import studies
-    from flax_resnetv2 import Stopped
+    from flax_resnetv2.errors import Stopped
 
     found: dict[str, Any] | None
     if kind == "study":

@@ -432,12 +432,17 @@ def test_what_a_study_compares_can_be_trained(name, protocol):
 def test_the_readme_says_what_the_page_of_results_says():
     """Its rows stand beside others, and are typed; the page's are not."""
     page, readme = studies.page()["README.md"], (studies.ROOT / "README.md").read_text()
-    for recipe in ("cifar10-cpu-hour", "cifar10-fast"):
+    hour = "cifar10-cpu-hour"
+    for recipe, command in (
+        (hour, f"train.py {hour}`"),
+        (f"{hour} in PyTorch", f"-m benchmarks.textbook {hour} "),
+        ("cifar10-fast", "train.py cifar10-fast`"),
+    ):
         (row,) = re.findall(rf"^\| `{recipe}` \|.*", page, re.M)
         accuracy = row.split("|")[3].split("(")[0].strip()
-        (told,) = re.findall(rf"^\| `python train.py {recipe}`.*", readme, re.M)
+        (told,) = re.findall(rf"^\| `python {command}.*", readme, re.M)
         assert f"| {accuracy} %" in told
-        assert row.split("|")[5] in told  # parameters
+        assert row.split("|")[5:7] == told.split("|")[3:5][::-1]  # epochs, parameters
 
 
 def test_what_has_its_lines_is_not_run_again(tmp_path, monkeypatch):
