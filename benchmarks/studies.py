@@ -442,12 +442,13 @@ def _recipes(lines: Sequence[dict[str, Any]]) -> list[str]:
         # Beside other runs on its device a run takes longer than it would.
         seconds = [line["seconds"] for line in some if line.get("alone", True)]
         versions = some[0]["versions"]
+        published = RECIPES[words].published if words in RECIPES else None
         table.append(
             [
                 f"`{words}`",
                 str(len(some)),
                 _accuracy(some),
-                _published(words),
+                published or "",
                 str(some[0]["epochs"]),
                 f"{some[0]['parameters']:,}",
                 f"{fmean(seconds):,.0f}" if seconds else "",
@@ -463,28 +464,22 @@ def _recipes(lines: Sequence[dict[str, Any]]) -> list[str]:
     rows = ["| " + " | ".join(cells) + " |" for cells in table]
     wait = ["| recipe, not run to its end yet | published | epochs | parameters |"]
     wait += ["| --- | --- | ---: | ---: |"]
-    for name in waiting(lines):
-        config = RECIPES[name].config
-        parameters = count_parameters(config, (32, 32, 3))
-        cells = f"{_published(name)} | {config.train.epochs} | {parameters:,}"
-        wait.append(f"| `{name}` | {cells} |")
+    for name, recipe in RECIPES.items():
+        if recipe.published and name not in {line["words"] for line in lines}:
+            parameters = count_parameters(recipe.config, (32, 32, 3))
+            cells = f"`{name}`", recipe.published, str(recipe.config.train.epochs)
+            wait.append(f"| {' | '.join(cells)} | {parameters:,} |")
     return [
         *rows,
         "",
         *wait,
         "",
         *_wrapped(
-            "Seconds are those of whole runs: compiling, training, testing, saving."
+            "Seconds are those of whole runs: compiling, training, testing, saving. "
+            "docs/recipes.md has all recipes, and which were not run."
         ),
         "",
     ]
-
-
-def waiting(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """Name the recipes whose accuracy on CIFAR-10 is asked for and not known."""
-    known = {line["words"] for line in lines}
-    asked = {name for name, recipe in RECIPES.items() if recipe.published is not None}
-    return [n for n in RECIPES if n in asked | {"cifar10-accurate"} and n not in known]
 
 
 def certificate(recipe: str) -> str:
@@ -507,10 +502,6 @@ def _accuracy(lines: Sequence[dict[str, Any]]) -> str:
         return f"{fmean(found):.2f} ± {stdev(found):.2f}"
     low, high = scores.interval(lines[0]["test"], False)
     return f"{found[0]:.2f} ({100 * low:.2f} to {100 * high:.2f})"
-
-
-def _published(words: str) -> str:
-    return RECIPES[words].published or "" if words in RECIPES else ""
 
 
 def _device(line: dict[str, Any]) -> str:

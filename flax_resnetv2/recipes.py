@@ -18,8 +18,8 @@ class Recipe:
     config: Config
     description: str
     published: str | None = None
-    """The test accuracy that others report of this training; "": they left it open;
-    None: nothing to compare with."""
+    """The test accuracy that others report of this training; None: nobody trained it
+    so before."""
 
 
 _ONE_CYCLE = TrainConfig(
@@ -111,10 +111,10 @@ _REPORTED = (
     ("he2016-resnet164", "paper", "94.54 %, median of 5"),
     ("he2016-resnet1001", "paper", "95.08 %, median of 5"),
     ("basic-resnet110", "paper", "93.63 %, median of 5"),
-    ("atienza-resnet20v2", "book", ""),
+    ("atienza-resnet20v2", "book", "left open"),
     ("atienza-resnet56v2", "book", "93.01 %"),
     ("atienza-resnet110v2", "book", "93.15 %"),
-    ("atienza-resnet164v2", "book", ""),
+    ("atienza-resnet164v2", "book", "left open"),
     ("atienza-resnet56v2", "adamw", "92 % within 21 epochs, on the way"),
 )
 """Nets, how they are trained, and the test accuracy that is reported of it."""
