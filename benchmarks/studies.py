@@ -81,6 +81,17 @@ class Study:
 
 
 _UNIT = "--architecture.semantics."
+
+
+def _stacks(widths: str, strides: str) -> str:
+    """Flags of stacks of two units."""
+    units = " ".join("2" for _ in strides.split())
+    return (
+        f"--architecture.units {units} --architecture.widths {widths} "
+        f"--architecture.strides {strides}"
+    )
+
+
 STUDIES = {
     "stride": Study(
         "Does the stride belong on layer 1 or on layer 2?",
@@ -122,17 +133,23 @@ STUDIES = {
             "pre-activated, 1x1": "",
             "raw, 1x1": f"{_UNIT}shortcut-input raw",
             "pre-activated, 3x3": f"{_UNIT}shortcut-kernel 3",
+            "pre-activated, 3x3, narrower": f"{_UNIT}shortcut-kernel 3 "
+            "--architecture.widths 40 80 160",
         },
-        "Published nets differ (docs/weights.md).",
+        "Published nets differ (docs/weights.md). The article's author found larger "
+        "kernels to converge faster; the narrower net has about the multiply-adds of "
+        "the first.",
     ),
     "reduction": Study(
         "Which depth reduction is possible in the bottleneck?",
         {
-            "4": "",
-            "2": "--architecture.reduction 2",
-            "8": "--architecture.reduction 8",
-            "2, narrower": "--architecture.reduction 2 --architecture.widths 38 76 152",
-            "8, wider": "--architecture.reduction 8 --architecture.widths 96 192 384",
+            "reduction 4": "",
+            "reduction 2": "--architecture.reduction 2",
+            "reduction 8": "--architecture.reduction 8",
+            "reduction 2, narrower": "--architecture.reduction 2 "
+            "--architecture.widths 38 76 152",
+            "reduction 8, wider": "--architecture.reduction 8 "
+            "--architecture.widths 96 192 384",
         },
         "The article says it should be investigated. All at equal depth; the narrower "
         "and the wider net have about the multiply-adds of the first.",
@@ -140,16 +157,13 @@ STUDIES = {
     "stacks": Study(
         "Do four or five stacks help?",
         {
-            "3": "",
-            "4": "--architecture.units 2 2 2 2 --architecture.widths 32 64 128 256 "
-            "--architecture.strides 1 2 2 2",
-            "5": "--architecture.units 2 2 2 2 2 --architecture.widths 16 32 64 128 "
-            "256 --architecture.strides 1 2 2 2 1",
-            "4, wider": "--architecture.units 2 2 2 2 --architecture.widths 56 112 "
-            "224 448 --architecture.strides 1 2 2 2",
+            "3 stacks": "",
+            "4 stacks": _stacks("32 64 128 256", "1 2 2 2"),
+            "5 stacks": _stacks("16 32 64 128 256", "1 2 2 2 1"),
+            "4 stacks, wider": _stacks("56 112 224 448", "1 2 2 2"),
         },
-        "The article gives three to five stacks without a comparison. 4 and 5 have "
-        "about the parameters of the first, the wider 4 about its multiply-adds.",
+        "The article gives three to five stacks without a comparison. 4 and 5 stacks "
+        "have about the parameters of the first net, the wider 4 its multiply-adds.",
     ),
 }
 
@@ -298,7 +312,7 @@ def verdict(row: comparison.Row) -> str:
         return "too few runs to tell"
     low, high = found
     if low <= 0 <= high:
-        return "no difference beyond noise"
+        return "within noise"
     return "better" if low > 0 else "worse"
 
 
@@ -347,33 +361,37 @@ def page() -> dict[str, str | bytes]:
     ]
     text += ["## Studies", ""]
     text += [f"- `train.py {how.words}`: {how.about}" for how in PROTOCOLS.values()]
-    text += ["", "| study | compared | with | points at 95 % | n | shown |"]
-    text += ["| --- | --- | --- | ---: | ---: | --- |"]
+    text += ["", "| study | compared | with | difference, points (95 %) | n | | cost |"]
+    text += ["| --- | --- | --- | ---: | ---: | --- | ---: |"]
     lines, missing, sections = read_rows(RESULTS / "studies.jsonl"), [], []
     for name, study in STUDIES.items():
         for protocol, how in PROTOCOLS.items():
+            which = name if protocol == "small" else f"{name}-{protocol}"
             some = _of_study(lines, study, how)
             rows = comparison.compare(list(study.overrides), some)
-            if not all(row.accuracy for row in rows):
-                missing.append(f"{name} ({protocol})")
+            first, *others = rows
+            if not first.accuracy or not any(row.accuracy for row in others):
+                missing.append(which)
                 continue
-            which = name if protocol == "small" else f"{name}-{protocol}"
+            missing += [f"{which}: {row.name}" for row in rows if not row.accuracy]
+            rows = [row for row in rows if row.accuracy]
             files[f"{which}.png"] = comparison.draw(study.question, rows)
             text += [f"| {which} | {_summary(row, rows[0])} |" for row in rows[1:]]
             sections += _section(which, study, how, rows, some)
     text += [""]
     if missing:
-        text += [*_wrapped("Not run yet: " + ", ".join(missing) + "."), ""]
+        text += [*_wrapped("Not run yet: " + "; ".join(missing) + "."), ""]
     text += sections
     text += [
         "## How to read it",
         "",
         *_wrapped(
+            "Cost: multiply-adds, in those of what is compared with. "
             "± is the sample standard deviation over seeds (n - 1). A difference is to "
             "the first row, paired by seed; there ± is the standard error, and the "
-            "interval below is Student's. A difference within noise is none that was "
-            "shown, not one that was shown to be none; and of twenty comparisons of "
-            "equals one is shown at 95 % by chance. Beside single runs stands Wilson's "
+            "interval is Student's. A difference within noise was not shown, which is "
+            "not to say that there is none; and of twenty comparisons of equals one "
+            "seems to be shown at 95 % by chance. Beside single runs stands Wilson's "
             "interval at 95 %, of the images alone."
         ),
     ]
@@ -397,10 +415,13 @@ def _of_study(
 
 def _summary(row: comparison.Row, first: comparison.Row) -> str:
     """An override's cells in the table of all studies."""
-    found = interval(row)
-    between = f"{found[0]:+.2f} to {found[1]:+.2f}" if found else ""
-    n = row.difference.n if row.difference else 0
-    return f"{row.name} | {first.name} | {between} | {n} | {verdict(row)}"
+    found, d, cells = interval(row), row.difference, ["", "0"]
+    if d:
+        between = f" ({found[0]:+.2f} to {found[1]:+.2f})" if found else ""
+        cells = [f"{100 * d.mean:+.2f}{between}", str(d.n)]
+    cost = (row.multiply_adds or 0) / (first.multiply_adds or 1)
+    cells = [row.name, first.name, *cells, verdict(row), f"{cost:.2f}"]
+    return " | ".join(cells)
 
 
 def _section(

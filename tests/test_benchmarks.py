@@ -387,8 +387,8 @@ def test_a_verdict_is_a_students_interval_of_paired_differences():
     )
     # 0, 1, -2: mean -0.333, standard error 0.882.
     assert noise == (
-        "c: no difference beyond noise, between -4.13 and +3.46 points at 95 % "
-        "(n = 3), at the same cost."
+        "c: within noise, between -4.13 and +3.46 points at 95 % (n = 3), at the same "
+        "cost."
     )
     assert few == "d: too few runs to tell, at the same cost."
 
@@ -449,9 +449,10 @@ def test_what_has_its_lines_is_not_run_again(tmp_path, monkeypatch):
     words, seeds = studies.PROTOCOLS["small"].words, studies.PROTOCOLS["small"].seeds
     monkeypatch.setattr(studies, "RESULTS", tmp_path)
     monkeypatch.setattr(studies, "RUNS", tmp_path / "runs")
-    first, raw, wide = studies.STUDIES["shortcut"].overrides.values()
+    first, raw, wide, narrow = studies.STUDIES["shortcut"].overrides.values()
     lines = [run_line(first, seed, 0.5, words=words) for seed in seeds]
     lines += [run_line(raw, seed, 0.5, words=words) for seed in seeds[1:]]
+    lines += [run_line(narrow, seed, 0.5, words=words) for seed in seeds]
     lines += [run_line(wide, seeds[1], 0.5, words=words)]
     studies.keep("studies", lines)
     asked = []
