@@ -79,7 +79,7 @@ class Study:
     why: str
     """What is known of it, and from where."""
     reading: str
-    """What we make of the runs by the protocol for a CPU; numbers stand in the tables."""
+    """What we make of the runs by the protocol for a CPU; the tables have numbers."""
 
 
 _UNIT = "--architecture.semantics."
