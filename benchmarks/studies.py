@@ -239,17 +239,23 @@ def _let_run(command: Sequence[str], seconds: float) -> int:
     """Run a command; when the time is over, or SIGTERM comes, it is told to save.
 
     Returns:
-        Its exit code.
+        Its exit code; 75, as if it had saved, where it ended well after SIGTERM.
     """
-    process = subprocess.Popen(command, cwd=ROOT)
+    process, told = subprocess.Popen(command, cwd=ROOT), False
+
+    def tell(*_: object) -> None:
+        nonlocal told
+        told = True
+        process.terminate()
+
     # A handler, so that this process outlives the signal and takes lines over.
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    before = signal.signal(signal.SIGTERM, tell)
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(None if seconds == math.inf else max(0, seconds))
         if process.poll() is None:
             process.terminate()
-        return process.wait()
+        return process.wait() or (75 if told else 0)
     finally:
         signal.signal(signal.SIGTERM, before)
 

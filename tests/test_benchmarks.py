@@ -437,6 +437,7 @@ def test_the_readme_says_what_the_page_of_results_says():
         (hour, f"train.py {hour}`"),
         (f"{hour} in PyTorch", f"-m benchmarks.textbook {hour} "),
         ("cifar10-fast", "train.py cifar10-fast`"),
+        ("quickstart", "train.py quickstart`"),
     ):
         (row,) = re.findall(rf"^\| `{recipe}` \|.*", page, re.M)
         accuracy = row.split("|")[3].split("(")[0].strip()
@@ -472,18 +473,21 @@ def test_what_has_its_lines_is_not_run_again(tmp_path, monkeypatch):
 
 TRAINING = """
 import signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(CODE))
 print("ready", flush=True)
 time.sleep(30)
 """
 
 
-@pytest.mark.parametrize("how", ["time", "signal"])
-def test_a_run_of_evidence_is_told_to_save(how):
-    command = [sys.executable, "-c", TRAINING]
-    if how == "time":
-        assert studies._let_run(command, 2) == 75
-        return
+def test_a_run_of_evidence_ends_when_its_time_is_over():
+    command = [sys.executable, "-c", TRAINING.replace("CODE", "75")]
+    assert studies._let_run(command, 2) == 75
+
+
+@pytest.mark.parametrize("code", [75, 0])
+def test_a_run_of_evidence_is_told_to_save(code):
+    """And nothing is begun after it, though it may just have ended well."""
+    command = [sys.executable, "-c", TRAINING.replace("CODE", str(code))]
     code = (
         f"import math; from benchmarks import studies; "
         f"print('saved', studies._let_run({command!r}, math.inf))"
@@ -498,7 +502,7 @@ def test_a_run_of_evidence_is_told_to_save(how):
 
 def test_a_job_that_saves_is_told_before_it_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "GRACE", 10)
-    kept = replace(python("a", TRAINING), saves=True)
+    kept = replace(python("a", TRAINING.replace("CODE", "75")), saves=True)
     began = time.monotonic()
     assert gpu.run_job(kept, left=12)["status"] == "cut"
     assert time.monotonic() - began < 10
