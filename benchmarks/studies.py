@@ -150,8 +150,8 @@ STUDIES = {
         "kernels to converge faster; the narrower net has about the multiply-adds of "
         "the first.",
         "Raw or pre-activated made no difference that was shown. A 3x3 shortcut made "
-        "the largest one of all: with strided 1x1 layers nothing else in a strided "
-        "unit reads every pixel. It is not free, so look at the narrower net.",
+        "the largest one of all, and most of it is left at equal multiply-adds: with "
+        "strided 1x1 layers nothing else in a strided unit reads every pixel.",
     ),
     "reduction": Study(
         "Which depth reduction is possible in the bottleneck?",
