@@ -50,7 +50,7 @@ from benchmarks.measure import (
     summary,
     usable_cores,
 )
-from flax_resnetv2 import process
+from flax_resnetv2.system import runtime
 
 NETS = ("he2016-resnet20", "article", "he2016-resnet56", "he2016-resnet164")
 FEWEST, MOST = 3, 20
@@ -84,7 +84,7 @@ def main(options: Options) -> None:
     name = "alternatives" if options.alternatives else "cpu"
     out = options.out or RESULTS / f"{name}.jsonl"
     if not options.table:
-        process.tune()
+        runtime.tune()
         # Seconds of compiling are those of a first start.
         jax.config.update("jax_enable_compilation_cache", False)
         about = {"benchmark": name, "run": time.strftime("%Y-%m-%dT%H:%M:%S")}

@@ -50,9 +50,8 @@ from benchmarks import peers
 from benchmarks.cpu import read_rows
 from benchmarks.gpu import MARK, ROOT, Job, run_job
 from benchmarks.measure import RESULTS, append, interleaved, provenance, summary
-from flax_resnetv2.architecture import Architecture, Execution
-from flax_resnetv2.augment import Batch
-from flax_resnetv2.model import (
+from flax_resnetv2.model.architecture import Architecture, Execution
+from flax_resnetv2.model.modules import (
     Convolution,
     Head,
     ResidualUnit,
@@ -60,10 +59,11 @@ from flax_resnetv2.model import (
     Stem,
     create_model,
 )
-from flax_resnetv2.planning import StackPlan
-from flax_resnetv2.presets import PRESETS
-from flax_resnetv2.semantics import HE2016
-from flax_resnetv2.training import make_train_step
+from flax_resnetv2.model.planning import StackPlan
+from flax_resnetv2.model.presets import PRESETS
+from flax_resnetv2.model.semantics import HE2016
+from flax_resnetv2.training.augment import Batch
+from flax_resnetv2.training.step import make_train_step
 
 REMATS = ("nothing", "norms", "units")
 WAYS = tuple(f"{how}-{what}" for how in ("loop", "scan") for what in REMATS)

@@ -51,20 +51,26 @@ from jax import lax
 from benchmarks import peers
 from benchmarks.cpu import read_rows
 from benchmarks.measure import RESULTS, append, interleaved, summary
-from flax_resnetv2.architecture import Architecture, Execution
-from flax_resnetv2.augment import AugmentConfig, Batch, positions
-from flax_resnetv2.data import Split, epoch_order, fetch
-from flax_resnetv2.model import create_model
-from flax_resnetv2.presets import PRESETS
-from flax_resnetv2.semantics import HE2016
-from flax_resnetv2.training import make_train_step
+from flax_resnetv2.data.datasets import Split, epoch_order, fetch
+from flax_resnetv2.model.architecture import Architecture, Execution
+from flax_resnetv2.model.modules import create_model
+from flax_resnetv2.model.presets import PRESETS
+from flax_resnetv2.model.semantics import HE2016
+from flax_resnetv2.training.augment import AugmentConfig, Batch, positions
+from flax_resnetv2.training.step import make_train_step
 
 ROOT = Path(__file__).parent.parent
 MARK = "RESULT "
 """Begins the line in which a job's process hands back its row."""
 AUGMENT = AugmentConfig(mean=peers.PIXELS.mean, std=peers.PIXELS.std)
 EAGER, COMPILED = "torch-eager", "torch-compile-"
-TESTS = ("ops", "model", "training", "augment")
+TESTS = {
+    "ops": "tests/model/test_ops.py",
+    "model": "tests/model/test_modules.py",
+    "training": "tests/training/test_step.py",
+    "augment": "tests/training/test_augment.py",
+}
+"""Files of tests that a job runs, by its name."""
 GRACE = 60
 """Seconds for a job that saves."""
 ACCURACY = (
@@ -278,7 +284,7 @@ def queue(tiny: bool) -> list[Job]:
             (big, 1024, (ours, units)),
         ]
     seconds = {n20: 45, n164: 90, n1001: 240, big: 75}
-    files = TESTS[-1:] if tiny else TESTS
+    files = list(TESTS)[-1:] if tiny else TESTS
     jobs = [*(_job(f"tests/{f}", tiny, 90) for f in files), _job("peak", tiny, 45)]
     if not tiny:
         jobs += [_accuracy_job("cifar10-fast", seed) for seed in range(5)]
@@ -316,7 +322,7 @@ def perform(name: str, tiny: bool) -> dict[str, Any]:
     """Do the job called ``name`` in this process."""
     kind, *rest = name.split("/")
     if kind == "tests":
-        return run_tests(f"tests/test_{rest[0]}.py", tiny)
+        return run_tests(TESTS[rest[0]], tiny)
     if kind == "peak":
         return measure_peak(tiny)
     if kind in ("accuracy", "study"):

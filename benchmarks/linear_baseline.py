@@ -87,12 +87,12 @@ def softmax_regression(
 
 def main() -> None:
     """Print the result on the embedded data set."""
-    from flax_resnetv2 import embedded
+    from flax_resnetv2.data import shapes
 
     began = time.perf_counter()
-    result = softmax_regression(*embedded.draw("train"), *embedded.draw("test"))
+    result = softmax_regression(*shapes.draw("train"), *shapes.draw("test"))
     seconds = round(time.perf_counter() - began, 1)
-    about = {"benchmark": "linear_baseline", "dataset": embedded.NAME}
+    about = {"benchmark": "linear_baseline", "dataset": shapes.NAME}
     print(json.dumps({**about, **result, "seconds": seconds, "jax": jax.__version__}))
 
 

@@ -25,7 +25,7 @@ import tyro
 
 from benchmarks import peers
 from benchmarks.measure import RESULTS, append, provenance
-from flax_resnetv2 import process
+from flax_resnetv2.system import runtime
 
 WARMUP = 4
 """Steps until the process's memory is at rest."""
@@ -50,7 +50,7 @@ def main(
         batch: Images in a step.
         top: Lines to print.
     """
-    process.tune()
+    runtime.tune()
     jax.config.update("jax_enable_compilation_cache", False)
     task = peers.Task.of_preset(net, batch=batch)
     rival = peers.CONTESTANTS[contestant](task)

@@ -21,12 +21,12 @@ import tyro
 
 from benchmarks.cpu import read_rows
 from benchmarks.measure import RESULTS, append, interleaved, provenance, summary
-from flax_resnetv2 import process
-from flax_resnetv2.agreement import resolve
-from flax_resnetv2.config import Config
-from flax_resnetv2.data import DataConfig, Dataset, open_dataset
-from flax_resnetv2.parallel import Run
-from flax_resnetv2.recipes import RECIPES
+from flax_resnetv2.data.datasets import DataConfig, Dataset, open_dataset
+from flax_resnetv2.run.config import Config
+from flax_resnetv2.run.recipes import RECIPES
+from flax_resnetv2.run.trainer import Run
+from flax_resnetv2.run.validate import resolve
+from flax_resnetv2.system import runtime
 
 PLAIN = "none"
 OPTIONS: dict[str, dict[str, dict[str, object]]] = {
@@ -122,8 +122,8 @@ def main() -> int:
     """Measure, or print the table."""
     options = tyro.cli(Options, prog="python -m benchmarks.options")
     if not options.table:
-        process.tune()
-        process.cache_compilations()
+        runtime.tune()
+        runtime.cache_compilations()
         facts = provenance()
         for row in measure(options):
             append(options.out, row | facts)

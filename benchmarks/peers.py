@@ -28,15 +28,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flax_resnetv2.architecture import Architecture, Execution
-from flax_resnetv2.augment import AugmentConfig, Batch
-from flax_resnetv2.counting import layer_table
-from flax_resnetv2.model import ResNetV2, create_model
-from flax_resnetv2.optimizers import TrainConfig
-from flax_resnetv2.planning import ConvPlan, NetPlan, NormPlan, plan
-from flax_resnetv2.presets import PRESETS
-from flax_resnetv2.semantics import ARTICLE, HE2016
-from flax_resnetv2.training import create_train_state, make_train_step
+from flax_resnetv2.model.architecture import Architecture, Execution
+from flax_resnetv2.model.layer_table import layer_table
+from flax_resnetv2.model.modules import ResNetV2, create_model
+from flax_resnetv2.model.planning import ConvPlan, NetPlan, NormPlan, plan
+from flax_resnetv2.model.presets import PRESETS
+from flax_resnetv2.model.semantics import ARTICLE, HE2016
+from flax_resnetv2.training.augment import AugmentConfig, Batch
+from flax_resnetv2.training.optimizers import TrainConfig
+from flax_resnetv2.training.step import create_train_state, make_train_step
 
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
 MEAN, STD = 0.5, 0.25

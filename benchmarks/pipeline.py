@@ -23,10 +23,10 @@ import tyro
 
 from benchmarks.cpu import read_rows
 from benchmarks.measure import RESULTS, append, provenance, usable_cores
-from flax_resnetv2.images import random_part
-from flax_resnetv2.records import Records, label_of, parts
-from flax_resnetv2.streaming import TrainingRow, batches
-from tests.prepared import prepare
+from flax_resnetv2.data.images import random_part
+from flax_resnetv2.data.streaming import TrainingRow, batches
+from flax_resnetv2.data.tfds_records import Records, label_of, parts
+from tests.support.prepared import prepare
 
 SIDE = 224
 SCALE = (0.08, 1.0)

@@ -23,12 +23,12 @@ import tyro
 
 from benchmarks.cpu import read_rows
 from benchmarks.measure import RESULTS, append, provenance
-from flax_resnetv2 import process
-from flax_resnetv2.agreement import resolve
-from flax_resnetv2.checkpoint import Checkpointer
-from flax_resnetv2.data import DataConfig, open_dataset
-from flax_resnetv2.parallel import Run
-from flax_resnetv2.recipes import RECIPES
+from flax_resnetv2.data.datasets import DataConfig, open_dataset
+from flax_resnetv2.run.checkpoint import Checkpointer
+from flax_resnetv2.run.recipes import RECIPES
+from flax_resnetv2.run.trainer import Run
+from flax_resnetv2.run.validate import resolve
+from flax_resnetv2.system import runtime
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ def main() -> int:
     """Measure, or print the table."""
     options = tyro.cli(Options, prog="python -m benchmarks.saving")
     if not options.table:
-        process.tune()
-        process.cache_compilations()
+        runtime.tune()
+        runtime.cache_compilations()
         for recipe in options.recipes:
             row = measure(recipe, options) | provenance()
             append(options.out, row)

@@ -49,15 +49,15 @@ from benchmarks import peers
 from benchmarks.cpu import read_rows
 from benchmarks.gpu import LIKE_RESNET50, MARK, ROOT, Job, run_job
 from benchmarks.measure import RESULTS, append, interleaved, provenance, summary
-from flax_resnetv2.agreement import resolve
-from flax_resnetv2.architecture import Architecture
-from flax_resnetv2.config import Config
-from flax_resnetv2.counting import layer_table
-from flax_resnetv2.data import Dataset, Split, epoch_order
-from flax_resnetv2.parallel import AXIS, Run
-from flax_resnetv2.presets import PRESETS
-from flax_resnetv2.recipes import RECIPES
-from flax_resnetv2.training import create_train_state
+from flax_resnetv2.data.datasets import Dataset, Split, epoch_order
+from flax_resnetv2.model.architecture import Architecture
+from flax_resnetv2.model.layer_table import layer_table
+from flax_resnetv2.model.presets import PRESETS
+from flax_resnetv2.run.config import Config
+from flax_resnetv2.run.recipes import RECIPES
+from flax_resnetv2.run.trainer import AXIS, Run
+from flax_resnetv2.run.validate import resolve
+from flax_resnetv2.training.step import create_train_state
 
 DEVICES = (1, 2, 4, 8)
 FEWEST, MOST = 5, 40

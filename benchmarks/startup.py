@@ -150,14 +150,15 @@ def _parts(recipe: str, environment: dict[str, str]) -> Any:
 
 def parts(recipe: str) -> dict[str, float]:
     """Do what ``loop.fit`` does up to its first step; seconds of each part."""
-    from flax_resnetv2 import agreement, process
+    from flax_resnetv2.run import validate
+    from flax_resnetv2.system import runtime
 
-    process.tune()
-    process.cache_compilations()
+    runtime.tune()
+    runtime.cache_compilations()
     import jax
 
-    from flax_resnetv2 import loop, parallel
-    from flax_resnetv2.recipes import RECIPES
+    from flax_resnetv2.run import loop, trainer
+    from flax_resnetv2.run.recipes import RECIPES
 
     seconds: dict[str, float] = {}
     last = float(os.environ[BEGAN])
@@ -174,10 +175,10 @@ def parts(recipe: str) -> dict[str, float]:
 
     jax.devices()
     lap("imports")
-    config, dataset = agreement.agree(
+    config, dataset = validate.agree(
         config, Path("nowhere"), jax.local_device_count(), None
     )
-    run = parallel.Run(config, dataset, jax.local_devices())
+    run = trainer.Run(config, dataset, jax.local_devices())
     lap("data")
     state = jax.block_until_ready(run.initial_state())
     lap("state")

@@ -33,9 +33,12 @@ from typing import Any
 from scipy import stats
 
 from benchmarks.cpu import read_rows
-from flax_resnetv2 import RECIPES, comparison, rundir, scores, sweep
-from flax_resnetv2.assembly import count_parameters
+from flax_resnetv2 import RECIPES
 from flax_resnetv2.errors import UsageError
+from flax_resnetv2.inference import scores
+from flax_resnetv2.reports import sweep, sweep_table
+from flax_resnetv2.run import run_directory
+from flax_resnetv2.run.build import count_parameters
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -270,7 +273,7 @@ def keep(name: str, new: Sequence[dict[str, Any]]) -> None:
     done = [line for line in new if line["status"] == "done"]
     lines = {which(line): line for line in [*read_rows(path), *done]}
     text = "".join(json.dumps(line) + "\n" for line in lines.values())
-    rundir.write_whole(path, text)
+    run_directory.write_whole(path, text)
 
 
 def add(recipe: str, directories: Sequence[Path]) -> list[dict[str, Any]]:
@@ -284,8 +287,13 @@ def add(recipe: str, directories: Sequence[Path]) -> list[dict[str, Any]]:
     """
     lines = []
     for directory in directories:
-        config, metrics = rundir.load_config(directory), rundir.read_metrics(directory)
-        rundir.check_same(directory, replace(RECIPES[recipe].config, seed=config.seed))
+        config, metrics = (
+            run_directory.load_config(directory),
+            run_directory.read_metrics(directory),
+        )
+        run_directory.check_same(
+            directory, replace(RECIPES[recipe].config, seed=config.seed)
+        )
         if metrics[-1]["epoch"] != config.train.epochs:
             raise UsageError(f"{directory} is not finished; train there further first")
         line = {"words": recipe, "override": "", "seed": config.seed, "status": "done"}
@@ -299,7 +307,9 @@ def keep_log(recipe: str, seed: int, text: str) -> None:
     """Put a run's short log beside the lines."""
     directory = RESULTS / "logs"
     directory.mkdir(exist_ok=True)
-    rundir.write_whole(directory / f"{recipe.replace(' ', '-')}-{seed}.txt", text)
+    run_directory.write_whole(
+        directory / f"{recipe.replace(' ', '-')}-{seed}.txt", text
+    )
 
 
 def short_log(metrics: Sequence[dict[str, Any]]) -> str:
@@ -320,7 +330,7 @@ def short_log(metrics: Sequence[dict[str, Any]]) -> str:
     return text
 
 
-def interval(row: comparison.Row) -> tuple[float, float] | None:
+def interval(row: sweep_table.Row) -> tuple[float, float] | None:
     """Student's at 95 % of an override's mean difference, in points; None: n < 2."""
     d = row.difference
     if d is None or d.spread is None:
@@ -329,7 +339,7 @@ def interval(row: comparison.Row) -> tuple[float, float] | None:
     return 100 * (d.mean - half), 100 * (d.mean + half)
 
 
-def verdict(row: comparison.Row) -> str:
+def verdict(row: sweep_table.Row) -> str:
     """Say what an override's differences can tell."""
     found = interval(row)
     if found is None:
@@ -340,7 +350,7 @@ def verdict(row: comparison.Row) -> str:
     return "better" if low > 0 else "worse"
 
 
-def conclude(rows: Sequence[comparison.Row]) -> list[str]:
+def conclude(rows: Sequence[sweep_table.Row]) -> list[str]:
     """A sentence on each override of a study; numbers only of ``rows``."""
     said = []
     for row in rows[1:]:
@@ -353,7 +363,7 @@ def conclude(rows: Sequence[comparison.Row]) -> list[str]:
     return said
 
 
-def _cost(first: comparison.Row, row: comparison.Row) -> str:
+def _cost(first: sweep_table.Row, row: sweep_table.Row) -> str:
     """Say at how many times the cost of the first an override has its accuracy."""
     times = [
         f"{there / here:.2f} times the {what}"
@@ -392,14 +402,14 @@ def page() -> dict[str, str | bytes]:
         for protocol, how in PROTOCOLS.items():
             which = name if protocol == "small" else f"{name}-{protocol}"
             some = _of_study(lines, study, how)
-            rows = comparison.compare(list(study.overrides), some)
+            rows = sweep_table.compare(list(study.overrides), some)
             first, *others = rows
             if not first.accuracy or not any(row.accuracy for row in others):
                 missing.append(which)
                 continue
             missing += [f"{which}: {row.name}" for row in rows if not row.accuracy]
             rows = [row for row in rows if row.accuracy]
-            files[f"{which}.png"] = comparison.draw(study.question, rows)
+            files[f"{which}.png"] = sweep_table.draw(study.question, rows)
             text += [f"| {which} | {_summary(row, rows[0])} |" for row in rows[1:]]
             sections += _section(which, study, how, rows, some)
     text += [""]
@@ -437,7 +447,7 @@ def _of_study(
     ]
 
 
-def _summary(row: comparison.Row, first: comparison.Row) -> str:
+def _summary(row: sweep_table.Row, first: sweep_table.Row) -> str:
     """An override's cells in the table of all studies."""
     found, d, cells = interval(row), row.difference, ["", "0"]
     if d:
@@ -452,12 +462,12 @@ def _section(
     name: str,
     study: Study,
     how: Protocol,
-    rows: Sequence[comparison.Row],
+    rows: Sequence[sweep_table.Row],
     lines: Sequence[dict[str, Any]],
 ) -> list[str]:
     """A study's question, table, conclusion, flags and plot."""
     text = [f"### {name}: {study.question}", "", *_wrapped(study.why), ""]
-    table = comparison.to_markdown(how.words, rows, how.seeds, lines).splitlines()
+    table = sweep_table.to_markdown(how.words, rows, how.seeds, lines).splitlines()
     # Without the seconds: other work ran beside some of the runs.
     text += [
         line.replace("`", "").rsplit("|", 2)[0] + "|"
@@ -475,7 +485,7 @@ def _section(
 def write_page() -> None:
     """Write what ``page`` makes."""
     for name, contents in page().items():
-        rundir.write_whole(RESULTS / name, contents)
+        run_directory.write_whole(RESULTS / name, contents)
 
 
 def _recipes(lines: Sequence[dict[str, Any]]) -> list[str]:

@@ -23,12 +23,12 @@ from benchmarks import studies
 from benchmarks.measure import provenance, usable_cores
 from benchmarks.peers import torch_net
 from flax_resnetv2 import RECIPES
-from flax_resnetv2.assembly import count_parameters
-from flax_resnetv2.config import Config
-from flax_resnetv2.counting import layer_table
-from flax_resnetv2.data import Dataset, open_dataset
+from flax_resnetv2.data.datasets import Dataset, open_dataset
 from flax_resnetv2.errors import UsageError
-from flax_resnetv2.planning import plan
+from flax_resnetv2.model.layer_table import layer_table
+from flax_resnetv2.model.planning import plan
+from flax_resnetv2.run.build import count_parameters
+from flax_resnetv2.run.config import Config
 
 TIMED = 20
 """Steps, after five that are not."""

@@ -4,8 +4,8 @@
 
 A training step under ``vmap`` over stacked states (each seed has its own parameters,
 images and keys) against the same step, compiled alone, once for each seed; in turns,
-the batches already on the device. ``tests/test_benchmarks.py`` holds the two equal. A
-row goes to ``benchmarks/results/together.jsonl``; its "ratio" is together / one by one.
+the batches already on the device. ``tests/repository/test_benchmarks.py`` holds the two
+equal. A row goes to ``benchmarks/results/together.jsonl``; its "ratio" is together / one by one.
 """
 
 import argparse
@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import RESULTS, append, interleaved, provenance, summary
-from flax_resnetv2 import RECIPES, process
-from flax_resnetv2.augment import Batch
-from flax_resnetv2.config import Config
-from flax_resnetv2.model import create_model
-from flax_resnetv2.training import TrainState, create_train_state, make_train_step
+from flax_resnetv2 import RECIPES
+from flax_resnetv2.model.modules import create_model
+from flax_resnetv2.run.config import Config
+from flax_resnetv2.system import runtime
+from flax_resnetv2.training.augment import Batch
+from flax_resnetv2.training.step import TrainState, create_train_state, make_train_step
 
 Step = Callable[[jax.Array, TrainState, Batch], tuple[TrainState, Any]]
 
@@ -89,7 +90,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
-    process.tune()
+    runtime.tune()
     row = measure(given.recipe, given.seeds, given.rounds)
     append(RESULTS / "together.jsonl", row)
 

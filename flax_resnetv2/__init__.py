@@ -11,19 +11,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flax_resnetv2.analysis import activations, residual_ratios
-    from flax_resnetv2.architecture import Architecture, Execution
-    from flax_resnetv2.augment import AugmentConfig, Batch
-    from flax_resnetv2.autoencoder import create_autoencoder
-    from flax_resnetv2.checkpoint import Checkpointer
-    from flax_resnetv2.config import Config
-    from flax_resnetv2.counting import layer_table, receptive_field
-    from flax_resnetv2.data import DataConfig, open_dataset
+    from flax_resnetv2.data.datasets import DataConfig, open_dataset
     from flax_resnetv2.errors import RunError, UsageError
-    from flax_resnetv2.inference import Predictor
-    from flax_resnetv2.loop import fit
-    from flax_resnetv2.mirror import AutoencoderConfig
-    from flax_resnetv2.model import (
+    from flax_resnetv2.inference.predictor import Predictor
+    from flax_resnetv2.model.architecture import Architecture, Execution
+    from flax_resnetv2.model.autoencoder import create_autoencoder
+    from flax_resnetv2.model.decoder_plan import AutoencoderConfig
+    from flax_resnetv2.model.intermediates import activations, residual_ratios
+    from flax_resnetv2.model.layer_table import layer_table, receptive_field
+    from flax_resnetv2.model.modules import (
         Head,
         ResidualLayer,
         ResidualStack,
@@ -32,11 +28,9 @@ if TYPE_CHECKING:
         Stem,
         create_model,
     )
-    from flax_resnetv2.optimizers import TrainConfig
-    from flax_resnetv2.planning import plan, plan_stack, plan_unit
-    from flax_resnetv2.presets import PRESETS
-    from flax_resnetv2.recipes import RECIPES
-    from flax_resnetv2.semantics import (
+    from flax_resnetv2.model.planning import plan, plan_stack, plan_unit
+    from flax_resnetv2.model.presets import PRESETS
+    from flax_resnetv2.model.semantics import (
         ARTICLE,
         ATIENZA,
         BIT,
@@ -45,13 +39,7 @@ if TYPE_CHECKING:
         TIMM,
         Semantics,
     )
-    from flax_resnetv2.training import (
-        TrainState,
-        create_train_state,
-        make_eval_step,
-        make_train_step,
-    )
-    from flax_resnetv2.weights import (
+    from flax_resnetv2.model.weights import (
         NORMALISATION,
         from_bit,
         from_file,
@@ -61,22 +49,34 @@ if TYPE_CHECKING:
         to_keras,
         to_timm,
     )
+    from flax_resnetv2.run.checkpoint import Checkpointer
+    from flax_resnetv2.run.config import Config
+    from flax_resnetv2.run.loop import fit
+    from flax_resnetv2.run.recipes import RECIPES
+    from flax_resnetv2.training.augment import AugmentConfig, Batch
+    from flax_resnetv2.training.optimizers import TrainConfig
+    from flax_resnetv2.training.step import (
+        TrainState,
+        create_train_state,
+        make_eval_step,
+        make_train_step,
+    )
 
 # The runtime twin of the imports above; a test holds the two together.
 _HOME = {
-    "analysis": ("activations", "residual_ratios"),
-    "architecture": ("Architecture", "Execution"),
-    "augment": ("AugmentConfig", "Batch"),
-    "autoencoder": ("create_autoencoder",),
-    "checkpoint": ("Checkpointer",),
-    "config": ("Config",),
-    "counting": ("layer_table", "receptive_field"),
-    "data": ("DataConfig", "open_dataset"),
+    "model.intermediates": ("activations", "residual_ratios"),
+    "model.architecture": ("Architecture", "Execution"),
+    "training.augment": ("AugmentConfig", "Batch"),
+    "model.autoencoder": ("create_autoencoder",),
+    "run.checkpoint": ("Checkpointer",),
+    "run.config": ("Config",),
+    "model.layer_table": ("layer_table", "receptive_field"),
+    "data.datasets": ("DataConfig", "open_dataset"),
     "errors": ("RunError", "UsageError"),
-    "inference": ("Predictor",),
-    "loop": ("fit",),
-    "mirror": ("AutoencoderConfig",),
-    "model": (
+    "inference.predictor": ("Predictor",),
+    "run.loop": ("fit",),
+    "model.decoder_plan": ("AutoencoderConfig",),
+    "model.modules": (
         "Head",
         "ResidualLayer",
         "ResidualStack",
@@ -85,18 +85,26 @@ _HOME = {
         "Stem",
         "create_model",
     ),
-    "optimizers": ("TrainConfig",),
-    "planning": ("plan", "plan_stack", "plan_unit"),
-    "presets": ("PRESETS",),
-    "recipes": ("RECIPES",),
-    "semantics": ("ARTICLE", "ATIENZA", "BIT", "HE2016", "KERAS", "TIMM", "Semantics"),
-    "training": (
+    "training.optimizers": ("TrainConfig",),
+    "model.planning": ("plan", "plan_stack", "plan_unit"),
+    "model.presets": ("PRESETS",),
+    "run.recipes": ("RECIPES",),
+    "model.semantics": (
+        "ARTICLE",
+        "ATIENZA",
+        "BIT",
+        "HE2016",
+        "KERAS",
+        "TIMM",
+        "Semantics",
+    ),
+    "training.step": (
         "TrainState",
         "create_train_state",
         "make_eval_step",
         "make_train_step",
     ),
-    "weights": (
+    "model.weights": (
         "NORMALISATION",
         "from_bit",
         "from_file",

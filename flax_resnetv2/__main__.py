@@ -5,7 +5,7 @@ The doctor says what is wrong with the packages where these keep ``tools`` from 
 
 import sys
 
-from flax_resnetv2 import installed
+from flax_resnetv2.cli import installed
 
 
 def main() -> int:
@@ -14,12 +14,12 @@ def main() -> int:
         try:
             import tyro  # noqa: F401  it is imported later
 
-            from flax_resnetv2 import doctor  # noqa: F401  and this
+            from flax_resnetv2.cli import doctor  # noqa: F401  and this
         except Exception as error:
             text = f"cannot be loaded ({installed.reason(error)}); repair what is above"
             last = installed.Finding("problem", "commands", text)
             return installed.tell([*installed.python(), *installed.packages(), last])
-    from flax_resnetv2 import tools
+    from flax_resnetv2.cli import tools
 
     return tools.main()
 

@@ -1,0 +1,1 @@
+"""From official archives, or nothing, to a directory that TFDS can read."""

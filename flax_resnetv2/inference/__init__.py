@@ -1,0 +1,1 @@
+"""A trained net in use: predictions, exports and the local page."""

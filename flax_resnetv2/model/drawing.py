@@ -1,0 +1,222 @@
+"""A net as a picture, in the manner of the article's drawings: SVG, from the plan.
+
+>>> picture = draw(Architecture(), (32, 32, 3))
+>>> Path("net.svg").write_text(picture, encoding="utf-8")
+"""
+
+from collections.abc import Iterator
+from itertools import groupby
+from xml.sax.saxutils import escape
+
+from flax_resnetv2.model.architecture import Architecture
+from flax_resnetv2.model.layer_table import layer_table
+from flax_resnetv2.model.planning import ConvPlan, LayerPlan, NetPlan, UnitPlan, plan
+
+WIDTH, LEFT, RIGHT = 800, 150, 640
+"""Of the picture; where a unit's maps come in, and where they are summed."""
+TIMES = "\N{MULTIPLICATION SIGN}"
+ROW = 112
+"""Height of a unit."""
+STYLE = """
+text { font: 13px sans-serif; fill: #1d2733; text-anchor: middle; }
+.small { font-size: 11px; fill: #52606d; }
+.left { text-anchor: start; } .right { text-anchor: end; }
+.title { font-weight: bold; text-anchor: start; }
+rect { fill: #fff; stroke: #52606d; rx: 4px; }
+.stack { fill: #f3f6f9; stroke: #c5d0da; rx: 8px; }
+.layer { fill: #dcebfa; stroke: #3b7cb8; }
+.special { fill: #fde6cf; stroke: #c97a2b; }
+.outer { fill: #e6efe2; stroke: #5f8a4c; }
+.arrow { fill: none; stroke: #1d2733; stroke-width: 1.4; marker-end: url(#tip); }
+.carried { stroke: #7b8794; stroke-width: 2; }
+.other { stroke: #c97a2b; stroke-width: 2; }
+.bridge { stroke: #8a4c86; stroke-width: 2; }
+circle { fill: #fff; stroke: #1d2733; stroke-width: 1.4; }
+"""
+
+
+def draw(architecture: Architecture, image_shape: tuple[int, int, int]) -> str:
+    """Draw stem, stacks, units, layers, shortcuts, bridges and head.
+
+    Equal units that follow one another are drawn once, with their number. Orange: a
+    shortcut that changes what it carries (the article's "special shortcut connection").
+
+    Args:
+        architecture: the net.
+        image_shape: (height, width, channels), for the shapes at the right.
+
+    Raises:
+        UsageError: as ``plan``.
+    """
+    net = plan(architecture, image_shape)
+    shapes = {row.name: row.shape for row in layer_table(architecture, image_shape)}
+    parts = list(_parts(net, shapes, image_shape))
+    height = max(y for y, _ in parts)
+    body = "\n".join(piece for _, piece in parts)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
+        f'viewBox="0 0 {WIDTH} {height}">\n<style>{STYLE}</style>\n'
+        '<defs><marker id="tip" markerUnits="userSpaceOnUse" markerWidth="8" '
+        'markerHeight="8" refX="7" refY="4" orient="auto">'
+        '<path d="M0,1 L7,4 L0,7 z" style="fill:#1d2733"/>'
+        "</marker></defs>\n"
+        f'<rect width="{WIDTH}" height="{height}" style="stroke:none"/>\n'
+        f"{body}\n</svg>\n"
+    )
+
+
+def _parts(
+    net: NetPlan, shapes: dict[str, tuple[int, ...]], image: tuple[int, int, int]
+) -> Iterator[tuple[int, str]]:
+    """Pieces of the picture from top to bottom, each with the height it reaches."""
+    y, middle = 20, (LEFT + RIGHT) // 2
+    yield y, _text(middle, y, f"image {_shape(image)}")
+    if net.stem:
+        for number, (conv, norm) in enumerate(
+            zip(net.stem.convs, net.stem.norms, strict=True), start=1
+        ):
+            at = f"stem/conv{number if number > 1 else ''}"
+            words = f"stem: {_conv(conv)}" + (" · norm · ReLU" if norm else "")
+            y, piece = _outer(y, words, shapes[at])
+            yield y, piece
+        if net.stem.pool:
+            y, piece = _outer(y, f"stem: max-pool 3{TIMES}3 /2", None)
+            yield y, piece
+    for s, stack in enumerate(net.stacks, start=1):
+        runs = [(unit, len(list(same))) for unit, same in groupby(stack.units)]
+        # A bridge goes round on the outside, its name above it.
+        top = y + (24 if stack.bridge is None else 46)
+        inner = top + 30
+        bottom = inner + ROW * len(runs)
+        yield bottom, _arrow(f"M{middle},{y + 8} V{top - 2}")
+        box = _box(60, top, WIDTH - 120, bottom - top, "stack")
+        units = "unit" if len(stack.units) == 1 else "units"
+        title = f"stack {s}: {len(stack.units)} {units}"
+        yield bottom, box + _text(74, top + 20, title, "title")
+        last = (
+            f"stack{s}/unit{len(stack.units)}/layer{len(stack.units[-1].layers)}/conv"
+        )
+        shape = _text(WIDTH - 74, top + 20, _shape(shapes[last]), "right")
+        yield bottom, shape
+        number = 1
+        for k, (unit, count) in enumerate(runs):
+            names = f"unit {number}"
+            if count > 1:
+                names = f"units {number} to {number + count - 1}"
+            yield bottom, _unit(unit, names, count, inner + ROW * k)
+            number += count
+        if stack.bridge is not None:
+            words = "identity" if stack.bridge == "identity" else _conv(stack.bridge)
+            line = f"M{middle},{top - 10} H40 V{bottom + 10} H{middle - 2}"
+            label = _text(44, top - 15, f"bridge: {words}", "small left")
+            yield bottom + 10, _arrow(line, "bridge") + label
+        y = bottom
+    words = {"classifier": "logits", "latent": "latent", "none": "maps"}[net.head.kind]
+    steps = ["norm · ReLU"] if net.head.norm else []
+    if net.head.kind != "none":
+        steps.append("average" if net.head.pooled else "flatten")
+        steps += [f"FC {features} · ReLU" for features in net.head.hidden]
+        steps.append(f"FC → {net.head.features} {words}")
+        if net.head.variance:
+            steps.append("log-variance")
+    y, piece = _outer(y, "head: " + " · ".join(steps or [words]), None)
+    yield y + 16, piece
+
+
+def _unit(unit: UnitPlan, names: str, count: int, y: int) -> str:
+    """A unit: its layers from left to right, its shortcut below, their sum."""
+    line, low = y + 24, y + 76
+    step = (RIGHT - LEFT - 40) // len(unit.layers)
+    pieces = [_text(74, line + 4, names, "small left")]
+    x = LEFT
+    for number, layer in enumerate(unit.layers):
+        start = LEFT + 20 + number * step
+        pieces.append(_arrow(f"M{x},{line} H{start - 2}"))
+        pieces.append(_layer(layer, start, line - 20, step - 24))
+        x = start + step - 24
+    pieces.append(_arrow(f"M{x},{line} H{RIGHT - 11}"))
+    split = LEFT + 8
+    carried = f"M{split},{line} V{low} H{RIGHT} V{line + 12}"
+    special = unit.shortcut is not None or unit.select > 1
+    pieces.append(_arrow(carried, "other" if special else "carried"))
+    middle = (split + RIGHT) // 2
+    if unit.shortcut is not None:
+        words = _conv(unit.shortcut)
+        if unit.average > 1:
+            words = f"average {unit.average}{TIMES}{unit.average} · {words}"
+        if unit.shortcut_norm is not None:
+            words += " · norm"
+        if unit.shared_preactivation:
+            words = f"norm · ReLU of layer 1 · {words}"
+        wide = 7 * len(words) + 24
+        pieces.append(_box(middle - wide // 2, low - 14, wide, 28, "special"))
+        pieces.append(_text(middle, low + 4, words))
+    elif unit.select > 1:
+        pieces.append(
+            _text(
+                middle,
+                low - 6,
+                f"one pixel of {unit.select}{TIMES}{unit.select}",
+                "small",
+            )
+        )
+    else:
+        pieces.append(_text(middle, low - 6, "identity", "small"))
+    pieces.append(f'<circle cx="{RIGHT}" cy="{line}" r="11"/>')
+    pieces.append(_text(RIGHT, line + 5, "+"))
+    if unit.relu:
+        pieces.append(_text(RIGHT + 40, line - 14, "ReLU", "small"))
+    pieces.append(_arrow(f"M{RIGHT + 11},{line} H{RIGHT + 44}"))
+    if count > 1:
+        pieces.append(_text(RIGHT + 70, line + 5, f"{TIMES} {count}"))
+    return "".join(pieces)
+
+
+def _layer(layer: LayerPlan, x: int, y: int, width: int) -> str:
+    norm = "" if layer.norm is None else "norm · ReLU"
+    if layer.norm is not None and not layer.norm.relu:
+        norm = "norm"
+    lines = [norm, _conv(layer.conv)]
+    if layer.norm_last:
+        lines.reverse()
+    box = _box(x, y, width, 40, "layer")
+    if not norm:
+        return box + _text(x + width // 2, y + 25, lines[1])
+    kinds = ["small", ""] if not layer.norm_last else ["", "small"]
+    return box + "".join(
+        _text(x + width // 2, y + 16 + 17 * k, words, kind)
+        for k, (words, kind) in enumerate(zip(lines, kinds, strict=True))
+    )
+
+
+def _outer(y: int, words: str, shape: tuple[int, ...] | None) -> tuple[int, str]:
+    """A box of the main path outside the stacks."""
+    middle, top = (LEFT + RIGHT) // 2, y + 26
+    piece = _arrow(f"M{middle},{y + 8} V{top - 2}")
+    piece += _box(LEFT + 20, top, RIGHT - LEFT - 40, 30, "outer") + _text(
+        middle, top + 20, words
+    )
+    if shape is not None:
+        piece += _text(WIDTH - 74, top + 20, _shape(shape), "right")
+    return top + 30, piece
+
+
+def _conv(conv: ConvPlan) -> str:
+    stride = f" /{conv.stride}" if conv.stride > 1 else ""
+    return f"{conv.kernel}{TIMES}{conv.kernel} → {conv.width}{stride}"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return TIMES.join(map(str, shape))
+
+
+def _text(x: int, y: int, words: str, kind: str = "") -> str:
+    return f'<text x="{x}" y="{y}" class="{kind}">{escape(words)}</text>'
+
+
+def _box(x: int, y: int, width: int, height: int, kind: str) -> str:
+    return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" class="{kind}"/>'
+
+
+def _arrow(line: str, kind: str = "") -> str:
+    return f'<path d="{line}" class="arrow {kind}"/>'

@@ -1,0 +1,1 @@
+"""What people look at afterwards: run pages, comparisons and sweeps."""

@@ -1,0 +1,1 @@
+"""One run in one directory: the impure part, with its devices, files and clock."""

@@ -1,0 +1,98 @@
+"""A run's net, with the variables of one of its checkpoints."""
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from flax_resnetv2.errors import UsageError
+from flax_resnetv2.model.autoencoder import Autoencoder
+from flax_resnetv2.model.modules import ResNetV2
+from flax_resnetv2.run.build import create_net
+from flax_resnetv2.run.checkpoint import Checkpointer, best_step
+from flax_resnetv2.run.config import Config
+from flax_resnetv2.run.run_directory import (
+    load_config,
+    load_dataset_facts,
+    load_environment,
+    read_metrics,
+)
+from flax_resnetv2.training.step import train_state_shapes
+from flax_resnetv2.validation import check_choice
+
+Which = Literal["newest", "best"]
+"""Which checkpoint: the newest whole one, or the best on the split "validation"."""
+
+
+class Restored(NamedTuple):
+    """What a run has come to."""
+
+    config: Config
+    facts: dict[str, Any]
+    """Of its data set: ``class_names``, ``image_shape``, ..."""
+    step: int
+    model: ResNetV2 | Autoencoder
+    variables: dict[str, Any]
+    """What is evaluated: averages where they are kept."""
+    test: dict[str, Any] | None
+    """The last line of metrics on "test" up to this step; None: there is none."""
+    environment: dict[str, Any]
+    """Where it was trained last: commit, versions, devices."""
+
+
+def restore(workdir: str | Path, checkpoint: Which = "newest") -> Restored:
+    """Load a checkpoint of a run that ``train.py`` made, or is making, on one device.
+
+    Raises:
+        UsageError: ``workdir`` is no run directory, or has no such checkpoint.
+        RunError: the checkpoints are damaged.
+    """
+    check_choice("checkpoint", checkpoint, ("newest", "best"))
+    config, facts = load_config(workdir), load_dataset_facts(workdir)
+    classes, asked = len(facts["class_names"]), config.architecture.num_classes
+    if config.architecture.head == "classifier" and classes != asked:
+        raise UsageError(
+            f"{workdir}/dataset.json names {classes} classes, but the net has {asked}; "
+            "bring back the file of this run"
+        )
+    image_shape = tuple(facts["image_shape"])
+    model = create_net(config, image_shape)
+    input_shape = config.augment.input_shape(image_shape)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here),
+        train_state_shapes(model, config.train, input_shape),
+    )
+    directory = Path(workdir) / "checkpoints"
+    missing = UsageError(f"{workdir} holds no checkpoint yet; train at least one epoch")
+    if not directory.is_dir():
+        raise missing
+    with Checkpointer(directory) as checkpoints:
+        if checkpoint == "best":
+            steps = checkpoints.steps()
+            scores = checkpoints.notes(steps[-1])["validation"] if steps else {}
+            step = best_step(scores, steps)
+            if step is None:
+                raise UsageError(
+                    f"{workdir} has no best checkpoint, as it had no split "
+                    "'validation'; choose the newest, or train with --data.validation"
+                )
+            state, _ = checkpoints.restore(step, like)
+        elif (found := checkpoints.restore_newest(like)) is None:
+            raise missing
+        else:
+            step, state, _ = found
+    tests = [
+        line
+        for line in read_metrics(workdir)
+        if line["split"] == "test" and line["step"] <= step
+    ]
+    return Restored(
+        config,
+        facts,
+        step,
+        model,
+        state.variables(),
+        tests[-1] if tests else None,
+        load_environment(workdir)[-1],
+    )

@@ -1,0 +1,1 @@
+"""What one training step does, as pure functions."""

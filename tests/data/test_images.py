@@ -1,0 +1,125 @@
+"""Image files of every kind, brought to squares."""
+
+import io
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flax_resnetv2 import UsageError
+from flax_resnetv2.data.images import (
+    careful,
+    read_image,
+    read_squares,
+    square,
+    stretched,
+)
+
+
+def file_of(pixels, kind="PNG", mode=None, **how):
+    buffer = io.BytesIO()
+    image = Image.fromarray(np.asarray(pixels))
+    (image.convert(mode) if mode else image).save(buffer, kind, **how)
+    buffer.seek(0)
+    return buffer
+
+
+def read(file, side, channels=3):
+    with careful():
+        return read_image(file, "it", channels, square(side))
+
+
+def test_an_image_of_this_size_stays_as_it_is():
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)
+    np.testing.assert_array_equal(read(file_of(pixels), 9), pixels)
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (8, 8)])
+def test_the_middle_is_what_is_kept(shape):
+    """Three fields side by side, of which the middle one is the square."""
+    height, width = shape
+    pixels = np.zeros((height, width, 3), np.uint8)
+    top, left = (height - 8) // 2, (width - 8) // 2
+    pixels[top : top + 8, left : left + 8] = (10, 200, 30)
+    assert (read(file_of(pixels), 8) == (10, 200, 30)).all()
+    for side in (4, 16):
+        found = read(file_of(pixels), side)
+        assert found.shape == (side, side, 3)
+        # The pixels of the edge are averages that reach a little over it.
+        inside = found[side // 4 : -side // 4, side // 4 : -side // 4].astype(int)
+        assert abs(inside - (10, 200, 30)).max() <= 8
+
+
+def test_what_is_made_smaller_is_averaged():
+    checks = np.indices((64, 64)).sum(0) % 2 * 255
+    found = read(file_of(checks.astype(np.uint8)), 8, channels=1)
+    assert found.shape == (8, 8, 1)
+    # Taking every eighth pixel, all would be black.
+    assert abs(found.astype(int) - 127).max() <= 2
+
+
+def test_a_whole_image_may_be_stretched_instead():
+    pixels = np.zeros((8, 24, 3), np.uint8)
+    pixels[:, 16:] = 255
+    with careful():
+        found = read_image(file_of(pixels), "it", 3, stretched(8, 8))
+    assert found[:, 0].max() == 0
+    assert found[:, -1].min() == 255
+
+
+@pytest.mark.parametrize("mode", ["P", "RGBA", "LA", "L", "1", "CMYK"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_mode_becomes_colour_or_grey(mode, channels):
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    white = np.full((6, 9, 3), 255, np.uint8)
+    found = read(file_of(white, kind, mode), 4, channels)
+    assert found.shape == (4, 4, channels)
+    assert (found == 255).all()
+
+
+def test_sixteen_bits_become_eight():
+    deep = np.full((5, 5), 40_000, np.uint16)
+    assert (read(file_of(deep), 5) == 40_000 >> 8).all()
+
+
+def test_an_image_is_turned_as_the_camera_says():
+    pixels = np.zeros((8, 8), np.uint8)
+    pixels[:4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn to the right
+    found = read(file_of(pixels, exif=exif), 8, channels=1)[..., 0]
+    assert (found[:, 4:] == 255).all()
+    assert (found[:, :4] == 0).all()
+
+
+def test_many_are_read_in_their_order():
+    files = [
+        (file_of(np.full((3 + k % 5, 4, 3), k % 256, np.uint8)), str(k))
+        for k in range(1500)
+    ]
+    found = read_squares(files, len(files), 3, 2)
+    assert (found.shape, found.dtype) == ((1500, 2, 2, 3), np.uint8)
+    numbers = np.arange(1500) % 256
+    assert (found == numbers[:, None, None, None]).all()
+
+
+def test_one_of_many_that_cannot_be_read_is_named():
+    good = np.zeros((3, 3, 3), np.uint8)
+    files = [(file_of(good), "a"), (io.BytesIO(b"hello"), "b"), (file_of(good), "c")]
+    with pytest.raises(UsageError, match=r"^b is not an image"):
+        read_squares(files, 3, 3, 2)
+    bomb = file_of(np.zeros((9_500, 9_500), bool))
+    with pytest.raises(UsageError, match=r"^bomb is too large"):
+        read_squares([(bomb, "bomb")], 1, 3, 2)
+
+
+def test_too_many_pixels_are_refused_without_help_from_the_thread(monkeypatch):
+    """As in the workers of a stream, where nobody is ``careful``."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
+    read_image(file_of(np.zeros((9, 11), np.uint8)), "a", 3, square(2))
+    message = r"^b is too large \(12x9 pixels; the limit is 99\); scale it down$"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(UsageError, match=message):
+            read_image(file_of(np.zeros((9, 12), np.uint8)), "b", 3, square(2))

@@ -1,0 +1,47 @@
+"""The fault harness on a short run; the long one: ``python -m tests.support.faults``."""
+
+import shutil
+import signal
+
+import pytest
+
+from tests.support import faults
+
+pytestmark = pytest.mark.slow
+EPOCHS = 2
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A run that nobody disturbs."""
+    workdir = tmp_path_factory.mktemp("faults") / "alone"
+    faults.finish(workdir, EPOCHS, 1)
+    return workdir
+
+
+@pytest.mark.parametrize(("name", "kills"), [("KILL", 2), ("TERM", 1)])
+def test_a_run_that_is_killed_ends_as_one_that_is_not(alone, name, kills):
+    workdir = alone.with_name(name)
+    number = signal.Signals[f"SIG{name}"]
+    found = faults.disturb(workdir, EPOCHS, kills, 1, number, 0.2, 0, True)
+    assert not found.differences
+    assert found.whole == (kills if name == "TERM" else 0)
+    faults.finish(workdir, EPOCHS, 1)
+    assert faults.compare(alone, workdir) == []
+
+
+def test_the_harness_sees_a_difference(alone, tmp_path):
+    """A line that says something else, and one bit of an array."""
+    other = tmp_path / "other"
+    shutil.copytree(alone, other)
+    text = (other / "metrics.jsonl").read_text()
+    (other / "metrics.jsonl").write_text(
+        text.replace('"count": 448', '"count": 449', 1)
+    )
+    (said,) = faults.compare(alone, other)
+    assert said.startswith("metrics.jsonl: ")
+    (other / "metrics.jsonl").write_text(text)
+    newest = other / "checkpoints" / str(faults.steps_of(other))
+    shutil.rmtree(newest)
+    shutil.copytree(sorted((other / "checkpoints").glob("[0-9]*"))[0], newest)
+    assert any(word.startswith("array ") for word in faults.compare(alone, other))

@@ -1,0 +1,161 @@
+"""Several processes of one run, on loopback."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.data.test_streaming import prepare_tiny
+from tests.run.test_loop import lines_of, untimed
+
+pytestmark = pytest.mark.slow
+
+MEMBER = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_enable_x64", True)
+from flax_resnetv2 import agreement, Execution, UsageError, cli, loop, process
+from flax_resnetv2.process import join
+coordinator, count, number, devices, workdir, executor, records, *more = sys.argv[1:]
+jax.config.update("jax_num_cpu_devices", int(devices))
+cache = str(Path(workdir).parent / "compiled")
+jax.config.update("jax_compilation_cache_dir", cache)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+if int(count) > 1:
+    join(coordinator, int(count), int(number))
+from tests.run.test_loop import CONFIG, VALIDATED, run_fit
+from tests.promises.test_reliability import stop_after
+from tests.data.test_streaming import streamed_from
+import pytest
+data = streamed_from(Path(records)) if records else VALIDATED
+config = replace(CONFIG, execution=Execution(dtype="float64"), checkpoint_steps=5)
+with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(agreement, "open_dataset", lambda *_: data)
+    if more and number == more[1]:
+        stop_after(patch, int(more[0]))
+    code = cli.guarded(lambda: loop.fit(config, workdir, executor=executor))
+if code not in (0, 75):
+    process.leave_others(code)
+sys.exit(code)
+"""
+"""A process of CONFIG in float64; records: the directory of those to read from disk;
+more: after how many steps which process is asked to stop."""
+
+
+def start(workdir, count, devices=1, executor="pmap", records="", more=()):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    words = [str(devices), str(workdir), executor, str(records), *more]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", MEMBER, coordinator, str(count), str(k), *words],
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for k in range(count)
+    ]
+
+
+def end(processes, codes=(0,)):
+    """What they said, when all have left."""
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert {process.returncode for process in processes} <= set(codes), said
+    return said
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run on one device of one process."""
+    directory = tmp_path_factory.mktemp("processes")
+    end(start(directory / "alone", 1))
+    return directory
+
+
+def assert_same_losses(one, other):
+    a, b = lines_of(one), lines_of(other)
+    assert [(x["step"], x["split"], x["count"]) for x in a] == [
+        (x["step"], x["split"], x["count"]) for x in b
+    ]
+    for x, y in zip(a, b, strict=True):
+        assert y["loss"] == pytest.approx(x["loss"], rel=1e-10)
+        assert y["accuracy"] == x["accuracy"]
+
+
+@pytest.fixture(scope="module")
+def together(alone):
+    """The run on two processes; what the first of them said."""
+    said = end(start(alone / "together", 2))
+    for other in said[1:]:
+        assert "step" not in other
+    return alone / "together", said[0]
+
+
+def test_two_processes_do_what_one_does(alone, together):
+    """Each image counts once, one process writes, and the losses agree."""
+    workdir, said = together
+    assert_same_losses(alone / "alone", workdir)
+    assert "2 cpu devices of 2 processes" in said
+    assert len(json.loads((workdir / "environment.json").read_text())) == 1
+
+
+@pytest.mark.parametrize(("count", "executor"), [(4, "pmap"), (2, "jit")])
+def test_so_do_four_and_the_other_executor(alone, count, executor):
+    workdir = alone / f"{count}-{executor}"
+    end(start(workdir, count, executor=executor))
+    assert_same_losses(alone / "alone", workdir)
+
+
+def test_each_reads_its_own_images_from_disk(alone, tmp_path):
+    """Whatever maps the step."""
+    directory = prepare_tiny(tmp_path)
+    end(start(alone / "from-disk", 1, devices=2, records=directory))
+    for executor in ("pmap", "jit"):
+        workdir = alone / f"from-disk-{executor}"
+        said = end(start(workdir, 2, executor=executor, records=directory))
+        assert "read from disk" in said[0]
+        assert_same_losses(alone / "from-disk", workdir)
+
+
+def test_a_signal_to_one_process_stops_all_and_all_go_on(alone, together):
+    """As many as before to the same bits, another number to the same losses."""
+    workdir = alone / "stopped"
+    said = end(start(workdir, 2, more=["7", "1"]), codes=(75,))
+    # The signal is heard between two steps.
+    assert all("stopped by" in text for text in said)
+    assert "SIGTERM" in said[1]
+    steps = [int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*")]
+    assert max(steps) == 7
+    shutil.copytree(workdir, alone / "changed")
+    end(start(workdir, 2))
+    assert untimed(lines_of(workdir)) == untimed(lines_of(together[0]))
+    end(start(alone / "changed", 1, devices=2))
+    assert_same_losses(alone / "alone", alone / "changed")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_where_one_dies_the_others_leave_and_starting_again_goes_on(alone, victim):
+    workdir = alone / f"died-{victim}"
+    processes = start(workdir, 2)
+    checkpoints = workdir / "checkpoints"
+    until = time.monotonic() + 200
+    while not list(checkpoints.glob("[0-9]*")) and time.monotonic() < until:
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.01)
+    processes[victim].kill()
+    processes[victim].communicate()
+    survivor = processes[1 - victim]
+    survivor.communicate(timeout=90)
+    assert survivor.returncode not in (0, None)
+    end(start(workdir, 2))
+    assert_same_losses(alone / "alone", workdir)
