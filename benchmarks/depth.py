@@ -50,6 +50,7 @@ from benchmarks import peers
 from benchmarks.cpu import read_rows
 from benchmarks.gpu import MARK, ROOT, Job, run_job
 from benchmarks.measure import RESULTS, append, interleaved, provenance, summary
+from flax_resnetv2.data.batch import Batch
 from flax_resnetv2.model.architecture import Architecture, Execution
 from flax_resnetv2.model.modules import (
     Convolution,
@@ -62,7 +63,6 @@ from flax_resnetv2.model.modules import (
 from flax_resnetv2.model.planning import StackPlan
 from flax_resnetv2.model.presets import PRESETS
 from flax_resnetv2.model.semantics import HE2016
-from flax_resnetv2.training.augment import Batch
 from flax_resnetv2.training.step import make_train_step
 
 REMATS = ("nothing", "norms", "units")
@@ -199,7 +199,7 @@ def build(architecture: Architecture, way: str, image_shape: tuple) -> Any:
     """Give the model that runs in this way; all have equal variables and results."""
     how, what = way.split("-")
     if what == "automatic":
-        execution = Execution(remat="nothing", derivatives="automatic")
+        execution = Execution(remat="nothing", backward="automatic")
     else:
         execution = Execution(remat=what)
     model = create_model(architecture, execution, image_shape)

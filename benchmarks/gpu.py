@@ -12,13 +12,13 @@ and none is started for which the time left is too short.
 
 We train in bfloat16 as ``loop.fit`` does: several steps a dispatch, on a data set that
 lies on the device, every batch gathered, cropped and mirrored inside the step. PyTorch
-trains under bfloat16 autocast, channels_last, with its fused SGD, on one normalised
+trains under bfloat16 autocast, channels_last, with its fused SGD, on one normalized
 batch that stays on the device. Both wait once for as many steps. Needed are jax, flax,
 optax, numpy, pytest and torch; what only the command line of the project needs is not.
 
 Jobs: "tests/FILE" (its fast tests that need one device, products in full float32),
 "peak" (matrix product and copy), "train/NET/BATCH/CONTESTANT", and
-"pipeline/NET/BATCH": gathering, normalising and augmenting against one normalised
+"pipeline/NET/BATCH": gathering, normalizing and augmenting against one normalized
 batch, in turns, as a share of a step; and, where CIFAR-10 is at hand
 (``TFDS_DATA_DIR``), "accuracy/RECIPE/SEED" and "study/NAME", which put their lines into
 ``results`` (``benchmarks.studies page`` writes them up). These two save what they have
@@ -51,12 +51,12 @@ from jax import lax
 from benchmarks import peers
 from benchmarks.cpu import read_rows
 from benchmarks.measure import RESULTS, append, interleaved, summary
-from flax_resnetv2.data.datasets import Split, epoch_order, fetch
+from flax_resnetv2.data.batch import Batch, Split, epoch_order, gather_batch
 from flax_resnetv2.model.architecture import Architecture, Execution
 from flax_resnetv2.model.modules import create_model
 from flax_resnetv2.model.presets import PRESETS
 from flax_resnetv2.model.semantics import HE2016
-from flax_resnetv2.training.augment import AugmentConfig, Batch, positions
+from flax_resnetv2.training.augment import AugmentConfig, positions
 from flax_resnetv2.training.step import make_train_step
 
 ROOT = Path(__file__).parent.parent
@@ -437,7 +437,7 @@ def our_chunk(
 
     Args:
         task, net, execution: what is trained, and how.
-        pipeline: gather and augment every batch, or train on one normalised batch.
+        pipeline: gather and augment every batch, or train on one normalized batch.
 
     Returns:
         What runs the program on and waits, and what is known of the program.
@@ -465,7 +465,9 @@ def our_chunk(
 
         def one(state: Any) -> tuple[Any, Any]:
             places = state.step % per_epoch * task.batch + positions(task.batch, None)
-            return step(state, fetch(split, order, places) if pipeline else fixed)
+            return step(
+                state, gather_batch(split, order, places) if pipeline else fixed
+            )
 
         def more(_: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
             state, metrics = one(carry[0])

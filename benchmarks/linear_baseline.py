@@ -2,7 +2,7 @@
 
     python -m benchmarks.linear_baseline
 
-Trains on the normalised pixels by L-BFGS on the whole training split until the loss is
+Trains on the normalized pixels by L-BFGS on the whole training split until the loss is
 flat (it falls by less than 0.001 nats in 20 iterations), and prints one JSON line.
 """
 
@@ -90,7 +90,9 @@ def main() -> None:
     from flax_resnetv2.data import shapes
 
     began = time.perf_counter()
-    result = softmax_regression(*shapes.draw("train"), *shapes.draw("test"))
+    result = softmax_regression(
+        *shapes.draw_shapes("train"), *shapes.draw_shapes("test")
+    )
     seconds = round(time.perf_counter() - began, 1)
     about = {"benchmark": "linear_baseline", "dataset": shapes.NAME}
     print(json.dumps({**about, **result, "seconds": seconds, "jax": jax.__version__}))

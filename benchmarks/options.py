@@ -22,10 +22,12 @@ import tyro
 from benchmarks.cpu import read_rows
 from benchmarks.measure import RESULTS, append, interleaved, provenance, summary
 from flax_resnetv2.data.datasets import DataConfig, Dataset, open_dataset
+from flax_resnetv2.run.build import create_net
 from flax_resnetv2.run.config import Config
+from flax_resnetv2.run.placement import Placement
 from flax_resnetv2.run.recipes import RECIPES
-from flax_resnetv2.run.trainer import Run
-from flax_resnetv2.run.validate import resolve
+from flax_resnetv2.run.trainer import Trainer
+from flax_resnetv2.run.validate import fill_in
 from flax_resnetv2.system import runtime
 
 PLAIN = "none"
@@ -34,12 +36,12 @@ OPTIONS: dict[str, dict[str, dict[str, object]]] = {
     "augment.cutout 16": {"augment": {"cutout": 16}},
     "augment.mixup 0.2": {"augment": {"mixup": 0.2}},
     "augment.cutmix 1": {"augment": {"cutmix": 1.0}},
-    "augment.colour-jitter 0.4": {"augment": {"colour_jitter": 0.4}},
+    "augment.color-jitter 0.4": {"augment": {"color_jitter": 0.4}},
     "augment.randaugment 2": {"augment": {"randaugment": 2}},
     "train.optimizer lars": {"train": {"optimizer": "lars"}},
     "train.optimizer muon": {"train": {"optimizer": "muon"}},
-    "train.clip 1": {"train": {"clip": 1.0}},
-    "train.accumulate 4": {"train": {"accumulate": 4}},
+    "train.clip_norm 1": {"train": {"clip_norm": 1.0}},
+    "train.accumulation_steps 4": {"train": {"accumulation_steps": 4}},
     "train.stochastic-depth 0.2": {"train": {"stochastic_depth": 0.2}},
 }
 """By the words that a person types: the fields that they change."""
@@ -69,10 +71,11 @@ def changed(config: Config, changes: dict[str, dict[str, object]]) -> Config:
 
 def turn(config: Config, dataset: Dataset, steps: int) -> Callable[[], None]:
     """A run that goes on by so many steps at each call."""
-    run = Run(config, dataset, jax.local_devices())
+    model = create_net(config, dataset.image_shape)
+    run = Trainer(config, dataset, model, Placement(jax.local_devices()))
     split, order, state = run.split("train"), run.order(0), run.initial_state()
     calls, each = (steps, 1) if run.one_by_one else (1, steps)
-    count = run.place(jnp.int32(each))
+    count = run.placement.replicate(jnp.int32(each))
 
     def go() -> None:
         nonlocal state
@@ -87,7 +90,7 @@ def measure(options: Options) -> list[dict]:
     """Time a turn of each option; a row each."""
     config = replace(RECIPES[options.recipe].config, data=DataConfig("embedded_shapes"))
     dataset = open_dataset(config.data)
-    config = resolve(config, dataset)
+    config = fill_in(config, dataset)
     turns = {
         name: turn(changed(config, changes), dataset, options.steps)
         for name, changes in OPTIONS.items()

@@ -10,7 +10,7 @@ where one is too large.
 
 A training step is cross-entropy and SGD with Nesterov's momentum on one batch that
 stays on the device. Weight decay acts on all parameters; it is added to the gradient,
-as in PyTorch, except in Keras, whose optimisers subtract it apart from the gradient.
+as in PyTorch, except in Keras, whose optimizers subtract it apart from the gradient.
 """
 
 import gc
@@ -28,13 +28,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from flax_resnetv2.data.batch import Batch
 from flax_resnetv2.model.architecture import Architecture, Execution
 from flax_resnetv2.model.layer_table import layer_table
 from flax_resnetv2.model.modules import ResNetV2, create_model
 from flax_resnetv2.model.planning import ConvPlan, NetPlan, NormPlan, plan
 from flax_resnetv2.model.presets import PRESETS
 from flax_resnetv2.model.semantics import ARTICLE, HE2016
-from flax_resnetv2.training.augment import AugmentConfig, Batch
+from flax_resnetv2.training.augment import AugmentConfig
 from flax_resnetv2.training.optimizers import TrainConfig
 from flax_resnetv2.training.step import create_train_state, make_train_step
 
@@ -90,13 +91,16 @@ class Task:
         if self.name in PRESETS:
             return PRESETS[self.name].parameters
         return sum(
-            r.parameters for r in layer_table(self.architecture, self.image_shape)
+            r.parameters
+            for r in layer_table(
+                plan(self.architecture, self.image_shape), self.image_shape
+            )
         )
 
     @property
     def flops(self) -> int:
         """Forward, for one image: two for each multiply-add of the layer table."""
-        rows = layer_table(self.architecture, self.image_shape)
+        rows = layer_table(plan(self.architecture, self.image_shape), self.image_shape)
         return 2 * sum(row.multiply_adds for row in rows)
 
     def pixels(self) -> np.ndarray:
@@ -105,7 +109,7 @@ class Task:
         return rng.integers(0, 256, (self.batch, *self.image_shape), np.uint8)
 
     def images(self) -> np.ndarray:
-        """The same, normalised, float32."""
+        """The same, normalized, float32."""
         return ((self.pixels() / 255 - MEAN) / STD).astype(np.float32)
 
     def labels(self) -> np.ndarray:
@@ -201,7 +205,7 @@ class PlainLinen(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Give logits of normalised images [N, H, W, channels]."""
+        """Give logits of normalized images [N, H, W, channels]."""
 
         def conv(name: str, p: ConvPlan, x: jax.Array) -> jax.Array:
             around = ((p.kernel - 1) // 2,) * 2
@@ -302,7 +306,7 @@ def pytorch(
 ) -> Contestant:
     """PyTorch, channels_last; eager, or ``torch.compile`` in ``compile_mode``.
 
-    Not float32 means autocast to ``task.dtype``. The optimiser is the fused SGD.
+    Not float32 means autocast to ``task.dtype``. The optimizer is the fused SGD.
     """
     import torch
 
@@ -464,7 +468,7 @@ ALTERNATIVES: dict[str, Callable[[Task], Contestant]] = {
     "ours-remat-nothing": partial(ours, execution=Execution(remat="nothing")),
     "ours-remat-units": partial(ours, execution=Execution(remat="units")),
     "ours-automatic": partial(
-        ours, execution=Execution(remat="nothing", derivatives="automatic")
+        ours, execution=Execution(remat="nothing", backward="automatic")
     ),
 }
 """Everything that ``Execution`` offers at equal numbers; the default comes first."""
@@ -474,7 +478,7 @@ def draw_variables(task: Task, seed: int = 0, stir: bool = False) -> dict[str, A
     """Weights from a seed, as our tree of numpy arrays.
 
     Kernels are small enough for the deepest net to keep its numbers finite with the
-    statistics of a start; no initialisation is compiled for it.
+    statistics of a start; no initialization is compiled for it.
 
     Args:
         task: the net.

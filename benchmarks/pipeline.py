@@ -53,7 +53,7 @@ class Options:
 
 
 def photographs(count: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Smooth colours under noise: as JPEG about as large as ImageNet's, 70 kB."""
+    """Smooth colors under noise: as JPEG about as large as ImageNet's, 70 kB."""
     from PIL import Image
 
     rng = np.random.default_rng(0)

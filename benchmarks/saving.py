@@ -24,10 +24,12 @@ import tyro
 from benchmarks.cpu import read_rows
 from benchmarks.measure import RESULTS, append, provenance
 from flax_resnetv2.data.datasets import DataConfig, open_dataset
+from flax_resnetv2.run.build import create_net
 from flax_resnetv2.run.checkpoint import Checkpointer
+from flax_resnetv2.run.placement import Placement
 from flax_resnetv2.run.recipes import RECIPES
-from flax_resnetv2.run.trainer import Run
-from flax_resnetv2.run.validate import resolve
+from flax_resnetv2.run.trainer import Trainer
+from flax_resnetv2.run.validate import fill_in
 from flax_resnetv2.system import runtime
 
 
@@ -51,9 +53,11 @@ def measure(recipe: str, options: Options) -> dict:
     """Train, and save in every second interval."""
     config = replace(RECIPES[recipe].config, data=DataConfig("embedded_shapes"))
     dataset = open_dataset(config.data)
-    run = Run(resolve(config, dataset), dataset, jax.local_devices())
+    config = fill_in(config, dataset)
+    model = create_net(config, dataset.image_shape)
+    run = Trainer(config, dataset, model, Placement(jax.local_devices()))
     state, split, order = run.initial_state(), run.split("train"), run.order(0)
-    one = run.place(jnp.int32(1))
+    one = run.placement.replicate(jnp.int32(1))
     blocked, seconds = [], {True: [], False: []}
     with (
         tempfile.TemporaryDirectory() as directory,
@@ -64,11 +68,15 @@ def measure(recipe: str, options: Options) -> dict:
             saving = interval % 2 == 1
             began = time.perf_counter()
             if saving:
-                checkpoints.save(interval + 2, run.everywhere(state))
+                checkpoints.save(interval + 2, run.placement.as_global(state))
                 if interval > 0:
                     blocked.append(time.perf_counter() - began)
             for _ in range(options.steps if run.one_by_one else 1):
-                steps = one if run.one_by_one else run.place(jnp.int32(options.steps))
+                steps = (
+                    one
+                    if run.one_by_one
+                    else run.placement.replicate(jnp.int32(options.steps))
+                )
                 state, metrics = run.train_step(state, split, order, steps)
                 jax.block_until_ready(metrics)
             jax.block_until_ready(state)

@@ -5,11 +5,11 @@
     python -m benchmarks.scaling --table
     python -m benchmarks.scaling --paper    # measures nothing: accelerators on paper
 
-A training step goes through the package's own seam (``parallel.Run``: ``pmap`` over
+A training step goes through the package's own seam (``Placement.map``: ``pmap`` over
 whole copies of state and data) on 1, 2, 4, 8 CPU devices, each count in a process of
 its own. The devices share the same cores, so nothing gets faster: a fall of images/s is
 what sharing costs (collectives, dispatch, smaller products). "strong" keeps the global
-batch, "weak" the batch of each device; "-local" means without synchronised batch
+batch, "weak" the batch of each device; "-local" means without synchronized batch
 statistics. Rows go to ``benchmarks/results/scaling.jsonl``. What a row says besides
 the median and the spread of its steps:
 
@@ -49,14 +49,18 @@ from benchmarks import peers
 from benchmarks.cpu import read_rows
 from benchmarks.gpu import LIKE_RESNET50, MARK, ROOT, Job, run_job
 from benchmarks.measure import RESULTS, append, interleaved, provenance, summary
-from flax_resnetv2.data.datasets import Dataset, Split, epoch_order
+from flax_resnetv2.data.batch import Split, epoch_order
+from flax_resnetv2.data.datasets import Dataset
 from flax_resnetv2.model.architecture import Architecture
 from flax_resnetv2.model.layer_table import layer_table
+from flax_resnetv2.model.planning import plan
 from flax_resnetv2.model.presets import PRESETS
+from flax_resnetv2.run.build import create_net
 from flax_resnetv2.run.config import Config
+from flax_resnetv2.run.placement import AXIS, Placement
 from flax_resnetv2.run.recipes import RECIPES
-from flax_resnetv2.run.trainer import AXIS, Run
-from flax_resnetv2.run.validate import resolve
+from flax_resnetv2.run.trainer import Trainer
+from flax_resnetv2.run.validate import fill_in
 from flax_resnetv2.training.step import create_train_state
 
 DEVICES = (1, 2, 4, 8)
@@ -103,9 +107,11 @@ def measure(name: str, mode: str, count: int, seconds: float) -> dict[str, Any]:
         ),
     )
     dataset = _random_images(2048)
-    run = Run(resolve(config, dataset), dataset, jax.local_devices())
+    config = fill_in(config, dataset)
+    model = create_net(config, dataset.image_shape)
+    run = Trainer(config, dataset, model, Placement(jax.local_devices()))
     state = _state(run, name)
-    order = run.place(epoch_order(run.images, batch, 0, 0))
+    order = run.placement.replicate(epoch_order(run.num_images, batch, 0, 0))
     rest = (run.split("train"), order, jnp.int32(1))
     row: dict[str, Any] = {"net": name, "mode": mode, "devices": count, "batch": batch}
     row |= expected(config.architecture, config.train.sync_batch_norm)
@@ -138,7 +144,7 @@ def _random_images(count: int) -> Dataset:
     return Dataset("random", names, {"train": split, "test": split})
 
 
-def _state(run: Run, name: str) -> Any:
+def _state(run: Trainer, name: str) -> Any:
     """A state with drawn weights, on all devices; nothing is compiled for it."""
     config = run.config
     shapes = jax.eval_shape(
@@ -153,12 +159,12 @@ def _state(run: Run, name: str) -> Any:
     )
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     variables = peers.draw_variables(peers.Task(name, config.architecture))
-    return run.place(
+    return run.placement.replicate(
         state.replace(params=variables["params"], batch_stats=variables["batch_stats"])
     )
 
 
-def _alone(run: Run, state: Any, chain: int = 100) -> dict[str, Any]:
+def _alone(run: Trainer, state: Any, chain: int = 100) -> dict[str, Any]:
     """Time what sharing adds to a step, each part by itself."""
 
     def count_up(state: Any) -> Any:
@@ -171,12 +177,12 @@ def _alone(run: Run, state: Any, chain: int = 100) -> dict[str, Any]:
 
     sharding = jax.tree.map(lambda leaf: leaf.sharding, state)
     ways = {
-        "dispatch_pmap": run.parallel(count_up, donate=True),
+        "dispatch_pmap": run.placement.map(count_up, donate=True),
         "dispatch_jit": jax.jit(count_up, donate_argnums=0, out_shardings=sharding),
     }
     params = jax.tree.map(jnp.copy, state.params)
-    reduce = run.parallel(lambda tree: lax.psum(tree, AXIS))
-    small, numbers = run.parallel(small), run.place(jnp.ones(64))
+    reduce = run.placement.map(lambda tree: lax.psum(tree, AXIS))
+    small, numbers = run.placement.map(small), run.placement.replicate(jnp.ones(64))
 
     def advance(way: Callable) -> None:
         nonlocal state
@@ -196,11 +202,11 @@ def _alone(run: Run, state: Any, chain: int = 100) -> dict[str, Any]:
 def expected(architecture: Architecture, sync: bool) -> dict[str, int]:
     """What the plan says of a step: numbers, bytes one device gives, latencies.
 
-    Gradients and the running statistics are summed once a step. Synchronised, each norm
+    Gradients and the running statistics are summed once a step. Synchronized, each norm
     adds three all-reduces that wait for one another and for the layer before: its mean,
     its variance, and in the backward pass the cotangents of both.
     """
-    rows = layer_table(architecture, (32, 32, 3))
+    rows = layer_table(plan(architecture, (32, 32, 3)), (32, 32, 3))
     parameters = sum(row.parameters for row in rows)
     norms = [row.parameters for row in rows if "norm" in row.name.rsplit("/", 1)[1]]
     # A norm has as many running statistics as parameters.
@@ -285,7 +291,7 @@ def image_seconds(net: str, link: Link, measured: dict[str, float]) -> float:
     """Seconds of training on one image on one device: measured, else by roofline."""
     if link.chip == "H100" and net in measured:
         return 1 / measured[net]
-    rows = layer_table(*PAPER[net])
+    rows = layer_table(plan(*PAPER[net]), PAPER[net][1])
     flops = 6 * sum(row.multiply_adds for row in rows)
     outputs = sum(math.prod(row.shape) for row in rows if row.multiply_adds)
     bound = max(flops / link.flops, 2 * PASSES * outputs / link.memory)
@@ -304,7 +310,7 @@ def gradient_pieces(net: str) -> int:
 
     The nets of PAPER have no biases in convolutions.
     """
-    rows = layer_table(*PAPER[net])
+    rows = layer_table(plan(*PAPER[net]), PAPER[net][1])
     arrays = sum(2 if row.name.endswith("norm") else 1 for row in rows) + 1
     size = 4 * sum(row.parameters for row in rows)
     return max(math.ceil(size / COMBINED_BYTES), math.ceil(arrays / COMBINED_ARRAYS))
@@ -318,7 +324,7 @@ def paper(measured: dict[str, float]) -> str:
     """
     lines = [
         "| net | parameters | norms | gradients and running statistics MB "
-        "| with synchronised statistics MB | all-reduces that wait "
+        "| with synchronized statistics MB | all-reduces that wait "
         "| of gradients, GPU |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
@@ -333,7 +339,7 @@ def paper(measured: dict[str, float]) -> str:
     lines += [
         "",
         "| devices | net | ring, ms | one wait, us | waits, ms | images/s a device "
-        f"| batch a device for {VISIBLE:.0%}, synchronised | not synchronised |",
+        f"| batch a device for {VISIBLE:.0%}, synchronized | not synchronized |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for link in LINKS:

@@ -11,7 +11,7 @@ same by the package's own functions and says how long every part takes:
 
 imports: the interpreter's start, and jax, flax, optax, orbax, the package.
 data: opening the data set.
-state: initial parameters and optimiser, on the device.
+state: initial parameters and optimizer, on the device.
 lower, compile: tracing and lowering the step; XLA, or reading from its cache.
 step: running it for the first time, which touches its memory for the first time.
 
@@ -157,7 +157,7 @@ def parts(recipe: str) -> dict[str, float]:
     runtime.cache_compilations()
     import jax
 
-    from flax_resnetv2.run import loop, trainer
+    from flax_resnetv2.run import placement, trainer
     from flax_resnetv2.run.recipes import RECIPES
 
     seconds: dict[str, float] = {}
@@ -175,17 +175,13 @@ def parts(recipe: str) -> dict[str, float]:
 
     jax.devices()
     lap("imports")
-    config, dataset = validate.agree(
-        config, Path("nowhere"), jax.local_device_count(), None
-    )
-    run = trainer.Run(config, dataset, jax.local_devices())
+    placed = placement.Placement(jax.local_devices())
+    found = validate.validate(config, Path("nowhere"), placed.count, None)
+    run = trainer.Trainer(*found, placed)
     lap("data")
     state = jax.block_until_ready(run.initial_state())
     lap("state")
-    order = run.place(
-        loop.epoch_order(run.images, config.train.batch_size, config.seed, 0)
-    )
-    given = state, run.split("train"), order, jax.numpy.int32(1)
+    given = state, run.split("train"), run.order(0), jax.numpy.int32(1)
     lowered = jax.jit(run.train_step, donate_argnums=0).lower(*given)
     lap("lower")
     program = lowered.compile()

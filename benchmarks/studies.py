@@ -39,6 +39,7 @@ from flax_resnetv2.inference import scores
 from flax_resnetv2.reports import sweep, sweep_table
 from flax_resnetv2.run import run_directory
 from flax_resnetv2.run.build import count_parameters
+from flax_resnetv2.system import files
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -273,7 +274,7 @@ def keep(name: str, new: Sequence[dict[str, Any]]) -> None:
     done = [line for line in new if line["status"] == "done"]
     lines = {which(line): line for line in [*read_rows(path), *done]}
     text = "".join(json.dumps(line) + "\n" for line in lines.values())
-    run_directory.write_whole(path, text)
+    files.write_whole(path, text)
 
 
 def add(recipe: str, directories: Sequence[Path]) -> list[dict[str, Any]]:
@@ -307,9 +308,7 @@ def keep_log(recipe: str, seed: int, text: str) -> None:
     """Put a run's short log beside the lines."""
     directory = RESULTS / "logs"
     directory.mkdir(exist_ok=True)
-    run_directory.write_whole(
-        directory / f"{recipe.replace(' ', '-')}-{seed}.txt", text
-    )
+    files.write_whole(directory / f"{recipe.replace(' ', '-')}-{seed}.txt", text)
 
 
 def short_log(metrics: Sequence[dict[str, Any]]) -> str:
@@ -409,7 +408,7 @@ def page() -> dict[str, str | bytes]:
                 continue
             missing += [f"{which}: {row.name}" for row in rows if not row.accuracy]
             rows = [row for row in rows if row.accuracy]
-            files[f"{which}.png"] = sweep_table.draw(study.question, rows)
+            files[f"{which}.png"] = sweep_table.draw_sweep(study.question, rows)
             text += [f"| {which} | {_summary(row, rows[0])} |" for row in rows[1:]]
             sections += _section(which, study, how, rows, some)
     text += [""]
@@ -485,7 +484,7 @@ def _section(
 def write_page() -> None:
     """Write what ``page`` makes."""
     for name, contents in page().items():
-        run_directory.write_whole(RESULTS / name, contents)
+        files.write_whole(RESULTS / name, contents)
 
 
 def _recipes(lines: Sequence[dict[str, Any]]) -> list[str]:

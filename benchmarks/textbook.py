@@ -41,7 +41,7 @@ def check(config: Config) -> None:
         UsageError: the recipe asks for something else.
     """
     t, a = config.train, config.augment
-    plain = t.optimizer, t.schedule, t.ema, t.stochastic_depth, a.mixup, a.cutmix
+    plain = t.optimizer, t.schedule, t.ema_decay, t.stochastic_depth, a.mixup, a.cutmix
     if plain != ("sgd", "one_cycle", 0, 0, None, None) or a.cutout or a.randaugment:
         raise UsageError(
             "the textbook loop has SGD, one cycle, crops and mirror images only; "
@@ -50,7 +50,7 @@ def check(config: Config) -> None:
 
 
 class Loop:
-    """Net, optimiser and schedule, and the images that they see.
+    """Net, optimizer and schedule, and the images that they see.
 
     Images are NHWC uint8 arrays outside and NCHW float32 tensors, channels last in
     memory, inside.
@@ -89,7 +89,7 @@ class Loop:
             self.optimizer, t.learning_rate, steps, cycle_momentum=False
         )
 
-    def normalise(self, images: np.ndarray) -> Any:
+    def normalize(self, images: np.ndarray) -> Any:
         """uint8 [B, H, W, 3] -> float32 [B, 3, H, W]."""
         import torch
 
@@ -117,7 +117,7 @@ class Loop:
         import torch
 
         self.optimizer.zero_grad(set_to_none=True)
-        logits = self.net(self.augment(self.normalise(self.images[chosen])))
+        logits = self.net(self.augment(self.normalize(self.images[chosen])))
         loss = torch.nn.functional.cross_entropy(
             logits,
             self.labels[chosen],
@@ -136,7 +136,7 @@ class Loop:
         logits = []
         with torch.inference_mode():
             for first in range(0, len(self.test), 500):
-                x = self.normalise(self.test[first : first + 500])
+                x = self.normalize(self.test[first : first + 500])
                 both = [x, x.flip(3)] if self.config.augment.test_flip else [x]
                 logits.append(sum(self.net(view) for view in both) / len(both))
             found = torch.cat(logits)
@@ -215,7 +215,8 @@ def main() -> None:
         **found,
         "parameters": count_parameters(config, shape),
         "multiply_adds": sum(
-            row.multiply_adds for row in layer_table(config.architecture, shape)
+            row.multiply_adds
+            for row in layer_table(plan(config.architecture, shape), shape)
         ),
         "commit": about["commit"],
         "python": platform.python_version(),

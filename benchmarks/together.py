@@ -19,10 +19,10 @@ import numpy as np
 
 from benchmarks.measure import RESULTS, append, interleaved, provenance, summary
 from flax_resnetv2 import RECIPES
+from flax_resnetv2.data.batch import Batch
 from flax_resnetv2.model.modules import create_model
 from flax_resnetv2.run.config import Config
 from flax_resnetv2.system import runtime
-from flax_resnetv2.training.augment import Batch
 from flax_resnetv2.training.step import TrainState, create_train_state, make_train_step
 
 Step = Callable[[jax.Array, TrainState, Batch], tuple[TrainState, Any]]

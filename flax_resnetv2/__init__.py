@@ -3,173 +3,137 @@
 >>> from flax_resnetv2 import Architecture, create_model
 >>> model = create_model(Architecture(units=(3, 6, 6, 3), ...))
 
-Names are loaded when they are used: importing the package starts no JAX backend and
-pulls in neither orbax nor tensorflow_datasets.
+Names are imported when they are first used: importing the package starts no JAX backend
+and loads neither orbax nor tensorflow_datasets.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flax_resnetv2.data.datasets import DataConfig, open_dataset
-    from flax_resnetv2.errors import RunError, UsageError
-    from flax_resnetv2.inference.predictor import Predictor
-    from flax_resnetv2.model.architecture import Architecture, Execution
-    from flax_resnetv2.model.autoencoder import create_autoencoder
-    from flax_resnetv2.model.decoder_plan import AutoencoderConfig
-    from flax_resnetv2.model.intermediates import activations, residual_ratios
-    from flax_resnetv2.model.layer_table import layer_table, receptive_field
-    from flax_resnetv2.model.modules import (
-        Head,
-        ResidualLayer,
-        ResidualStack,
-        ResidualUnit,
-        ResNetV2,
-        Stem,
-        create_model,
+    from flax_resnetv2.data.batch import (
+        Batch as Batch,
+        Split as Split,
+        epoch_order as epoch_order,
+        evaluation_order as evaluation_order,
+        gather_batch as gather_batch,
     )
-    from flax_resnetv2.model.planning import plan, plan_stack, plan_unit
-    from flax_resnetv2.model.presets import PRESETS
+    from flax_resnetv2.data.datasets import (
+        DataConfig as DataConfig,
+        Dataset as Dataset,
+        open_dataset as open_dataset,
+    )
+    from flax_resnetv2.data.shapes import (
+        SHAPE_CLASSES as SHAPE_CLASSES,
+        draw_shapes as draw_shapes,
+    )
+    from flax_resnetv2.errors import (
+        RunError as RunError,
+        UsageError as UsageError,
+    )
+    from flax_resnetv2.inference.predictor import Predictor as Predictor
+    from flax_resnetv2.model.architecture import (
+        Architecture as Architecture,
+        Execution as Execution,
+    )
+    from flax_resnetv2.model.autoencoder import (
+        create_autoencoder as create_autoencoder,
+    )
+    from flax_resnetv2.model.decoder_plan import AutoencoderConfig as AutoencoderConfig
+    from flax_resnetv2.model.drawing import draw_net as draw_net
+    from flax_resnetv2.model.initial import init_in_one_draw as init_in_one_draw
+    from flax_resnetv2.model.intermediates import (
+        activations as activations,
+        residual_ratios as residual_ratios,
+    )
+    from flax_resnetv2.model.layer_table import (
+        layer_table as layer_table,
+        receptive_field as receptive_field,
+    )
+    from flax_resnetv2.model.modules import (
+        Head as Head,
+        ResidualLayer as ResidualLayer,
+        ResidualStack as ResidualStack,
+        ResidualUnit as ResidualUnit,
+        ResNetV2 as ResNetV2,
+        Stem as Stem,
+        create_model as create_model,
+    )
+    from flax_resnetv2.model.planning import (
+        plan as plan,
+        plan_stack as plan_stack,
+        plan_unit as plan_unit,
+    )
+    from flax_resnetv2.model.presets import PRESETS as PRESETS
     from flax_resnetv2.model.semantics import (
-        ARTICLE,
-        ATIENZA,
-        BIT,
-        HE2016,
-        KERAS,
-        TIMM,
-        Semantics,
+        ARTICLE as ARTICLE,
+        ATIENZA as ATIENZA,
+        BIT as BIT,
+        HE2016 as HE2016,
+        KERAS as KERAS,
+        TIMM as TIMM,
+        Semantics as Semantics,
     )
     from flax_resnetv2.model.weights import (
-        NORMALISATION,
-        from_bit,
-        from_file,
-        from_keras,
-        from_timm,
-        to_bit,
-        to_keras,
-        to_timm,
+        from_bit as from_bit,
+        from_file as from_file,
+        from_keras as from_keras,
+        from_timm as from_timm,
+        to_bit as to_bit,
+        to_keras as to_keras,
+        to_timm as to_timm,
     )
-    from flax_resnetv2.run.checkpoint import Checkpointer
-    from flax_resnetv2.run.config import Config
-    from flax_resnetv2.run.loop import fit
-    from flax_resnetv2.run.recipes import RECIPES
-    from flax_resnetv2.training.augment import AugmentConfig, Batch
-    from flax_resnetv2.training.optimizers import TrainConfig
+    from flax_resnetv2.run.checkpoint import Checkpointer as Checkpointer
+    from flax_resnetv2.run.config import Config as Config
+    from flax_resnetv2.run.loop import fit as fit
+    from flax_resnetv2.run.recipes import RECIPES as RECIPES
+    from flax_resnetv2.system.runtime import tune as tune
+    from flax_resnetv2.training.augment import (
+        NORMALIZATION as NORMALIZATION,
+        AugmentConfig as AugmentConfig,
+        normalize as normalize,
+    )
+    from flax_resnetv2.training.objective import Autoencoding as Autoencoding
+    from flax_resnetv2.training.optimizers import TrainConfig as TrainConfig
     from flax_resnetv2.training.step import (
-        TrainState,
-        create_train_state,
-        make_eval_step,
-        make_train_step,
+        TrainState as TrainState,
+        create_train_state as create_train_state,
+        make_eval_step as make_eval_step,
+        make_train_step as make_train_step,
     )
 
-# The runtime twin of the imports above; a test holds the two together.
 _HOME = {
-    "model.intermediates": ("activations", "residual_ratios"),
-    "model.architecture": ("Architecture", "Execution"),
-    "training.augment": ("AugmentConfig", "Batch"),
-    "model.autoencoder": ("create_autoencoder",),
-    "run.checkpoint": ("Checkpointer",),
-    "run.config": ("Config",),
-    "model.layer_table": ("layer_table", "receptive_field"),
-    "data.datasets": ("DataConfig", "open_dataset"),
-    "errors": ("RunError", "UsageError"),
-    "inference.predictor": ("Predictor",),
-    "run.loop": ("fit",),
-    "model.decoder_plan": ("AutoencoderConfig",),
-    "model.modules": (
-        "Head",
-        "ResidualLayer",
-        "ResidualStack",
-        "ResidualUnit",
-        "ResNetV2",
-        "Stem",
-        "create_model",
-    ),
-    "training.optimizers": ("TrainConfig",),
-    "model.planning": ("plan", "plan_stack", "plan_unit"),
-    "model.presets": ("PRESETS",),
-    "run.recipes": ("RECIPES",),
-    "model.semantics": (
-        "ARTICLE",
-        "ATIENZA",
-        "BIT",
-        "HE2016",
-        "KERAS",
-        "TIMM",
-        "Semantics",
-    ),
-    "training.step": (
-        "TrainState",
-        "create_train_state",
-        "make_eval_step",
-        "make_train_step",
-    ),
-    "model.weights": (
-        "NORMALISATION",
-        "from_bit",
-        "from_file",
-        "from_keras",
-        "from_timm",
-        "to_bit",
-        "to_keras",
-        "to_timm",
-    ),
+    "data.batch": "Batch Split epoch_order evaluation_order gather_batch",
+    "data.datasets": "DataConfig Dataset open_dataset",
+    "data.shapes": "SHAPE_CLASSES draw_shapes",
+    "errors": "RunError UsageError",
+    "inference.predictor": "Predictor",
+    "model.architecture": "Architecture Execution",
+    "model.autoencoder": "create_autoencoder",
+    "model.decoder_plan": "AutoencoderConfig",
+    "model.drawing": "draw_net",
+    "model.initial": "init_in_one_draw",
+    "model.intermediates": "activations residual_ratios",
+    "model.layer_table": "layer_table receptive_field",
+    "model.modules": "Head ResNetV2 ResidualLayer ResidualStack ResidualUnit Stem create_model",
+    "model.planning": "plan plan_stack plan_unit",
+    "model.presets": "PRESETS",
+    "model.semantics": "ARTICLE ATIENZA BIT HE2016 KERAS TIMM Semantics",
+    "model.weights": "from_bit from_file from_keras from_timm to_bit to_keras to_timm",
+    "run.checkpoint": "Checkpointer",
+    "run.config": "Config",
+    "run.loop": "fit",
+    "run.recipes": "RECIPES",
+    "system.runtime": "tune",
+    "training.augment": "NORMALIZATION AugmentConfig normalize",
+    "training.objective": "Autoencoding",
+    "training.optimizers": "TrainConfig",
+    "training.step": "TrainState create_train_state make_eval_step make_train_step",
 }
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+"""The public names of each module; a test compares them with the imports above."""
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
 
-# Written out, so that a type checker knows them as public.
-__all__ = [
-    "ARTICLE",
-    "ATIENZA",
-    "Architecture",
-    "AugmentConfig",
-    "AutoencoderConfig",
-    "BIT",
-    "Batch",
-    "Checkpointer",
-    "Config",
-    "DataConfig",
-    "Execution",
-    "HE2016",
-    "Head",
-    "KERAS",
-    "NORMALISATION",
-    "PRESETS",
-    "Predictor",
-    "RECIPES",
-    "ResNetV2",
-    "ResidualLayer",
-    "ResidualStack",
-    "ResidualUnit",
-    "RunError",
-    "Semantics",
-    "Stem",
-    "TIMM",
-    "TrainConfig",
-    "TrainState",
-    "UsageError",
-    "activations",
-    "create_autoencoder",
-    "create_model",
-    "create_train_state",
-    "fit",
-    "from_bit",
-    "from_file",
-    "from_keras",
-    "from_timm",
-    "layer_table",
-    "make_eval_step",
-    "make_train_step",
-    "open_dataset",
-    "plan",
-    "plan_stack",
-    "plan_unit",
-    "receptive_field",
-    "residual_ratios",
-    "to_bit",
-    "to_keras",
-    "to_timm",
-]
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> object:

@@ -50,7 +50,7 @@ class Range:
         if self.above or self.below:
             ends = "[("[self.above], "])"[self.below]
             return f"in {ends[0]}{self.low}, {self.high}{ends[1]}"
-        odd = " (odd, so that there is a centre: 1, 3, 5, ...)" if self.odd else ""
+        odd = " (odd, so that there is a center: 1, 3, 5, ...)" if self.odd else ""
         return f"from {self.low} to {self.high}{odd}"
 
 

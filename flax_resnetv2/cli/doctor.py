@@ -24,11 +24,11 @@ from flax_resnetv2.cli.installed import (
     reason,
     requirements,
 )
+from flax_resnetv2.data.batch import Split
 from flax_resnetv2.data.catalog import DATASETS
 from flax_resnetv2.data.datasets import (
     DataConfig,
     Dataset,
-    Split,
     data_dir,
     describe,
     find,
@@ -49,10 +49,9 @@ from flax_resnetv2.data.tfds_records import (
 )
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.run import run_directory, tracing, validate
-from flax_resnetv2.run.build import count_needs, create_net
 from flax_resnetv2.run.config import Config
-from flax_resnetv2.run.cost import amount, memory_limit, size_of
-from flax_resnetv2.system import runtime
+from flax_resnetv2.run.cost import amount, memory_limit, size_of, step_cost
+from flax_resnetv2.system import files, runtime
 from flax_resnetv2.training.step import train_state_shapes
 
 _ACCELERATORS = {
@@ -161,7 +160,7 @@ def programs(keep: bool) -> Iterator[Finding]:
     for path in directory.glob("*"):
         with contextlib.suppress(OSError):  # another run may clear it meanwhile
             size += path.stat().st_size
-    if runtime.writable(directory):
+    if files.writable(directory):
         text = f"compiled programs are kept in {directory}: {amount(size, 'B')}"
         yield Finding("ok", "programs", text)
     else:
@@ -201,7 +200,7 @@ def data(config: DataConfig) -> Iterator[Finding]:
             source = f"downloads {amount(official.size, 'B')} from {url}"
             size += official.size
     write_tfds.check_place(root / known.stored / official.version)
-    if not runtime.writable(root):
+    if not files.writable(root):
         text = f"{config.name} is not in {root}, which cannot be written"
         yield Finding("problem", "data", f"{text}; choose a writable --data.dir")
         return
@@ -212,7 +211,9 @@ def data(config: DataConfig) -> Iterator[Finding]:
 
 def _folder(folder: Folder, config: DataConfig) -> Iterator[Finding]:
     facts = describe(config)
-    counts = ", ".join(f"{count:,} {split}" for split, count in facts.images.items())
+    counts = ", ".join(
+        f"{count:,} {split}" for split, count in facts.num_images.items()
+    )
     text = f"{folder.root}: {len(facts.class_names)} classes; images: {counts}"
     yield Finding("ok", "data", text)
     for note in facts.notes:
@@ -223,7 +224,7 @@ def _folder(folder: Folder, config: DataConfig) -> Iterator[Finding]:
         return
     yield Finding("note", "data", "the images will be decoded, once")
     what = "the decoded images"
-    yield _room("data", runtime.user_cache(), facts.size, what, "XDG_CACHE_HOME")
+    yield _room("data", files.user_cache(), facts.size, what, "XDG_CACHE_HOME")
 
 
 def run(
@@ -233,33 +234,32 @@ def run(
     devices, train, place = jax.local_devices(), config.train, workdir or Path("runs")
     limit = memory_limit(devices[0])
     try:
-        config = validate.agree_unread(config, place, len(devices), limit)
+        config, model = validate.validate_static(config, place, len(devices), limit)
         dataset = _stand_in(config.data)
         if config.data.stream:
             dataset = _on_disk(dataset)
         validate.check_fits(config, dataset)
-        model = create_net(config, dataset.image_shape)
-        steps = dataset.splits["train"].images // train.batch_size
+        steps = dataset.splits["train"].num_images // train.batch_size
         # How far a run in workdir has come, only opening its checkpoints would say.
         tracing.check_steps(tracing.parse_steps(profile), 0, steps * train.epochs)
         shape = config.augment.input_shape(dataset.image_shape)
         state = train_state_shapes(model, train, shape)
-        needed = count_needs(config, dataset.image_shape)
-        needed = needed.beside(state, dataset.in_memory())
-        needed.check(train.batch_size, len(devices), limit)
+        cost = step_cost(model, shape, train.accumulation_steps)
+        cost = cost.plus_resident(state, dataset.in_memory())
+        cost.check(train.batch_size, len(devices), limit)
     except UsageError as error:
         yield Finding("problem", "run", f"{command} would be refused: {error}")
         return
-    text = needed.describe(train.batch_size, len(devices), limit)
+    text = cost.describe(train.batch_size, len(devices), limit)
     free, share = _free_memory(), train.batch_size // len(devices)
     if devices[0].platform != "cpu" or free is None:
         yield Finding("ok", "memory", text)
-    elif needed.bytes(share) * len(devices) <= free:
+    elif cost.bytes(share) * len(devices) <= free:
         yield Finding("ok", "memory", f"{text}; {amount(free, 'B')} are free")
     else:
         text += f", but only {amount(free, 'B')} are free; end other programs, or "
         yield Finding("problem", "memory", f"{text}choose a smaller --train.batch-size")
-    if runtime.writable(place):
+    if files.writable(place):
         # A new checkpoint is written before the oldest one goes.
         count = config.keep_checkpoints + 1 + (config.data.validation > 0)
         what = f"{count} checkpoints in {place}"
@@ -275,7 +275,7 @@ def run(
     yield Finding(
         "ok",
         "run",
-        f"{command}: {needed.parameters:,} parameters, {train.epochs} epochs of "
+        f"{command}: {cost.parameters:,} parameters, {train.epochs} epochs of "
         f"{steps:,} steps, {train.batch_size} images a step{each}; {where}",
     )
 
@@ -297,7 +297,7 @@ def _on_disk(dataset: Dataset) -> Dataset:
     """The same stand-in, its images not in memory."""
     label = Label("label", dataset.class_names, dataset.splits["train"].label.ndim > 1)
     splits = {
-        name: Records(Path(), Part(name, range(s.images)), label, s.image_shape)
+        name: Records(Path(), Part(name, range(s.num_images)), label, s.image_shape)
         for name, s in dataset.splits.items()
     }
     return replace(dataset, splits=splits)
@@ -306,7 +306,7 @@ def _on_disk(dataset: Dataset) -> Dataset:
 def _stand_in(config: DataConfig) -> Dataset:
     """The data set as to sizes and classes: its arrays are views of one number."""
     facts = describe(config)
-    sizes, names = facts.images, facts.class_names
+    sizes, names = facts.num_images, facts.class_names
     if folder_of(config) is None and (directory := find(config)):
         sizes = {split: len(part.places) for split, part in parts(directory).items()}
         names = label_of(directory, label_feature(config)).names
@@ -323,7 +323,7 @@ def _stand_in(config: DataConfig) -> Dataset:
 
 def _room(about: str, place: Path, size: int, what: str, flag: str) -> Finding:
     """Compare the free part of a disk with what is to be written."""
-    free = shutil.disk_usage(runtime.existing(place)).free
+    free = shutil.disk_usage(files.nearest_existing(place)).free
     text = f"{what}: up to {amount(size, 'B')}; {amount(free, 'B')} are free"
     if size <= free:
         return Finding("ok", about, text)

@@ -14,7 +14,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from flax_resnetv2.cli.train import TrainCommand, check_processes, guarded, parse
+from flax_resnetv2.cli.exits import guarded
+from flax_resnetv2.cli.train import TrainCommand, check_processes, parse
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.run.config import Config
 from flax_resnetv2.system import runtime
@@ -53,26 +54,28 @@ def show(arguments: list[str]) -> int:
             svg: Draw it into this file.
         """
         from flax_resnetv2.model import layer_table
-        from flax_resnetv2.model.drawing import draw
+        from flax_resnetv2.model.drawing import draw_net
+        from flax_resnetv2.model.planning import plan
         from flax_resnetv2.model.presets import get_preset
 
         found = get_preset(preset)
         architecture = found.architecture
         side = 224 if architecture.num_classes == 1000 else 32
         shape = image_shape or (side, side, 3)
-        rows = layer_table.layer_table(architecture, shape)
+        net = plan(architecture, shape)
+        rows = layer_table.layer_table(net, shape)
         if not layers:
-            rows = layer_table.fold(layer_table.unit_table(architecture, shape))
+            rows = layer_table.fold(layer_table.unit_table(net, shape))
         print(f"{preset}: {architecture.depth} layers; {found.source}")
         print(layer_table.format_table(rows))
-        for name, field in layer_table.receptive_field(architecture).items():
+        for name, field in layer_table.receptive_field(net).items():
             print(
                 f"{name}: sees {field.side} x {field.side} pixels, one value every "
                 f"{field.stride}"
             )
         if svg is not None:
             try:
-                Path(svg).write_text(draw(architecture, shape), encoding="utf-8")
+                Path(svg).write_text(draw_net(net, shape), encoding="utf-8")
             except OSError as error:
                 raise UsageError(
                     f"svg={svg} cannot be written ({error.strerror}); choose another"
@@ -158,7 +161,7 @@ def sweep(arguments: list[str]) -> int:
 
         Args:
             workdir: Directory of the sweep.
-            vary: One override, quoted, as "--train.epochs 3 --train.ema 0.9", or "" for
+            vary: One override, quoted, as "--train.epochs 3 --train.ema-decay 0.9", or "" for
                 the recipe as it is; may be given again and again. The others are
                 compared with the first.
             seeds: Of the runs of each override.
@@ -330,7 +333,7 @@ def compare(arguments: list[str]) -> int:
             png: Draw their curves into this file.
         """
         from flax_resnetv2.reports import compare_runs
-        from flax_resnetv2.run.run_directory import write_whole
+        from flax_resnetv2.system.files import write_whole
 
         if not runs:
             raise UsageError("no run given; name run directories, as runs/*")
@@ -338,7 +341,7 @@ def compare(arguments: list[str]) -> int:
         print(compare_runs.to_markdown(found))
         if png is not None:
             try:
-                write_whole(Path(png), compare_runs.draw(found))
+                write_whole(Path(png), compare_runs.draw_runs(found))
             except OSError as error:
                 raise UsageError(
                     f"png={png} cannot be written ({error.strerror}); choose another"

@@ -9,17 +9,18 @@ import io
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from flax_resnetv2.errors import RunError, Stopped, UsageError
+from flax_resnetv2.cli.exits import guarded
+from flax_resnetv2.errors import UsageError
 from flax_resnetv2.run.config import Config
+from flax_resnetv2.run.placement import Executor
 from flax_resnetv2.run.recipes import RECIPES
-from flax_resnetv2.run.trainer import Executor
-from flax_resnetv2.system import runtime
+from flax_resnetv2.system import distributed, runtime
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class TrainCommand(Config):
     """Which one this is, from 0."""
 
 
-def train(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``train.py``: a recipe, changed by flags, trained by ``fit``."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     recipe, config, command = parse(
@@ -76,7 +77,9 @@ def train(arguments: Sequence[str] | None = None) -> int:
         if command.compilation_cache:
             runtime.cache_compilations()
         if many:
-            runtime.join(command.coordinator, command.processes, command.process)
+            distributed.init_distributed(
+                command.coordinator, command.processes, command.process
+            )
         from flax_resnetv2.run.loop import fit
         from flax_resnetv2.run.run_directory import new_workdir
 
@@ -88,7 +91,7 @@ def train(arguments: Sequence[str] | None = None) -> int:
                 executor=command.executor,
                 tensorboard=command.tensorboard,
             )
-        if runtime.is_first():
+        if distributed.is_first_process():
             # Reading a checkpoint would take all of several processes.
             if command.report and not many:
                 _write_page(workdir)
@@ -101,12 +104,12 @@ def train(arguments: Sequence[str] | None = None) -> int:
     try:
         code = guarded(work)
     except Exception:  # of this package's own: one of several must not leave in order
-        if not runtime.is_one_of_several():
+        if not distributed.is_multi_process():
             raise
         traceback.print_exc()
         code = 1
     if code not in (0, 75):
-        runtime.leave_others(code)
+        distributed.exit_without_peers(code)
     return code
 
 
@@ -179,69 +182,3 @@ def parse(
     # tyro takes an underscore for a hyphen.
     words = [word.replace("_", "-") for word in arguments]
     return next(word for word in words if word in RECIPES), config, command
-
-
-def predict(arguments: Sequence[str] | None = None) -> int:
-    """Run ``predict.py``: print the likeliest classes of images."""
-    import tyro
-
-    def main(
-        net: tyro.conf.Positional[str],
-        images: tyro.conf.Positional[tuple[str, ...]],
-        top: int = 3,
-        json: bool = False,
-        latents: str | None = None,
-        batch_size: int = 64,
-        test_flip: bool | None = None,
-        checkpoint: Literal["newest", "best"] = "newest",
-    ) -> None:
-        """Say what is on images.
-
-        Args:
-            net: A run directory that train.py made, a file that python -m flax_resnetv2
-                export wrote, or a net that comes with the package.
-            images: Image files, folders of such (with all below them), or - for an
-                image on standard input.
-            top: How many classes to print for each.
-            json: Print a JSON object a line instead.
-            latents: Write the vectors that the classifier reads, or the latent vectors
-                of an encoder, into this .npz file (arrays path and latent).
-            batch_size: Images at once.
-            test_flip: Answer by an image and its mirror image; without: as in training.
-            checkpoint: Of a run directory the newest, or the best on the split
-                "validation".
-        """
-        from flax_resnetv2.inference.prediction import predict
-
-        predict(
-            net,
-            images,
-            top=top,
-            as_json=json,
-            latents=latents,
-            batch_size=batch_size,
-            test_flip=test_flip,
-            checkpoint=checkpoint,
-        )
-
-    return guarded(lambda: tyro.cli(main, prog="predict.py", args=arguments))
-
-
-def guarded(work: Callable[[], None]) -> int:
-    """Turn the project's errors into a message and an exit code."""
-    runtime.quieten()
-    try:
-        work()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
-    except Stopped as stopped:
-        print(f"stopped {stopped}", file=sys.stderr)
-        return 75
-    except KeyboardInterrupt:
-        print("ended by Ctrl-C", file=sys.stderr)
-        return 130
-    return 0

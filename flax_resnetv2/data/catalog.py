@@ -11,14 +11,14 @@ from flax_resnetv2.data import shapes
 
 
 @dataclass(frozen=True)
-class Facts:
+class DatasetSummary:
     """A data set before its images are decoded."""
 
     image_shape: tuple[int, int, int]
     """(height, width, channels) of a decoded image."""
     class_names: tuple[str, ...]
     """In the order of the logits."""
-    images: dict[str, int]
+    num_images: dict[str, int]
     """How many of the splits "train" and "test"."""
     notes: tuple[str, ...] = ()
     """What a person may not expect of it."""
@@ -26,11 +26,11 @@ class Facts:
     @property
     def size(self) -> int:
         """Bytes of all images, decoded."""
-        return sum(self.images.values()) * math.prod(self.image_shape)
+        return sum(self.num_images.values()) * math.prod(self.image_shape)
 
 
 @dataclass(frozen=True)
-class Known:
+class DatasetSpec:
     """A data set of ours, or of TFDS, by what never changes of it."""
 
     title: str
@@ -39,7 +39,7 @@ class Known:
     """Its name, and directory, among TFDS data sets."""
     image_shape: tuple[int, int, int]
     """(height, width, channels) of every image."""
-    images: dict[str, int]
+    num_images: dict[str, int]
     """How many a split has."""
     classes: dict[str, tuple[str, ...]]
     """The names of each feature that is a label."""
@@ -57,8 +57,8 @@ class Known:
 
 def _cifar(
     title: str, stored: str, classes: dict[str, str], label: str = "label"
-) -> Known:
-    return Known(
+) -> DatasetSpec:
+    return DatasetSpec(
         title,
         stored,
         (32, 32, 3),
@@ -68,8 +68,8 @@ def _cifar(
     )
 
 
-def _mnist(title: str, stored: str, *names: str) -> Known:
-    return Known(
+def _mnist(title: str, stored: str, *names: str) -> DatasetSpec:
+    return DatasetSpec(
         title,
         stored,
         (28, 28, 1),
@@ -112,7 +112,7 @@ _ATTRIBUTES = """
 """
 """Of CelebA, in the order of the alphabet, which is its makers', too."""
 
-DATASETS: dict[str, Known] = {
+DATASETS: dict[str, DatasetSpec] = {
     "cifar10": _cifar(
         "CIFAR-10",
         "cifar10",
@@ -129,7 +129,7 @@ DATASETS: dict[str, Known] = {
         *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
         *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
     ),
-    "celeba": Known(
+    "celeba": DatasetSpec(
         "CelebA",
         "celeb_a",
         (218, 178, 3),
@@ -138,12 +138,12 @@ DATASETS: dict[str, Known] = {
         label="attributes",
         source="tfds",
     ),
-    shapes.NAME: Known(
+    shapes.NAME: DatasetSpec(
         "the embedded shapes",
         shapes.NAME,
         (shapes.SIZE, shapes.SIZE, 3),
         {split: 10 * count for split, count in shapes.PER_CLASS.items()},
-        {"label": shapes.CLASSES},
+        {"label": shapes.SHAPE_CLASSES},
         source="drawn",
     ),
 }

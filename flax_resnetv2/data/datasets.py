@@ -7,16 +7,14 @@ a batch inside the compiled step. Or its images stay on disk (see ``streaming``)
 
 import os
 import re
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from flax_resnetv2.data.catalog import DATASETS, Facts
+from flax_resnetv2.data.batch import Split
+from flax_resnetv2.data.catalog import DATASETS, DatasetSummary
 from flax_resnetv2.data.decoded_cache import Decoded, read_dataset
 from flax_resnetv2.data.folder import Files, list_folder, read_folder
 from flax_resnetv2.data.images import square
@@ -30,16 +28,13 @@ from flax_resnetv2.data.tfds_records import (
     parts,
 )
 from flax_resnetv2.errors import UsageError
-from flax_resnetv2.system.runtime import user_cache
-from flax_resnetv2.training.augment import Batch
+from flax_resnetv2.system.files import user_cache
 from flax_resnetv2.validation import Range, shown
 
 STATISTICS_OF = 4096
 """Images on disk from which the statistics of channels are taken."""
 PREPARED = [n for n, known in DATASETS.items() if known.source in ("archive", "files")]
 """What is prepared here from official files."""
-PADDING = -1
-"""In an order: a place of the batch that holds no image."""
 
 
 @dataclass(frozen=True)
@@ -75,39 +70,6 @@ class DataConfig:
     workers: Annotated[int, Range(0, 1024)] = 0
     """Processes that read streamed images; 0: threads of this one, as many as it has
     cores, which is faster until they get into each other's way."""
-
-
-class Split(NamedTuple):
-    """All images of a split, in the order of their records."""
-
-    image: np.ndarray | jax.Array
-    """uint8 [N, H, W, C]"""
-    label: np.ndarray | jax.Array
-    """int32 [N], or uint8 [N, K]: which of K attributes are there"""
-
-    @property
-    def images(self) -> int:
-        """How many."""
-        return len(self.label)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels)."""
-        return self.image.shape[1:]
-
-    @property
-    def multi_label(self) -> bool:
-        """Whether labels are of the second kind."""
-        return self.label.ndim == 2
-
-    def take(self, first: int, images: int) -> "Split":
-        """Some of them."""
-        last = first + images
-        return Split(self.image[first:last], self.label[first:last])
-
-    def checksum(self) -> int:
-        """CRC-32 of images and labels, in their order."""
-        return zlib.crc32(self.label, zlib.crc32(self.image))
 
 
 @dataclass(frozen=True)
@@ -159,12 +121,12 @@ class Dataset:
 
 def _some(split: Records | Files) -> np.ndarray:
     """Some of the images on disk, evenly spread, uint8 [N, H, W, C]."""
-    count, fit = min(STATISTICS_OF, split.images), square(split.image_shape[0])
-    at = [k * split.images // count for k in range(count)]
+    count, fit = min(STATISTICS_OF, split.num_images), square(split.image_shape[0])
+    at = [k * split.num_images // count for k in range(count)]
     return np.stack([split.read(k, fit)[0] for k in at])
 
 
-def describe(config: DataConfig) -> Facts:
+def describe(config: DataConfig) -> DatasetSummary:
     """Say what is known of a data set without reading it.
 
     Raises:
@@ -173,12 +135,12 @@ def describe(config: DataConfig) -> Facts:
     if (path := folder_of(config)) is not None:
         return list_folder(path).facts(_side(config))
     if (known := DATASETS.get(config.name)) is not None:
-        return Facts(known_shape(config), known.class_names, known.images)
+        return DatasetSummary(known_shape(config), known.class_names, known.num_images)
     directory = find(config)
     height, width, channels = image_shape_of(directory)
     if config.size is not None or None in (height, width):
         height = width = _side(config)
-    return Facts(
+    return DatasetSummary(
         (height, width, channels),
         label_of(directory).names,
         {split: len(part.places) for split, part in parts(directory).items()},
@@ -234,8 +196,8 @@ def folder_of(config: DataConfig) -> str | None:
 def _side(config: DataConfig) -> int:
     if config.size is None:
         raise UsageError(
-            f"data.size=None must be a number for {config.name}, whose images may be "
-            "of any size; give the side that they are brought to, as --data.size 64"
+            f"data.image_size=None must be a number for {config.name}, whose images may be "
+            "of any size; give the side that they are brought to, as --data.image-size 64"
         )
     return config.size
 
@@ -302,7 +264,7 @@ def _on_disk(config: DataConfig, directory: Path) -> Dataset:
     if shape[0] != shape[1]:
         raise UsageError(
             f"data.stream={config.stream}: images of {shape[0]}x{shape[1]} pixels are "
-            "read from disk as squares; add --data.size SIDE"
+            "read from disk as squares; add --data.image-size SIDE"
         )
     splits = {
         name: Records(directory, part, told, shape)
@@ -324,14 +286,14 @@ def hold_out(splits: dict[str, Any], config: DataConfig) -> dict[str, Any]:
         UsageError: nothing is left to train on.
     """
     train, held_out = splits["train"], config.validation
-    if not 0 <= held_out < train.images:
+    if not 0 <= held_out < train.num_images:
         raise UsageError(
             f"data.validation={held_out} must leave images to train on; {config.name} "
-            f"has {train.images}; choose from 0 to {train.images - 1}"
+            f"has {train.num_images}; choose from 0 to {train.num_images - 1}"
         )
     if not held_out:
         return splits
-    kept = train.images - held_out
+    kept = train.num_images - held_out
     return {
         **splits,
         "train": train.take(0, kept),
@@ -362,36 +324,6 @@ def data_dir(config: DataConfig) -> Path:
             f"first: mkdir -p {said}"
         )
     return root
-
-
-def epoch_order(count: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of ``count`` images without its tail, int32 [steps * batch_size].
-
-    A function of (seed, epoch) alone: the step number is the whole resume position.
-    """
-    order = np.random.default_rng([seed, epoch]).permutation(count)
-    return order[: count - count % batch_size].astype(np.int32)
-
-
-def evaluation_order(count: int, batch_size: int) -> np.ndarray:
-    """Every image once, filled up with ``PADDING`` to whole batches, int32."""
-    order = np.full(-(-count // batch_size) * batch_size, PADDING, np.int32)
-    order[:count] = np.arange(count)
-    return order
-
-
-def fetch(split: Split, order: jax.Array, places: jax.Array) -> Batch:
-    """Gather the images at ``order[places]``; pure, runs inside a compiled step.
-
-    Args:
-        split: arrays on the device.
-        order: int32 [M], of ``epoch_order`` or ``evaluation_order``.
-        places: int32 [B].
-    """
-    index = order[places]
-    mask = index != PADDING
-    index = jnp.where(mask, index, 0)
-    return Batch(split.image[index], split.label[index], mask)
 
 
 def _sources(config: DataConfig) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from flax_resnetv2.data.tfds_records import label_of, read_split, reading
-from flax_resnetv2.system.runtime import user_cache
+from flax_resnetv2.system.files import user_cache
 
 SPLITS = ("train", "test")
 FORMAT = 1

@@ -16,12 +16,12 @@ from typing import Literal
 
 import numpy as np
 
-from flax_resnetv2.data.catalog import Facts
+from flax_resnetv2.data.catalog import DatasetSummary
 from flax_resnetv2.data.decoded_cache import FORMAT, Decoded, find_kept, keep
 from flax_resnetv2.data.images import Fit, read_image, read_squares
 from flax_resnetv2.data.tfds_records import TENTH
 from flax_resnetv2.errors import UsageError
-from flax_resnetv2.system.runtime import user_cache
+from flax_resnetv2.system.files import user_cache
 
 SUFFIXES = {
     *(".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff"),
@@ -44,11 +44,11 @@ class Folder:
     notes: tuple[str, ...]
     """What was left out, and what the test images are."""
 
-    def facts(self, size: int) -> Facts:
+    def facts(self, size: int) -> DatasetSummary:
         """Say what its images are once they are squares of this side."""
         counts = {split: len(files) for split, files in self.files.items()}
         shape = (size, size, 3)
-        return Facts(shape, self.class_names, counts, notes=self.notes)
+        return DatasetSummary(shape, self.class_names, counts, notes=self.notes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ class Files:
     multi_label: Literal[False] = False
 
     @property
-    def images(self) -> int:
+    def num_images(self) -> int:
         """How many."""
         return len(self.files)
 

@@ -109,12 +109,12 @@ def read_image(
     """Read an image as uint8 [H, W, channels]; within ``careful``.
 
     Of an animation it is the first frame, turned as its camera says; what is
-    transparent has the colour that is stored there; 16 bits become 8.
+    transparent has the color that is stored there; 16 bits become 8.
 
     Args:
         file: its path, or the open file.
         name: for messages.
-        channels: 3, or 1 for shades of grey.
+        channels: 3, or 1 for shades of gray.
         fit: brings it to a size.
 
     Raises:

@@ -1,14 +1,14 @@
 """The embedded data set: ten shapes that the project draws itself, bit for bit.
 
 For machines without data and without a network. Each image has one shape of any place,
-size, turn and colour on a shaded ground with strokes and specks, all of it drawn from a
+size, turn and color on a shaded ground with strokes and specks, all of it drawn from a
 counted random stream by arithmetic that IEEE 754 rounds alike on every machine
 (+ - * / sqrt), so that the pixels are the same everywhere. Because dark and bright
 change places from image to image, a linear model learns next to nothing; a person names
 the shape at a glance.
 
->>> images, labels = draw("test")
->>> images.shape, CLASSES[labels[0]]
+>>> images, labels = draw_shapes("test")
+>>> images.shape, SHAPE_CLASSES[labels[0]]
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ Field = np.ndarray
 """float64 [N, SIZE, SIZE]: a value a pixel, lengths in pixels."""
 
 
-def draw(split: str) -> tuple[np.ndarray, np.ndarray]:
+def draw_shapes(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Draw all images of a split, the classes mixed.
 
     Args:
@@ -95,10 +95,10 @@ def _draw_class(
     return np.floor(np.clip(image, 0.0, 1.0) * 255 + 0.5).astype(np.uint8)
 
 
-def _paint(image: np.ndarray, distance: Field, colour: np.ndarray) -> np.ndarray:
+def _paint(image: np.ndarray, distance: Field, color: np.ndarray) -> np.ndarray:
     """Cover the pixels with a negative distance; half a pixel of soft edge."""
     cover = np.clip(0.5 - distance, 0.0, 1.0)[..., None]
-    return image + cover * (colour - image)
+    return image + cover * (color - image)
 
 
 def _stroke(x: Field, y: Field, stream: _Stream, count: int) -> Field:
@@ -180,4 +180,4 @@ _SHAPES: dict[str, Callable[[Field, Field, Field], Field]] = {
 }
 """Signed distance in pixels to each shape's edge, negative inside."""
 
-CLASSES = tuple(_SHAPES)
+SHAPE_CLASSES = tuple(_SHAPES)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_resnetv2.data.datasets import epoch_order
+from flax_resnetv2.data.batch import epoch_order
 from flax_resnetv2.data.folder import Files
 from flax_resnetv2.data.images import random_part, square
 from flax_resnetv2.data.tfds_records import Records
@@ -45,7 +45,7 @@ class TrainingRow:
 
     def __call__(self, place: int) -> Row:
         """Give the row at a place."""
-        size, batch = self.records.images, self.batch_size
+        size, batch = self.records.num_images, self.batch_size
         epoch, rest = divmod(place, size // batch * batch)
         fit = square(self.records.image_shape[0])
         if self.scale is not None:
@@ -70,7 +70,7 @@ class EvaluationRow:
 
     def __call__(self, place: int) -> Row:
         """Give the row at a place."""
-        there = place < self.records.images
+        there = place < self.records.num_images
         fit = square(self.records.image_shape[0], self.share)
         # Any image fills a row up; the mask says that it does not count.
         return *self.records.read(place if there else 0, fit), np.bool_(there)

@@ -232,7 +232,7 @@ class Records:
     """(height, width, channels) of what is made of them: a square."""
 
     @property
-    def images(self) -> int:
+    def num_images(self) -> int:
         """How many."""
         return len(self.part.places)
 
@@ -320,7 +320,7 @@ def _alike(files: Iterator[bytes], count: int) -> np.ndarray:
 
     Raises:
         ValueError: there is none, or they differ from the first, or from 8 bits a
-            channel in grey or red, green, blue.
+            channel in gray or red, green, blue.
         OSError: one is no image, or cut short.
     """
     from PIL import Image
@@ -338,7 +338,7 @@ def _alike(files: Iterator[bytes], count: int) -> np.ndarray:
                 )
             pixels = np.asarray(image)
             if images is None:
-                # A grey image has no channel axis of its own.
+                # A gray image has no channel axis of its own.
                 shape = (*pixels.shape[:2], pixels.size // (image.width * image.height))
                 images = np.empty((count, *shape), np.uint8)
             images[place] = pixels.reshape(images.shape[1:])

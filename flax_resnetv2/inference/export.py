@@ -6,7 +6,7 @@
   installed, for CPU, GPU and TPU.
 - ``.onnx``: a graph for ONNX runtimes (made by jax2onnx: see ``INSTALL``).
 
-Programs take stored images, uint8 [N, H, W, C] of any N, normalise them as in training
+Programs take stored images, uint8 [N, H, W, C] of any N, normalize them as in training
 and give probabilities float [N, classes]; of an encoder, its vectors [N, K].
 """
 
@@ -20,8 +20,8 @@ import jax
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.inference import modelcard, modelfile
 from flax_resnetv2.inference.predictor import Predictor
-from flax_resnetv2.run.run_directory import write_whole
-from flax_resnetv2.run.trained import Restored, Which
+from flax_resnetv2.run.trained import CheckpointChoice, TrainedNet
+from flax_resnetv2.system.files import write_whole
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 """For which a StableHLO program is made."""
@@ -37,7 +37,7 @@ def export(
     source: str | Path,
     path: str | Path,
     *,
-    checkpoint: Which = "newest",
+    checkpoint: CheckpointChoice = "newest",
     card: bool = False,
 ) -> None:
     """Write a trained net as the suffix of ``path`` says.
@@ -70,8 +70,8 @@ def export(
         ) from error
 
 
-def to_stablehlo(net: Restored) -> bytes:
-    """Serialise the net's program, with its variables inside.
+def to_stablehlo(net: TrainedNet) -> bytes:
+    """Serialize the net's program, with its variables inside.
 
     >>> program = jax.export.deserialize(bytearray(content))
     >>> program.call(images)  # uint8 [N, H, W, C], any N
@@ -83,7 +83,7 @@ def to_stablehlo(net: Restored) -> bytes:
     return bytes(made.serialize())
 
 
-def to_onnx(net: Restored) -> bytes:
+def to_onnx(net: TrainedNet) -> bytes:
     """Write the net as an ONNX graph of the input ``images``, of any N.
 
     Raises:
@@ -108,13 +108,13 @@ def to_onnx(net: Restored) -> bytes:
     return graph.SerializeToString()
 
 
-def _program(net: Restored) -> tuple[Callable, tuple[int, ...]]:
+def _program(net: TrainedNet) -> tuple[Callable, tuple[int, ...]]:
     """A function of stored images alone, and the shape of one.
 
     By the textbook operations: those that are fast here choose by the platform, which
     has no meaning elsewhere.
     """
-    plain = replace(net.model.execution, derivatives="automatic", remat="nothing")
+    plain = replace(net.model.execution, backward="automatic", remat="nothing")
     predictor = Predictor.of(net._replace(model=net.model.clone(execution=plain)))
 
     def answer(images: jax.Array) -> jax.Array:
@@ -124,7 +124,7 @@ def _program(net: Restored) -> tuple[Callable, tuple[int, ...]]:
     return answer, predictor.image_shape
 
 
-FORMATS: dict[str, Callable[[Restored], bytes]] = {
+FORMATS: dict[str, Callable[[TrainedNet], bytes]] = {
     ".safetensors": modelfile.pack,
     ".stablehlo": to_stablehlo,
     ".onnx": to_onnx,

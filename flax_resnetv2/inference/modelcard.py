@@ -2,10 +2,10 @@
 
 from flax_resnetv2.inference import scores
 from flax_resnetv2.run.build import count_parameters
-from flax_resnetv2.run.trained import Restored
+from flax_resnetv2.run.trained import TrainedNet
 
 
-def card(net: Restored, name: str) -> str:
+def card(net: TrainedNet, name: str) -> str:
     """Write what a user of the net must know, as Markdown.
 
     Args:
@@ -24,7 +24,7 @@ def card(net: Restored, name: str) -> str:
         "",
         f"A ResNet V2 of {a.depth} layers ({a.unit} units {a.units}, widths "
         f"{a.widths}) with {parameters:,} parameters, trained on "
-        f"{facts['images']['train']:,} images of {size} ({facts['name']}).",
+        f"{facts['num_images']['train']:,} images of {size} ({facts['name']}).",
         "",
         "```",
         f"python predict.py {name} image.png",
@@ -43,7 +43,7 @@ def card(net: Restored, name: str) -> str:
         f"{t.schedule} |",
         f"| batch, weight decay, label smoothing | {t.batch_size}, {t.weight_decay:g}, "
         f"{t.label_smoothing:g} |",
-        f"| averaged variables | {f'share kept {t.ema:g}' if t.ema else 'no'} |",
+        f"| averaged variables | {f'share kept {t.ema_decay:g}' if t.ema_decay else 'no'} |",
         f"| seed | {config.seed} |",
         f"| time | {line['seconds']:,.0f} s on {len(devices)} x {devices[0]} "
         f"({net.environment['platform']}) |"
@@ -66,7 +66,7 @@ def card(net: Restored, name: str) -> str:
     return "\n".join(text)
 
 
-def _result(net: Restored) -> str:
+def _result(net: TrainedNet) -> str:
     line = net.test
     if line is None:
         return "It was never tested."
@@ -82,7 +82,7 @@ def _result(net: Restored) -> str:
     )
 
 
-def _selected(net: Restored) -> str:
+def _selected(net: TrainedNet) -> str:
     """What this result was chosen by."""
     target = net.config.target_accuracy
     if target is None:
@@ -95,7 +95,7 @@ def _selected(net: Restored) -> str:
     )
 
 
-def _limits(net: Restored, size: str) -> str:
+def _limits(net: TrainedNet, size: str) -> str:
     if net.config.architecture.head != "classifier":
         return f"It sees images scaled to {size}."
     names = ", ".join(net.facts["class_names"][:20])

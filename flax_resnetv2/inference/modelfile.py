@@ -18,7 +18,7 @@ from flax_resnetv2.data.datasets import DataConfig
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.run.build import create_net
 from flax_resnetv2.run.config import check_config, from_json, to_json
-from flax_resnetv2.run.trained import Restored, Which, restore
+from flax_resnetv2.run.trained import CheckpointChoice, TrainedNet, restore
 
 KEY = "flax_resnetv2"
 """Of the metadata."""
@@ -47,7 +47,7 @@ def find(name: str | Path) -> Path:
     )
 
 
-def pack(net: Restored) -> bytes:
+def pack(net: TrainedNet) -> bytes:
     """Write a net as the content of a file."""
     from safetensors.numpy import save
 
@@ -69,7 +69,7 @@ def pack(net: Restored) -> bytes:
     return save(tensors, {KEY: json.dumps(record, sort_keys=True)})
 
 
-def open_net(name: str | Path, checkpoint: Which = "newest") -> Restored:
+def open_net(name: str | Path, checkpoint: CheckpointChoice = "newest") -> TrainedNet:
     """Load a run's checkpoint, an exported file, or a net of the package.
 
     Args:
@@ -85,7 +85,7 @@ def open_net(name: str | Path, checkpoint: Which = "newest") -> Restored:
     return load(find(name))
 
 
-def load(path: str | Path) -> Restored:
+def load(path: str | Path) -> TrainedNet:
     """Read what ``pack`` wrote, all of it or nothing.
 
     Raises:
@@ -138,6 +138,6 @@ def load(path: str | Path) -> Restored:
         {tuple(name.split("/")): value for name, value in tensors.items()}
     )
     step, test, environment = rest
-    return Restored(
+    return TrainedNet(
         config, facts, step, model, jax.device_put(variables), test, environment
     )

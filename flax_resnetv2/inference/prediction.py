@@ -13,8 +13,8 @@ import numpy as np
 from flax_resnetv2.data.folder import SUFFIXES
 from flax_resnetv2.errors import RunError, UsageError
 from flax_resnetv2.inference.predictor import Answer, Predictor
-from flax_resnetv2.run.run_directory import write_whole
-from flax_resnetv2.run.trained import Which
+from flax_resnetv2.run.trained import CheckpointChoice
+from flax_resnetv2.system.files import write_whole
 from flax_resnetv2.validation import Count, Range, check_arguments
 
 BatchSize = Annotated[int, Range(1, 65_536)]
@@ -29,7 +29,7 @@ def predict(
     latents: str | None = None,
     batch_size: BatchSize = 64,
     test_flip: bool | None = None,
-    checkpoint: Which = "newest",
+    checkpoint: CheckpointChoice = "newest",
 ) -> None:
     """Print what a net says of images; arguments are those of ``predict.py``.
 

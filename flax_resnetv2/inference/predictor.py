@@ -16,9 +16,9 @@ from flax_resnetv2.data.images import careful, read_image, square, stretched
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.inference import modelfile
 from flax_resnetv2.model.modules import Latent, ResNetV2
-from flax_resnetv2.run.trained import Restored, Which, restore
-from flax_resnetv2.training.augment import AugmentConfig, normalise
-from flax_resnetv2.training.step import evaluated
+from flax_resnetv2.run.trained import CheckpointChoice, TrainedNet, restore
+from flax_resnetv2.training.augment import AugmentConfig, normalize
+from flax_resnetv2.training.step import eval_forward
 
 
 class Answer(NamedTuple):
@@ -32,14 +32,14 @@ class Answer(NamedTuple):
 
 
 class Predictor:
-    """Class probabilities and latent vectors of stored images, normalised as in
+    """Class probabilities and latent vectors of stored images, normalized as in
     training."""
 
     def __init__(
         self,
         model: ResNetV2,
         variables: dict[str, Any],
-        normalisation: AugmentConfig,
+        normalization: AugmentConfig,
         class_names: Sequence[str],
         image_shape: tuple[int, int, int],
         square: bool = False,
@@ -49,25 +49,27 @@ class Predictor:
 
         Args:
             model, variables: a net and its parameters and statistics.
-            normalisation: with ``mean`` and ``std``, and perhaps ``test_flip`` and
+            normalization: with ``mean`` and ``std``, and perhaps ``test_flip`` and
                 ``test_crop``.
             class_names: one for each logit; of an encoder none.
             image_shape: (height, width, channels) of the images it was trained on.
-            square: these were the central squares of larger ones (``data.size``), so
+            square: these were the central squares of larger ones (``data.image_size``), so
                 ``load`` cuts the same out; else it scales an image as a whole.
             multi_label: each class is there or not, whatever the others: a sigmoid
                 gives the probabilities, not the softmax of all.
         """
         self.model, self.variables = model, variables
-        self.normalisation = normalisation
+        self.normalization = normalization
         self.class_names = tuple(class_names)
         self.image_shape = image_shape
         self.multi_label = multi_label
-        self._square, self._share = square, normalisation.test_crop
+        self._square, self._share = square, normalization.test_crop
         self._apply = jax.jit(self._answer)
 
     @classmethod
-    def from_run(cls, workdir: str | Path, checkpoint: Which = "newest") -> "Predictor":
+    def from_run(
+        cls, workdir: str | Path, checkpoint: CheckpointChoice = "newest"
+    ) -> "Predictor":
         """Load a checkpoint of a run that ``train.py`` made, or is making.
 
         Args:
@@ -93,7 +95,7 @@ class Predictor:
     def find(
         cls,
         name: str | Path,
-        checkpoint: Which = "newest",
+        checkpoint: CheckpointChoice = "newest",
         test_flip: bool | None = None,
     ) -> "Predictor":
         """Load a run's checkpoint, an exported file, or a net of the package.
@@ -114,7 +116,7 @@ class Predictor:
         return cls.of(net)
 
     @classmethod
-    def of(cls, net: Restored) -> "Predictor":
+    def of(cls, net: TrainedNet) -> "Predictor":
         """Take a net with what its run knew of the images."""
         config, facts = net.config, net.facts
         encodes = config.architecture.head != "classifier"
@@ -125,7 +127,7 @@ class Predictor:
             config.augment,
             () if encodes else facts["class_names"],
             tuple(facts["image_shape"]),
-            square=config.data.size is not None or bool(config.data.stream),
+            square=config.data.image_size is not None or bool(config.data.stream),
             # Runs of earlier versions have one class for each image.
             multi_label=facts.get("multi_label", False),
         )
@@ -210,7 +212,7 @@ class Predictor:
         """Read an image file as uint8 [H, W, C], brought to the size trained on.
 
         Of an animation it is the first frame, turned as its camera says; what is
-        transparent has the colour that is stored there; 16 bits become 8.
+        transparent has the color that is stored there; 16 bits become 8.
 
         Raises:
             UsageError: not a file, not an image, cut short, or too large.
@@ -229,9 +231,9 @@ class Predictor:
     def _answer(
         self, variables: dict[str, Any], images: jax.Array
     ) -> tuple[jax.Array | None, jax.Array]:
-        config, dtype = self.normalisation, self.model.execution.param_dtype
-        outputs, sown = evaluated(
-            self.model, variables, normalise(images, config, dtype), config.test_flip
+        config, dtype = self.normalization, self.model.execution.param_dtype
+        outputs, sown = eval_forward(
+            self.model, variables, normalize(images, config, dtype), config.test_flip
         )
         if self.model.plan.head.kind == "latent":
             return None, outputs.mean if isinstance(outputs, Latent) else outputs

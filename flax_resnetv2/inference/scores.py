@@ -1,4 +1,4 @@
-"""What can be said of answers to labelled images; pure numbers.
+"""What can be said of answers to labeled images; pure numbers.
 
 Probabilities are float [N, K], labels int [N].
 """

@@ -25,7 +25,7 @@ from flax_resnetv2.data import shapes
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.inference.predictor import Predictor
 from flax_resnetv2.model.intermediates import activations, unit_ratios
-from flax_resnetv2.training.augment import normalise
+from flax_resnetv2.training.augment import normalize
 from flax_resnetv2.validation import Range, check_arguments
 
 PAGE = Path(__file__).with_name("serve.html")
@@ -36,7 +36,7 @@ TOP, MAPS = 10, 16
 Port = Annotated[int, Range(0, 65_535)]
 
 
-class Looking:
+class Inspector:
     """What the page says of an image."""
 
     def __init__(self, predictor: Predictor, name: str) -> None:
@@ -98,12 +98,14 @@ class Looking:
 
     @cached_property
     def _examples(self) -> np.ndarray:
-        images, labels = shapes.draw("test")
-        return np.stack([images[labels == k][0] for k in range(len(shapes.CLASSES))])
+        images, labels = shapes.draw_shapes("test")
+        return np.stack(
+            [images[labels == k][0] for k in range(len(shapes.SHAPE_CLASSES))]
+        )
 
     def _traced(self, variables: Any, images: jax.Array) -> tuple[dict, dict]:
         p = self._predictor
-        x = normalise(images, p.normalisation, p.model.execution.param_dtype)
+        x = normalize(images, p.normalization, p.model.execution.param_dtype)
         found = activations(p.model, variables, x)
         maps = {k: v for k, v in found.items() if "/" not in k and k != "head"}
         return maps, unit_ratios(p.model, variables, x)
@@ -124,7 +126,7 @@ def make_server(
         RunError: the net's checkpoints are damaged.
     """
     check_arguments(make_server, {"port": port})
-    looking = Looking(Predictor.find(net), Path(net).name)
+    looking = Inspector(Predictor.find(net), Path(net).name)
 
     class Handler(_Handler):
         looked_into = looking
@@ -139,7 +141,7 @@ def make_server(
 
 
 class _Handler(BaseHTTPRequestHandler):
-    looked_into: Looking
+    looked_into: Inspector
 
     def do_GET(self) -> None:
         """The page, its head, or an example."""
@@ -192,24 +194,24 @@ def _strongest(maps: np.ndarray) -> list[dict[str, Any]]:
     """The maps [h, w, C] that vary most, blue below zero and red above, from 1."""
     order = np.argsort(-maps.std((0, 1)), kind="stable")[:MAPS]
     return [
-        {"number": int(k) + 1, "image": _png(_coloured(maps[..., k]))} for k in order
+        {"number": int(k) + 1, "image": _png(_colored(maps[..., k]))} for k in order
     ]
 
 
-def _coloured(values: np.ndarray) -> np.ndarray:
+def _colored(values: np.ndarray) -> np.ndarray:
     """float [h, w] -> uint8 [h, w, 3]: white is 0."""
     share = values / max(float(np.abs(values).max()), 1e-12)
     high, low = np.clip(share, 0, 1), np.clip(-share, 0, 1)
-    colours = np.stack([1 - low, 1 - 0.75 * (low + high), 1 - high], axis=-1)
-    return (255 * colours).round().astype(np.uint8)
+    colors = np.stack([1 - low, 1 - 0.75 * (low + high), 1 - high], axis=-1)
+    return (255 * colors).round().astype(np.uint8)
 
 
 def _png_bytes(pixels: np.ndarray) -> bytes:
     from PIL import Image
 
     file = io.BytesIO()
-    grey = pixels.shape[-1] == 1
-    Image.fromarray(pixels[..., 0] if grey else pixels).save(file, "PNG")
+    gray = pixels.shape[-1] == 1
+    Image.fromarray(pixels[..., 0] if gray else pixels).save(file, "PNG")
     return file.getvalue()
 
 

@@ -114,8 +114,8 @@ class Execution:
     remat: Literal["nothing", "norms", "units"] = "norms"
     """What the backward pass computes again instead of keeping it: nothing; every
     BN-ReLU (half the memory); a unit's whole inside."""
-    derivatives: Literal["by_hand", "automatic"] = "by_hand"
-    """by_hand: the fast ones, in reverse mode, once. automatic: the textbook operations
+    backward: Literal["custom", "automatic"] = "custom"
+    """custom: the fast ones, in reverse mode, once. automatic: the textbook operations
     as JAX differentiates them, for forward mode and second derivatives; slower."""
     batch_norm_axis: str | None = None
     """Name of the mapped axis over which batch statistics are taken together."""

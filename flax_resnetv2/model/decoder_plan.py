@@ -1,7 +1,7 @@
-"""The mirror image of a net, planned: what decodes a latent vector into an image.
+"""The plan of a decoder: the net's mirror image, from a latent vector to an image.
 
-For each stack a stack of the same kind of units, from the last to the first, at the
-resolution and with the width of what entered that stack.
+For each stack of the net, last stack first, the decoder has a stack of the same kind of
+units, with the resolution and width of what entered that stack of the net.
 """
 
 import math
@@ -19,6 +19,7 @@ from flax_resnetv2.model.layer_table import (
 )
 from flax_resnetv2.model.planning import (
     LayerPlan,
+    NetPlan,
     StackPlan,
     plan_conv,
     plan_norm,
@@ -29,57 +30,60 @@ from flax_resnetv2.validation import Count, Range, check_dataclass
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """How a latent head learns: a decoder makes the image again."""
+    """How a latent head is trained: by a decoder that reconstructs the image."""
 
     units: Count = 1
-    """Residual units in each stack of the decoder."""
+    """Residual units per stack of the decoder."""
     kl_weight: Annotated[float, Range(0, 1e6)] = 1.0
-    """With architecture.latent_variance: weight of the Kullback-Leibler divergence of
-    an image's latent distribution from N(0, 1) (the beta of beta-VAEs); 1 is the
-    evidence lower bound, of pixels that are known up to N(0, 1) once normalised."""
+    """Weight of the Kullback-Leibler divergence of the latent distribution from
+    N(0, 1), with architecture.latent_variance (the beta of beta-VAEs). 1 gives the
+    evidence lower bound for normalized pixels with unit variance."""
 
 
 @dataclass(frozen=True)
 class DecoderPlan:
-    """The net's mirror image, from the latent vector to the image."""
+    """The mirror image of a net, from the latent vector to the image."""
 
     start: tuple[int, int, int]
-    """(height, width, maps) of what the latent vector fills: the net's last maps."""
+    """(height, width, maps) that the latent vector fills: those of the net's last maps.
+    """
     stacks: tuple[StackPlan, ...]
-    """The last stack's mirror image first."""
+    """In the decoder's order: the mirror image of the net's last stack first."""
     sizes: tuple[tuple[int, int], ...]
-    """Resolution of each of them: of what entered the stack that it mirrors."""
+    """(height, width) of each of these stacks."""
     image: tuple[int, int]
-    """Resolution of the image."""
+    """(height, width) of the image."""
     last: LayerPlan
-    """From the last maps to the channels, at that resolution."""
+    """From the last maps to the image's channels."""
 
 
 def plan_decoder(
     architecture: Architecture,
+    net: NetPlan,
     image_shape: tuple[int, int, int],
     config: AutoencoderConfig = AutoencoderConfig(),
 ) -> DecoderPlan:
     """Plan the mirror image of a net.
 
     Args:
-        architecture: of the net; its reductions and kernels are the mirror's too.
-        image_shape: (height, width, channels) of what the net sees.
-        config: the mirror's own numbers.
+        architecture: of the net; the decoder has its reductions and kernels.
+        net: the plan of ``architecture``.
+        image_shape: (height, width, channels) of the net's input.
+        config: the decoder's own numbers.
 
     Raises:
-        UsageError: the architecture or ``config`` breaks a rule, there is no latent
-            head, or a reduction does not divide the width of what entered a stack.
+        UsageError: ``config`` breaks a rule, the net has no latent head, or a reduction
+            does not divide the width of what entered a stack.
     """
     check_dataclass(config, AutoencoderConfig, "autoencoder.")
     a, semantics = architecture, architecture.semantics
     if a.head != "latent":
         raise UsageError(
-            f"architecture.head={a.head!r} gives no vector to decode; choose 'latent'"
+            f"architecture.head={a.head!r} returns no vector to decode; choose 'latent'"
         )
-    # What leaves the stem and each stack: the last row of a part.
-    shapes = {} if a.stem else {"image": image_shape}
-    for row in unit_table(a, image_shape):
+    # The output of the stem and of each stack is the last row of that part.
+    shapes = {} if net.stem else {"image": image_shape}
+    for row in unit_table(net, image_shape):
         shapes[row.name.partition("/")[0]] = row.shape
     del shapes["head"]
     entering, stacks = list(shapes.values()), []
@@ -108,19 +112,19 @@ def plan_decoder(
         tuple(stacks),
         tuple(shape[:2] for shape in reversed(entering)),
         image_shape[:2],
-        LayerPlan(norm, replace(conv, bias=True, standardise=None)),
+        LayerPlan(norm, replace(conv, bias=True, standardize=None)),
     )
 
 
-def decoder_table(
-    architecture: Architecture,
-    image_shape: tuple[int, int, int],
-    config: AutoencoderConfig = AutoencoderConfig(),
-) -> list[LayerRow]:
-    """List the decoder's layers as ``layer_table`` does the net's."""
-    plan = plan_decoder(architecture, image_shape, config)
+def decoder_table(plan: DecoderPlan, latent: int) -> list[LayerRow]:
+    """List the decoder's layers as ``layer_table`` lists the net's.
+
+    Args:
+        plan: of ``plan_decoder``.
+        latent: size of the latent vector.
+    """
     values = math.prod(plan.start)
-    weights = architecture.latent * values
+    weights = latent * values
     rows = [LayerRow("decoder/start", plan.start, 1, 1, weights + values, weights)]
     for number, (stack, size) in enumerate(zip(plan.stacks, plan.sizes, strict=True)):
         name = f"decoder/stack{len(plan.stacks) - number}"

@@ -1,6 +1,6 @@
 """A net as a picture, in the manner of the article's drawings: SVG, from the plan.
 
->>> picture = draw(Architecture(), (32, 32, 3))
+>>> picture = draw_net(plan(Architecture(), (32, 32, 3)), (32, 32, 3))
 >>> Path("net.svg").write_text(picture, encoding="utf-8")
 """
 
@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from itertools import groupby
 from xml.sax.saxutils import escape
 
-from flax_resnetv2.model.architecture import Architecture
 from flax_resnetv2.model.layer_table import layer_table
-from flax_resnetv2.model.planning import ConvPlan, LayerPlan, NetPlan, UnitPlan, plan
+from flax_resnetv2.model.planning import ConvPlan, LayerPlan, NetPlan, UnitPlan
 
 WIDTH, LEFT, RIGHT = 800, 150, 640
 """Of the picture; where a unit's maps come in, and where they are summed."""
@@ -35,21 +34,17 @@ circle { fill: #fff; stroke: #1d2733; stroke-width: 1.4; }
 """
 
 
-def draw(architecture: Architecture, image_shape: tuple[int, int, int]) -> str:
+def draw_net(net: NetPlan, image_shape: tuple[int, int, int]) -> str:
     """Draw stem, stacks, units, layers, shortcuts, bridges and head.
 
     Equal units that follow one another are drawn once, with their number. Orange: a
     shortcut that changes what it carries (the article's "special shortcut connection").
 
     Args:
-        architecture: the net.
-        image_shape: (height, width, channels), for the shapes at the right.
-
-    Raises:
-        UsageError: as ``plan``.
+        net: the plan.
+        image_shape: (height, width, channels) of its input, for the shapes at the right.
     """
-    net = plan(architecture, image_shape)
-    shapes = {row.name: row.shape for row in layer_table(architecture, image_shape)}
+    shapes = {row.name: row.shape for row in layer_table(net, image_shape)}
     parts = list(_parts(net, shapes, image_shape))
     height = max(y for y, _ in parts)
     body = "\n".join(piece for _, piece in parts)

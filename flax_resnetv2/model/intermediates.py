@@ -19,7 +19,7 @@ def activations(
     Args:
         model: a net, evaluated with its running statistics.
         variables: its parameters and statistics.
-        images: [N, H, W, channels], normalised.
+        images: [N, H, W, channels], normalized.
 
     Returns:
         "stem", "stack1/unit1", ..., "stack1", ... -> maps [N, h, w, C], and "head" ->
@@ -56,7 +56,7 @@ def residual_ratios(
     Args:
         model: a net, evaluated with its running statistics.
         variables: its parameters and statistics.
-        images: [N, H, W, channels], normalised.
+        images: [N, H, W, channels], normalized.
 
     Returns:
         "stack1" -> one number a unit: the norm of its residual over the norm of its

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 SPACE = (0, 1, 2)
-"""The axes of [N, H, W, C] that batch normalisation averages over."""
+"""The axes of [N, H, W, C] that batch normalization averages over."""
 Padding = Literal["same", "symmetric"]
 WIDEST_SHIFTED = 16
 """Maps up to which a shifted product beats XLA's CPU convolution (measured, with the
@@ -48,7 +48,7 @@ class PreActivation(NamedTuple):
         return self._compute(lambda y: jnp.maximum(y, 0))
 
     @property
-    def normalised(self) -> jax.Array:
+    def normalized(self) -> jax.Array:
         """Compute BN alone."""
         return self._compute(lambda y: y)
 
@@ -120,8 +120,8 @@ def _moments_backward(axis_name, saved, cotangents):
     if axis_name is not None:
         dmean, dvariance = lax.pmean((dmean, dvariance), axis_name)
     count = x.size // x.shape[-1]
-    centred = x.astype(mean.dtype) - mean
-    return ((dmean / count + centred * (2 * dvariance / count)).astype(x.dtype),)
+    centered = x.astype(mean.dtype) - mean
+    return ((dmean / count + centered * (2 * dvariance / count)).astype(x.dtype),)
 
 
 batch_moments.defvjp(_moments_forward, _moments_backward)
@@ -214,7 +214,7 @@ def _not_before(g, mean):
     """``mean``, but only once ``g`` is known: what is computed from it comes late.
 
     XLA would otherwise see that forward and backward pass compute the same, and keep
-    it from one to the other: 5.3 GB instead of 1.6. On the CPU it removes optimisation
+    it from one to the other: 5.3 GB instead of 1.6. On the CPU it removes optimization
     barriers before it looks, so there g enters a sum, times 0; a sum of two rows and
     not of two vectors, because XLA would compute the latter again for every pixel.
     """

@@ -24,7 +24,7 @@ from flax_resnetv2.model.architecture import (
     check_architecture,
     check_semantics,
 )
-from flax_resnetv2.model.semantics import ARTICLE, Initialiser, Kernel, Semantics, Size
+from flax_resnetv2.model.semantics import ARTICLE, Initializer, Kernel, Semantics, Size
 from flax_resnetv2.validation import Range, check, check_arguments
 
 Side = Annotated[int, Range(1, 2**16)]
@@ -43,12 +43,12 @@ _A_STACK = {
 
 @dataclass(frozen=True)
 class NormPlan:
-    """Normalisation followed by ReLU."""
+    """Normalization followed by ReLU."""
 
     epsilon: float
     momentum: float
     groups: int | None = None
-    """Of group normalisation; None: batch normalisation."""
+    """Of group normalization; None: batch normalization."""
     relu: bool = True
     """False: the ReLU comes later, after a sum (version 1)."""
 
@@ -64,9 +64,9 @@ class ConvPlan:
     stride: int
     padding: Literal["same", "symmetric"]
     bias: bool
-    init: Initialiser
-    standardise: float | None = None
-    """Added to the variance of a kernel that is standardised; None: it is not."""
+    init: Initializer
+    standardize: float | None = None
+    """Added to the variance of a kernel that is standardized; None: it is not."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class HeadPlan:
     hidden: tuple[int, ...]
     features: int
     variance: bool
-    init: Initialiser
+    init: Initializer
 
 
 @dataclass(frozen=True)
@@ -413,7 +413,7 @@ def plan_conv(
         s.padding,
         at in s.biases,
         s.kernel_init,
-        s.standardise_epsilon,
+        s.standardize_epsilon,
     )
 
 

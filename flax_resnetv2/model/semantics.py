@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from flax_resnetv2.validation import Range, Share
 
 Position = Literal["stem", "layer1", "layer2", "layer3", "shortcut"]
-Initialiser = Literal[
+Initializer = Literal[
     "he_normal",
     "he_normal_fan_out",
     "uniform_fan_in",
@@ -19,6 +19,14 @@ Initialiser = Literal[
     "normal_0.01",
     "zeros",
 ]
+VARIANCE_SCALING = {
+    "he_normal": (2.0, "fan_in", "truncated_normal"),
+    "he_normal_fan_out": (2.0, "fan_out", "normal"),
+    "uniform_fan_in": (1 / 3, "fan_in", "uniform"),
+    "glorot_uniform": (1.0, "fan_avg", "uniform"),
+}
+"""The initializers that scale a kernel's variance: variance times fan, the fan, the
+distribution."""
 Kernel = Annotated[int, Range(1, 255, odd=True)]
 Size = Annotated[int, Range(1, 2**20)]
 """Of maps, classes, groups: so many that no array's size passes 64 bits."""
@@ -59,14 +67,14 @@ class Semantics:
     biases: tuple[Position, ...] = ()
     """The convolutions that have a bias."""
     norm: Literal["batch", "group"] = "batch"
-    """Normalisation over the batch, or over groups of maps of each image."""
+    """Normalization over the batch, or over groups of maps of each image."""
     norm_groups: Size = 32
-    """Groups of maps in group normalisation."""
+    """Groups of maps in group normalization."""
     norm_epsilon: Epsilon = 1e-5
-    """Added to the variance in normalisation."""
+    """Added to the variance in normalization."""
     norm_momentum: Share = 0.9
     """The share of the running statistics that a step keeps."""
-    standardise_epsilon: Epsilon | None = None
+    standardize_epsilon: Epsilon | None = None
     """Kernels are used with mean 0 and variance 1 for each map they make, this added to
     the variance; None: as they are."""
     stem_norm: bool = True
@@ -77,9 +85,9 @@ class Semantics:
     """BN-ReLU between the last stack and the pooling."""
     pool_padding: Literal["lowest", "zero"] = "lowest"
     """What the stem's max-pool pads with: minus infinity or 0."""
-    kernel_init: Initialiser = "he_normal"
+    kernel_init: Initializer = "he_normal"
     """Initial values of the convolutions."""
-    dense_init: Initialiser = "he_normal"
+    dense_init: Initializer = "he_normal"
     """Initial values of the head's fully connected layers."""
     zero_init_last: bool = False
     """Start each unit's last convolution at zero, so that a unit starts as its
@@ -88,7 +96,7 @@ class Semantics:
 
 ARTICLE = Semantics()
 """The article, "ResNet basics II". What it leaves open: epsilon, the share kept by the
-statistics, no convolution biases, the final BN-ReLU and He-normal initialisation
+statistics, no convolution biases, the final BN-ReLU and He-normal initialization
 (truncated, fan-in) are fixed here."""
 
 HE2016 = Semantics(
@@ -110,7 +118,7 @@ ATIENZA = Semantics(
     norm_momentum=0.99,
 )
 """Atienza's ``resnet-cifar10-2.2.1.py`` (Advanced Deep Learning with Keras), the source
-of Keras's CIFAR-10 example: every convolution has a bias, normalisation has Keras's
+of Keras's CIFAR-10 example: every convolution has a bias, normalization has Keras's
 defaults."""
 
 KERAS = Semantics(
@@ -142,18 +150,18 @@ TIMM = Semantics(
     kernel_init="he_normal_fan_out",
     dense_init="normal_0.01",
 )
-"""timm's ``resnetv2_*`` with batch normalisation. Its running variance is unbiased:
+"""timm's ``resnetv2_*`` with batch normalization. Its running variance is unbiased:
 what is imported is exact, what trains on differs by N / (N - 1)."""
 
 BIT = replace(
     TIMM,
     norm="group",
-    standardise_epsilon=1e-10,
+    standardize_epsilon=1e-10,
     pool_padding="zero",
     dense_init="zeros",
 )
 """Big Transfer, Kolesnikov et al. 2020, arXiv 1912.11370, as published with its
-weights: group normalisation, standardised kernels. (timm adds 1e-8 to their variance.)
+weights: group normalization, standardized kernels. (timm adds 1e-8 to their variance.)
 """
 
 SEMANTICS = {

@@ -20,7 +20,7 @@ HEAD = "head/classifier"
 
 
 @dataclass(frozen=True)
-class Dialect:
+class WeightLayout:
     """How somebody else calls our arrays, and lays them out."""
 
     name: str
@@ -148,10 +148,10 @@ def _bit(path: str) -> str:
     )
 
 
-def keras(_: ResNetV2) -> Dialect:
+def keras(_: ResNetV2) -> WeightLayout:
     """Keras's names."""
     norm = ("gamma", "beta", "moving_mean", "moving_variance")
-    return Dialect(
+    return WeightLayout(
         name="Keras",
         module=_keras,
         separator="/",
@@ -162,11 +162,11 @@ def keras(_: ResNetV2) -> Dialect:
     )
 
 
-def timm(model: ResNetV2) -> Dialect:
+def timm(model: ResNetV2) -> WeightLayout:
     """timm's names."""
     deep = model.plan.stem is not None and len(model.plan.stem.convs) == 3
     norm = ("weight", "bias", "running_mean", "running_var")
-    return Dialect(
+    return WeightLayout(
         name="timm",
         module=lambda path: _timm(path, deep),
         separator=".",
@@ -177,9 +177,9 @@ def timm(model: ResNetV2) -> Dialect:
     )
 
 
-def bit(_: ResNetV2) -> Dialect:
+def bit(_: ResNetV2) -> WeightLayout:
     """Big Transfer's names."""
-    return Dialect(
+    return WeightLayout(
         name="Big Transfer",
         module=_bit,
         separator="/",

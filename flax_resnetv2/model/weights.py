@@ -22,19 +22,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.model import weight_names
+from flax_resnetv2.model.initial import init_in_one_draw
 from flax_resnetv2.model.modules import ResNetV2
-from flax_resnetv2.model.weight_names import HEAD, Dialect, Leaf
-from flax_resnetv2.training.augment import AugmentConfig
+from flax_resnetv2.model.weight_names import HEAD, Leaf, WeightLayout
 from flax_resnetv2.validation import check_choice
 
 Tensors = dict[str, np.ndarray]
 SHOWN = 4
 """Names of each kind that an error lists."""
-NORMALISATION = AugmentConfig(
-    crop_padding=0, flip=False, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
-)
-"""What the published weights expect of images: from -1 to 1. For ``normalise`` and
-``Predictor``."""
 
 _logger = logging.getLogger(__name__)
 
@@ -159,7 +154,7 @@ def to_bit(variables: dict[str, Any], model: ResNetV2) -> Tensors:
     return _export(variables, weight_names.bit(model))
 
 
-def _export(variables: dict[str, Any], dialect: Dialect) -> Tensors:
+def _export(variables: dict[str, Any], dialect: WeightLayout) -> Tensors:
     # A copy: files want arrays that lie as they say.
     return {
         dialect.tensor(leaf): np.ascontiguousarray(
@@ -173,7 +168,7 @@ def _import(
     found: Tensors,
     path: str | Path,
     model: ResNetV2,
-    dialect_of: Callable[[ResNetV2], Dialect],
+    dialect_of: Callable[[ResNetV2], WeightLayout],
     classifier: Literal["read", "leave"],
     key: jax.Array | None = None,
 ) -> dict[str, Any]:
@@ -212,7 +207,7 @@ def _import(
     }
     if left:
         key = jax.random.key(0) if key is None else key
-        drawn = flatten_dict(model.init_in_one_draw(key, _IMAGE))
+        drawn = flatten_dict(init_in_one_draw(model, key, _IMAGE))
         leaves |= {leaf: drawn[leaf] for leaf in left}
     return unflatten_dict(leaves)
 
@@ -294,7 +289,7 @@ _VARIABLES = {
     4: ("gamma", "beta", "moving_mean", "moving_variance"),
     1: ("kernel",),
 }
-"""Of a Keras layer, by their count: convolution or dense, batch normalisation."""
+"""Of a Keras layer, by their count: convolution or dense, batch normalization."""
 
 
 def _keras_3(h5: Any, path: Path) -> Tensors:

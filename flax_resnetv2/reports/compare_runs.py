@@ -34,7 +34,7 @@ def read_run(workdir: str | Path) -> RunRecord:
     """
     config, facts = (
         run_directory.load_config(workdir),
-        run_directory.load_dataset_facts(workdir),
+        run_directory.load_dataset_summary(workdir),
     )
     lines = run_directory.read_metrics(workdir)
     if not lines:
@@ -87,7 +87,7 @@ def _score(run: RunRecord, split: str) -> str:
     return f"{text} ({100 * low:.2f} to {100 * high:.2f})"
 
 
-def draw(runs: Sequence[RunRecord]) -> bytes:
+def draw_runs(runs: Sequence[RunRecord]) -> bytes:
     """Draw every run's training loss and its test score over the epochs, as a PNG."""
     from matplotlib.figure import Figure
 

@@ -11,16 +11,17 @@ import numpy as np
 from flax_resnetv2.data.datasets import open_dataset
 from flax_resnetv2.data.streaming import EvaluationRow
 from flax_resnetv2.errors import UsageError
-from flax_resnetv2.run.run_directory import load_config, write_whole
-from flax_resnetv2.run.trained import Restored, Which, restore
-from flax_resnetv2.training.augment import AugmentConfig, normalise
+from flax_resnetv2.run.run_directory import load_config
+from flax_resnetv2.run.trained import CheckpointChoice, TrainedNet, restore
+from flax_resnetv2.system.files import write_whole
+from flax_resnetv2.training.augment import AugmentConfig, normalize
 from flax_resnetv2.validation import Range, check_arguments
 
 Shown = Annotated[int, Range(1, 50)]
 
 
 def reconstruct(
-    workdir: str | Path, *, images: Shown = 10, checkpoint: Which = "newest"
+    workdir: str | Path, *, images: Shown = 10, checkpoint: CheckpointChoice = "newest"
 ) -> Path:
     """Draw test images of a run beside what its autoencoder makes of them.
 
@@ -47,16 +48,16 @@ def reconstruct(
     return path
 
 
-def picture(run: Restored, images: int) -> bytes:
+def picture(run: TrainedNet, images: int) -> bytes:
     """The same as a PNG, of an autoencoder's run."""
     stored = _first_images(run, images)
-    normalised = normalise(
+    normalized = normalize(
         jnp.asarray(stored), run.config.augment, run.model.execution.param_dtype
     )
     made = jax.jit(lambda v, x: run.model.apply(v, x, train=False).image)
     shown = {
-        "test images": normalised,
-        "made again": made(run.variables, normalised),
+        "test images": normalized,
+        "made again": made(run.variables, normalized),
     }
     if run.config.architecture.latent_variance:
         vectors = jax.random.normal(
@@ -64,10 +65,10 @@ def picture(run: Restored, images: int) -> bytes:
         )
         decode = jax.jit(lambda v, z: run.model.apply(v, z, method="decode"))
         shown["drawn from N(0, 1)"] = decode(run.variables, vectors)
-    return draw({k: _pixels(v, run.config.augment) for k, v in shown.items()})
+    return draw_rows({k: _pixels(v, run.config.augment) for k, v in shown.items()})
 
 
-def draw(rows: dict[str, np.ndarray]) -> bytes:
+def draw_rows(rows: dict[str, np.ndarray]) -> bytes:
     """Draw rows of images [N, H, W, C], from 0 to 1, under their names, as a PNG."""
     from matplotlib.figure import Figure
 
@@ -76,10 +77,10 @@ def draw(rows: dict[str, np.ndarray]) -> bytes:
     axes = figure.subplots(len(rows), count, squeeze=False)
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for place, image in zip(line, images, strict=True):
-            grey = image.shape[-1] == 1
+            gray = image.shape[-1] == 1
             place.imshow(
-                image[..., 0] if grey else image,
-                cmap="gray" if grey else None,
+                image[..., 0] if gray else image,
+                cmap="gray" if gray else None,
                 vmin=0,
                 vmax=1,
                 interpolation="nearest",
@@ -94,11 +95,11 @@ def draw(rows: dict[str, np.ndarray]) -> bytes:
     return file.getvalue()
 
 
-def _first_images(run: Restored, count: int) -> np.ndarray:
+def _first_images(run: TrainedNet, count: int) -> np.ndarray:
     """The first images of the split "test", uint8 [N, H, W, C]."""
     dataset = open_dataset(run.config.data)
     split = dataset.splits["test"]
-    count = min(count, split.images)
+    count = min(count, split.num_images)
     if dataset.in_memory():
         return np.asarray(split.image[:count])
     row = EvaluationRow(split, run.config.augment.test_crop)
@@ -106,6 +107,6 @@ def _first_images(run: Restored, count: int) -> np.ndarray:
 
 
 def _pixels(images: jax.Array, config: AugmentConfig) -> np.ndarray:
-    """Normalised images [N, H, W, C] -> from 0 to 1."""
+    """Normalized images [N, H, W, C] -> from 0 to 1."""
     plain = np.asarray(images) * np.array(config.std) + np.array(config.mean)
     return plain.clip(0, 1)

@@ -19,12 +19,13 @@ from flax_resnetv2.data.streaming import EvaluationRow
 from flax_resnetv2.inference import scores
 from flax_resnetv2.inference.predictor import Predictor
 from flax_resnetv2.model import layer_table
-from flax_resnetv2.model.drawing import draw
+from flax_resnetv2.model.drawing import draw_net
 from flax_resnetv2.reports.reconstruction import picture
 from flax_resnetv2.run.build import count_parameters
 from flax_resnetv2.run.config import to_json
-from flax_resnetv2.run.run_directory import read_metrics, write_whole
-from flax_resnetv2.run.trained import Restored, Which, restore
+from flax_resnetv2.run.run_directory import read_metrics
+from flax_resnetv2.run.trained import CheckpointChoice, TrainedNet, restore
+from flax_resnetv2.system.files import write_whole
 
 MATRIX = 20
 """Of more classes the confusion matrix is a list of the most frequent confusions."""
@@ -56,14 +57,14 @@ pre { background: var(--soft); padding: .8rem; overflow-x: auto; font-size: .8re
 """
 
 
-class Tested(NamedTuple):
+class TestPredictions(NamedTuple):
     """The test images' labels, and what the net says of each."""
 
     labels: np.ndarray
     probabilities: np.ndarray
 
 
-def write_page(workdir: str | Path, checkpoint: Which = "newest") -> Path:
+def write_page(workdir: str | Path, checkpoint: CheckpointChoice = "newest") -> Path:
     """Write ``report.html`` into a run's directory.
 
     Args:
@@ -96,22 +97,22 @@ def write_page(workdir: str | Path, checkpoint: Which = "newest") -> Path:
     return path
 
 
-def test(net: Restored, dataset: Dataset) -> Tested:
+def test(net: TrainedNet, dataset: Dataset) -> TestPredictions:
     """Let the net answer every image of the split "test"."""
     predictor, labels, found = Predictor.of(net), [], []
     for image, label in _batches(net, dataset):
         labels.append(label)
         found.append(predictor.answer(image, BATCH).probabilities)
-    return Tested(np.concatenate(labels), np.concatenate(found))
+    return TestPredictions(np.concatenate(labels), np.concatenate(found))
 
 
 def _batches(
-    net: Restored, dataset: Dataset
+    net: TrainedNet, dataset: Dataset
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Images and labels of the split "test", in its order."""
     split = dataset.splits["test"]
-    for first in range(0, split.images, BATCH):
-        last = min(first + BATCH, split.images)
+    for first in range(0, split.num_images, BATCH):
+        last = min(first + BATCH, split.num_images)
         if dataset.in_memory():
             image, label = (np.asarray(x[first:last]) for x in split)
         else:
@@ -121,7 +122,7 @@ def _batches(
         yield image, label
 
 
-def _headline(net: Restored, workdir: str | Path) -> str:
+def _headline(net: TrainedNet, workdir: str | Path) -> str:
     architecture, facts, line = net.config.architecture, net.facts, net.test or {}
     parameters = count_parameters(net.config, tuple(facts["image_shape"]))
     big = "not tested yet"
@@ -130,7 +131,7 @@ def _headline(net: Restored, workdir: str | Path) -> str:
     elif "squared_error" in line:
         big = f"squared error {line['squared_error']:.4f} on {line['count']:,} images"
     notes = [
-        f"{facts['name']}; {facts['images']['train']:,} training images; a net of "
+        f"{facts['name']}; {facts['num_images']['train']:,} training images; a net of "
         f"{architecture.depth} layers, {parameters:,} parameters; after step "
         f"{net.step:,}"
         + (f", epoch {line['epoch']:g}, {line['seconds']:,.0f} s" if line else "")
@@ -204,7 +205,7 @@ def _curves(lines: list[dict[str, Any]]) -> str:
     return _section("<h2>Training</h2>", _img(figure, text))
 
 
-def _answers(net: Restored, dataset: Dataset) -> list[str]:
+def _answers(net: TrainedNet, dataset: Dataset) -> list[str]:
     """What the net gets right and wrong on the test images."""
     tested = test(net, dataset)
     names = [html.escape(name) for name in net.facts["class_names"]]
@@ -262,7 +263,7 @@ def _classes(matrix: np.ndarray, names: Sequence[str]) -> Iterator[str]:
     )
 
 
-def _calibration(tested: Tested) -> str:
+def _calibration(tested: TestPredictions) -> str:
     found = scores.calibration(tested.probabilities, tested.labels)
     figure = _figure(2, 1.1)
     left, right = figure.subplots(1, 2)
@@ -281,7 +282,7 @@ def _calibration(tested: Tested) -> str:
 
 
 def _mistakes(
-    net: Restored, dataset: Dataset, tested: Tested, names: Sequence[str]
+    net: TrainedNet, dataset: Dataset, tested: TestPredictions, names: Sequence[str]
 ) -> str:
     places = scores.worst(tested.probabilities, tested.labels, MISTAKES)
     if not len(places):
@@ -302,10 +303,10 @@ def _mistakes(
     return f'<div class="mistakes">{"".join(cells)}</div>'
 
 
-def _net(net: Restored) -> str:
-    architecture, shape = net.config.architecture, _input_shape(net)
-    drawing = draw(architecture, shape).encode()
-    rows = layer_table.fold(layer_table.unit_table(architecture, shape))
+def _net(net: TrainedNet) -> str:
+    shape = _input_shape(net)
+    drawing = draw_net(net.model.plan, shape).encode()
+    rows = layer_table.fold(layer_table.unit_table(net.model.plan, shape))
     total = [sum(getattr(r, n) for r in rows) for n in ("parameters", "multiply_adds")]
     cells = [
         (
@@ -327,7 +328,7 @@ def _net(net: Restored) -> str:
     )
 
 
-def _settings(net: Restored) -> str:
+def _settings(net: TrainedNet) -> str:
     texts = {
         "Configuration": to_json(net.config),
         "Environment": json.dumps(net.environment, indent=2),
@@ -341,7 +342,7 @@ def _settings(net: Restored) -> str:
     )
 
 
-def _input_shape(net: Restored) -> tuple[int, int, int]:
+def _input_shape(net: TrainedNet) -> tuple[int, int, int]:
     return net.config.augment.input_shape(tuple(net.facts["image_shape"]))
 
 
@@ -392,8 +393,8 @@ def _png(pixels: np.ndarray) -> str:
     from PIL import Image
 
     file = io.BytesIO()
-    grey = pixels.shape[-1] == 1
-    Image.fromarray(pixels[..., 0] if grey else pixels).save(file, "PNG")
+    gray = pixels.shape[-1] == 1
+    Image.fromarray(pixels[..., 0] if gray else pixels).save(file, "PNG")
     return _address(file.getvalue())
 
 

@@ -33,7 +33,8 @@ from flax_resnetv2.run.config import (
     from_json,
     to_json,
 )
-from flax_resnetv2.system.runtime import Stop, run_child
+from flax_resnetv2.system import files
+from flax_resnetv2.system.signals import Stop, run_child
 from flax_resnetv2.validation import check, hints_of, shown
 
 _CHILD = (
@@ -137,7 +138,7 @@ def _directory(words: str, others: Sequence[Override]) -> str:
 
 
 def _learning(old: Config, new: Config) -> list[str]:
-    """The differences that decide what is learnt."""
+    """The differences that decide what is learned."""
     found = differences(old, new)
     return [
         text for name, text in found.items() if name not in run_directory.MAY_CHANGE
@@ -267,11 +268,13 @@ def _go(sweep: Sweep, workdir: Path) -> None:
             which = f"run {number} of {len(queue)}: {override.name}, seed {seed}"
             log = workdir / override.directory / f"seed-{seed}.log"
             _say(f"{which}; it writes {log}")
-            line = None if stop.asked else _run(sweep, override, seed, log, stop, lock)
+            line = (
+                None if stop.requested else _run(sweep, override, seed, log, stop, lock)
+            )
             if line is None:
                 report(sweep, workdir)
                 raise Stopped(
-                    f"by {stop.asked or 'a signal to the run'} in {which}; all is "
+                    f"by {stop.requested or 'a signal to the run'} in {which}; all is "
                     "saved, and the same command goes on"
                 )
             _append(workdir / "sweep.jsonl", line)
@@ -299,7 +302,7 @@ def _agree(sweep: Sweep, workdir: Path) -> Sweep:
             sweep = join(load_sweep(workdir), sweep)
         except UsageError as error:
             raise UsageError(f"workdir={workdir}: {error}") from error
-    run_directory.write_whole(path, _to_json(sweep))
+    files.write_whole(path, _to_json(sweep))
     return sweep
 
 
@@ -316,7 +319,7 @@ def _run(
         begin = file.tell()
     code = run_child([sys.executable, "-c", _CHILD, *words], log, stop, lock)
     ended = (-signal.SIGTERM, 128 + signal.SIGTERM)
-    if code == 75 or (stop.asked and code in ended):
+    if code == 75 or (stop.requested and code in ended):
         return None
     line = {"override": override.words, "seed": seed, "status": "done", "reason": None}
     if code:
@@ -340,9 +343,9 @@ def outcome(directory: Path) -> dict[str, Any]:
     config = run_directory.load_config(directory)
     last = {line["split"]: line for line in run_directory.read_metrics(directory)}
     start = run_directory.load_environment(directory)[-1]
-    image_shape = tuple(run_directory.load_dataset_facts(directory)["image_shape"])
+    image_shape = tuple(run_directory.load_dataset_summary(directory)["image_shape"])
     shape = config.augment.input_shape(image_shape)
-    layers = layer_table(config.architecture, shape)
+    layers = layer_table(plan(config.architecture, shape), shape)
 
     def scores(split: str) -> dict[str, Any] | None:
         names = ("loss", "accuracy", "count")
@@ -404,6 +407,6 @@ def report(sweep: Sweep, workdir: Path) -> str:
     shared = shlex.join(sweep.words)
     table = sweep_table.compare(list(names.values()), lines)
     text = sweep_table.to_markdown(shared, table, sweep.seeds, lines)
-    run_directory.write_whole(workdir / "sweep.md", text)
-    run_directory.write_whole(workdir / "sweep.png", sweep_table.draw(shared, table))
+    files.write_whole(workdir / "sweep.md", text)
+    files.write_whole(workdir / "sweep.png", sweep_table.draw_sweep(shared, table))
     return text

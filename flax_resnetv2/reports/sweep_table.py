@@ -178,7 +178,7 @@ def _escaped(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def draw(shared: str, rows: Sequence[Row]) -> bytes:
+def draw_sweep(shared: str, rows: Sequence[Row]) -> bytes:
     """Draw every run's accuracy and the overrides' means, as a PNG.
 
     A row for each override, a dot for each seed; a thin line joins a seed's dots.

@@ -19,7 +19,7 @@ from flax_resnetv2.validation import Count, Range, check, check_dataclass, shown
 
 _OF_LABELS = (
     *("augment.mixup", "augment.cutmix", "augment.test_flip", "train.label_smoothing"),
-    *("train.learn", "target_accuracy", "weights"),
+    *("train.trainable", "target_accuracy", "weights"),
 )
 """Fields that an autoencoder has no use for."""
 _OF_LATENTS = ("architecture.latent_variance", "autoencoder")

@@ -1,20 +1,22 @@
-"""What a training run needs of a device, known before anything is compiled.
+"""What a training step costs a device, predicted before anything is compiled.
 
-Counted from the plan: parameters, FLOPs, and the memory that the backward pass finds
-kept. ``Needs.check`` refuses a run that cannot fit, and says what would.
+Parameters, FLOPs and the memory kept for the backward pass are counted from the plan.
+``StepCost.check`` refuses a run that cannot fit, and says what would.
 """
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 
 from flax_resnetv2.errors import UsageError
-from flax_resnetv2.model.architecture import LAYERS, Architecture, Execution
-from flax_resnetv2.model.layer_table import LayerRow, layer_table
+from flax_resnetv2.model.architecture import Execution
+from flax_resnetv2.model.autoencoder import Autoencoder
+from flax_resnetv2.model.layer_table import LayerRow
+from flax_resnetv2.model.modules import ResNetV2
+from flax_resnetv2.run.build import net_layers
 
 PEAK_FLOPS = {
     "H200": 989e12,
@@ -31,38 +33,39 @@ PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v3": 61.5e12,
 }
-"""Dense half-precision FLOP/s by a part of a device's kind, the first that fits: the
-makers' data sheets of the SXM variants (bfloat16; V100: float16), and of TPU chips (v3:
-of a core, half a chip, which is JAX's device)."""
+"""Dense half-precision FLOP/s, keyed by a part of the device kind; the first match
+counts. From the makers' data sheets: SXM variants in bfloat16 (V100: float16), and TPU
+chips (v3: per core, half a chip, which is one JAX device)."""
 
 _BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What one training step takes."""
+class StepCost:
+    """What one training step costs."""
 
     parameters: int
-    """Numbers that are learned."""
+    """Number of trainable parameters."""
     flops: float
-    """Of one image: six for each multiply-add of the forward pass."""
+    """Per image: six for each multiply-add of the forward pass."""
     image_bytes: int
-    """Kept of one image until the backward pass has used it."""
+    """Memory per image, kept until the backward pass has used it."""
     fixed_bytes: int
-    """On each device whatever the batch: gradients and, once known, state and data."""
+    """Memory on each device whatever the batch: gradients, and what ``plus_resident``
+    added."""
     execution: Execution
-    """The way of running that this is for."""
+    """The execution that this was counted for."""
     parts: int = 1
-    """Of a batch, one after the other (``train.accumulate``): one's images are kept."""
+    """Parts of a batch, computed one after the other (``train.accumulation_steps``)."""
 
-    def beside(self, *trees: Any) -> "Needs":
-        """The same with arrays (or shapes) that lie on each device all the time."""
+    def plus_resident(self, *trees: Any) -> "StepCost":
+        """Add arrays (or their shapes) that stay on each device all the time."""
         return replace(self, fixed_bytes=self.fixed_bytes + size_of(trees))
 
     def bytes(self, share: int) -> int:
-        """Predict the memory of a device that takes ``share`` images of a batch.
+        """Predict the memory of a device that computes ``share`` images of a batch.
 
-        A lower bound: what the compiler needs between operations comes on top.
+        This is a lower bound: the compiler's work space comes on top.
         """
         return self.fixed_bytes + share // self.parts * self.image_bytes
 
@@ -70,12 +73,12 @@ class Needs:
         """Refuse a batch that cannot fit.
 
         Args:
-            batch: of all devices together.
-            devices: that share it.
-            limit: bytes of one of them; None: unknown, and nothing is refused.
+            batch: images per step, over all devices.
+            devices: the number of devices that share it.
+            limit: memory of one device in bytes; None: unknown, nothing is refused.
 
         Raises:
-            UsageError: with the largest batch that would fit.
+            UsageError: names the largest batch that would fit, and other ways.
         """
         needed = self.bytes(batch // devices)
         if limit is None or needed <= limit:
@@ -87,7 +90,7 @@ class Needs:
         )
 
     def _repair(self, share: int, devices: int, limit: int) -> str:
-        """What would make it fit."""
+        """Say what would make it fit."""
         if limit <= self.fixed_bytes:
             return "a smaller net, or a device with more memory"
         ways = []
@@ -96,7 +99,7 @@ class Needs:
             ways.append(f"--train.batch-size {images} or less")
             enough = (n for n in range(1, share + 1) if share % n == 0)
             parts = next(n for n in enough if share // n <= fits)
-            ways.append(f"--train.accumulate {parts}")
+            ways.append(f"--train.accumulation-steps {parts}")
         ways.append("more devices")
         if self.execution.dtype != "bfloat16":
             ways.append("--execution.dtype bfloat16")
@@ -105,7 +108,7 @@ class Needs:
         return ", or ".join(ways)
 
     def describe(self, batch: int, devices: int, limit: int | None) -> str:
-        """Say in one line what a step takes; arguments as of ``check``."""
+        """Return one line about what a step costs; arguments as of ``check``."""
         needed = self.bytes(batch // devices)
         return (
             f"a step: {amount(self.flops * batch, 'FLOP')}, at least "
@@ -114,62 +117,58 @@ class Needs:
         )
 
 
-def needs(
-    architecture: Architecture,
-    execution: Execution,
-    image_shape: tuple[int, int, int],
-    parts: int = 1,
-    more: Sequence[LayerRow] = (),
-) -> Needs:
-    """Count what training takes, whatever state and data lie beside it.
+def step_cost(
+    model: ResNetV2 | Autoencoder, input_shape: tuple[int, int, int], parts: int = 1
+) -> StepCost:
+    """Count what a training step costs, without the state and data on the device.
 
     Args:
-        architecture, execution: the net and how it is run.
-        image_shape: (height, width, channels).
-        parts: of a batch, one after the other.
-        more: layers beside the net's own, as a decoder's.
+        model: what is trained.
+        input_shape: (height, width, channels) of its input.
+        parts: parts of a batch, computed one after the other.
     """
-    rows = [*layer_table(architecture, image_shape), *more]
+    rows, execution = net_layers(model, input_shape), model.execution
+    last_layer = f"layer{len(model.plan.stacks[0].units[0].layers)}/conv"
+    kept = [row for row in rows if _is_kept(row, execution, last_layer)]
     parameters = sum(row.parameters for row in rows)
-    kept = [row for row in rows if _kept(row, architecture, execution)]
-    return Needs(
+    return StepCost(
         parameters=parameters,
         flops=6.0 * sum(row.multiply_adds for row in rows),
         image_bytes=sum(math.prod(row.shape) for row in kept) * _BYTES[execution.dtype],
-        # The gradients are as large as the parameters; so is the sum of several.
+        # The gradients are as large as the parameters; so is the sum over parts.
         fixed_bytes=parameters * _BYTES[execution.param_dtype] * min(parts, 2),
         execution=execution,
         parts=parts,
     )
 
 
-def _kept(row: LayerRow, architecture: Architecture, execution: Execution) -> bool:
-    """Whether a layer's output waits for the backward pass.
+def _is_kept(row: LayerRow, execution: Execution, last_layer: str) -> bool:
+    """Whether a layer's output is kept for the backward pass.
 
-    A convolution's does. A shortcut's and a bridge's end in a sum, which stands for the
-    output of the unit's last layer. What BN -> ReLU gives is computed again, or kept
-    too; of a unit that is computed again only its output stays.
+    The outputs of convolutions are. Those of shortcuts and bridges go into a sum that
+    replaces the output of the unit's last layer. The output of BN-ReLU is kept unless
+    it is recomputed; a unit that is recomputed keeps only its own output.
     """
-    *place, last = row.name.split("/")
+    *parents, last = row.name.split("/")
     if last in ("shortcut", "bridge"):
         return False
-    if execution.remat == "units" and any(part.startswith("stack") for part in place):
-        return row.name.endswith(f"layer{LAYERS[architecture.unit]}/conv")
+    if execution.remat == "units" and any(p.startswith("stack") for p in parents):
+        return row.name.endswith(last_layer)
     if last.startswith("norm"):
-        again = execution.remat == "norms" and execution.derivatives == "by_hand"
-        return not again and execution.remat != "units"
+        recomputed = execution.remat == "norms" and execution.backward == "custom"
+        return not recomputed and execution.remat != "units"
     return True
 
 
 def size_of(tree: Any) -> int:
-    """Bytes of all arrays of a tree, or of what ``jax.eval_shape`` gives for them."""
+    """Return the bytes of all arrays, or jax.ShapeDtypeStructs, of a tree."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def memory_limit(device: jax.Device) -> int | None:
-    """Give the bytes that a device may use; None where neither it nor the system says.
+    """Return the memory that a device may use, in bytes; None if unknown.
 
-    On a CPU: its share of the machine's memory.
+    A CPU device gets its share of the machine's memory.
     """
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
@@ -178,7 +177,7 @@ def memory_limit(device: jax.Device) -> int | None:
 
 
 def machine_memory() -> int | None:
-    """Give the bytes of the machine's memory; None where the system does not say."""
+    """Return the machine's memory in bytes; None if the system does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
@@ -186,16 +185,16 @@ def machine_memory() -> int | None:
 
 
 def check_images(name: str, images: int, size: int, device: jax.Device) -> None:
-    """Refuse images that cannot lie in memory, here and whole on the device.
+    """Refuse a data set that does not fit into host and device memory.
 
     Args:
         name: of the data set.
-        images: how many.
-        size: bytes of all, decoded.
+        images: their number.
+        size: bytes of all images, decoded.
         device: one of those that train.
 
     Raises:
-        UsageError: with what would help.
+        UsageError: says what would help.
     """
     for place, limit in (
         ("this machine", machine_memory()),
@@ -205,12 +204,12 @@ def check_images(name: str, images: int, size: int, device: jax.Device) -> None:
             raise UsageError(
                 f"data.name={name} has {images:,} images, which need "
                 f"{amount(size, 'B')} of memory, and {place} has {amount(limit, 'B')}; "
-                "add --data.stream True, or choose a smaller --data.size"
+                "add --data.stream True, or choose a smaller --data.image-size"
             )
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Half-precision FLOP/s of a device of a known kind; None for others."""
+    """Return a device's half-precision FLOP/s; None if its kind is unknown."""
     for part, flops in PEAK_FLOPS.items():
         if part in device.device_kind:
             return flops
@@ -218,7 +217,7 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 def amount(value: float, unit: str) -> str:
-    """Three digits and an SI prefix: 1,610,612,736 and "B" -> "1.61 GB"."""
+    """Format with three digits and an SI prefix: 1,610,612,736 "B" -> "1.61 GB"."""
     prefixes = ["", "k", "M", "G", "T", "P"]
     power = 0
     while value >= 999.5 and power < len(prefixes) - 1:

@@ -17,11 +17,11 @@ import jax
 
 from flax_resnetv2.errors import RunError, UsageError
 from flax_resnetv2.run import run_directory
-from flax_resnetv2.run.build import count_needs
 from flax_resnetv2.run.config import Config
-from flax_resnetv2.run.cost import memory_limit
-from flax_resnetv2.run.trainer import Run, add_up
-from flax_resnetv2.run.validate import agree
+from flax_resnetv2.run.cost import memory_limit, step_cost
+from flax_resnetv2.run.placement import Placement, sum_on_host
+from flax_resnetv2.run.trainer import Trainer
+from flax_resnetv2.run.validate import validate
 from flax_resnetv2.training.step import TrainState
 from flax_resnetv2.validation import Range, check_arguments
 
@@ -68,8 +68,9 @@ def find_rate(
             "another --workdir"
         )
     limit = memory_limit(devices[0])
-    config, dataset = agree(config, directory, len(devices), limit)
-    per_epoch = dataset.splits["train"].images // config.train.batch_size
+    placement = Placement(devices)
+    config, dataset, model = validate(config, directory, placement.count, limit)
+    per_epoch = dataset.splits["train"].num_images // config.train.batch_size
     train = replace(
         config.train,
         schedule="exponential",
@@ -77,10 +78,11 @@ def find_rate(
         epochs=steps // per_epoch + 1,
         warmup_epochs=steps / per_epoch,
     )
-    run = Run(replace(config, train=train), dataset, devices)
-    needed = count_needs(run.config, dataset.image_shape)
-    needed = needed.beside(run.state_shapes(), dataset.in_memory())
-    needed.check(config.train.batch_size, len(devices), limit)
+    run = Trainer(replace(config, train=train), dataset, model, placement)
+    shape = config.augment.input_shape(dataset.image_shape)
+    cost = step_cost(model, shape, train.accumulation_steps)
+    cost = cost.plus_resident(run.state_shapes(), dataset.in_memory())
+    cost.check(config.train.batch_size, placement.count, limit)
     state = run.initial_state()  # the last that can be refused
     run_directory.make_directory(directory)
     with (directory / "rates.jsonl").open("w", buffering=1) as file, closing(run):
@@ -92,11 +94,11 @@ def find_rate(
     if lowest is None:
         raise RunError(
             "the loss of the first step is not a finite number; look at the "
-            "normalisation (--augment.mean, --augment.std) and the weights"
+            "normalization (--augment.mean, --augment.std) and the weights"
         )
     # At the rate itself training is about to diverge: not much later it would.
     rate = lowest["learning_rate"] / 10
-    draw(lines, rate, directory / "learning_rate.png")
+    draw_rates(lines, rate, directory / "learning_rate.png")
     if lowest["step"] == steps - 1:
         raise RunError(
             f"the loss was still falling at the highest rate, {highest:g}; give a "
@@ -105,12 +107,12 @@ def find_rate(
     return rate
 
 
-def _rise(run: Run, state: TrainState, steps: int) -> Iterator[dict[str, float]]:
+def _rise(run: Trainer, state: TrainState, steps: int) -> Iterator[dict[str, float]]:
     """Train step by step, a line each, until the loss has diverged."""
     lowest, average = math.inf, 0.0
     for step in range(steps):
         state, metrics = run.train(state, step, 1)
-        sums = add_up([metrics])
+        sums = sum_on_host([metrics])
         loss = sums["loss"] / sums["count"]
         if not math.isfinite(loss):
             return
@@ -128,7 +130,7 @@ def _rise(run: Run, state: TrainState, steps: int) -> Iterator[dict[str, float]]
             return
 
 
-def draw(lines: list[dict], rate: float, path: Path) -> None:
+def draw_rates(lines: list[dict], rate: float, path: Path) -> None:
     """Draw the losses over the rate, and the suggested one."""
     from matplotlib.figure import Figure
 

@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.progress import TimeRemainingColumn as Remaining
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn as Remaining,
+)
 
-from flax_resnetv2.run.run_directory import read_metrics, write_whole
+from flax_resnetv2.run.run_directory import read_metrics
 from flax_resnetv2.run.tensorboard import TensorBoard
+from flax_resnetv2.system.files import write_whole
 
 MEANS = {
     "loss": "loss",
@@ -127,11 +133,11 @@ class Reporter:
         rate = (done - self._step) * self._batch / (now - self._time)
         self._step, self._time = done, now
         if self._peak:
-            more["flops_utilisation"] = rate * self._flops / self._peak
+            more["flops_utilization"] = rate * self._flops / self._peak
         line = self._record("train", done, epoch, sums, images_per_second=rate, **more)
         text = f"{_told(line)}  {rate:,.0f} images/s"
         if self._peak:
-            text += f"  {line['flops_utilisation']:.1%} of peak FLOP/s"
+            text += f"  {line['flops_utilization']:.1%} of peak FLOP/s"
         self.progress(done)
         if self._bar:
             self._bar.update(self._task, description=text)

@@ -78,7 +78,7 @@ _ACCURATE = replace(
 # He et al. 2016, as long as their code trains (resnet-1k-layers: 200 epochs, in which
 # fb.resnet.torch drops the rate after 80 and 121); the paper's 64,000 steps are 164.
 _PAPER = Config(
-    train=TrainConfig(nesterov=False, warmup_epochs=1.0, drops=(80 / 200, 121 / 200))
+    train=TrainConfig(nesterov=False, warmup_epochs=1.0, lr_drops=(80 / 200, 121 / 200))
 )
 # Atienza's script, but for what is not a number here: it shifts images by 10 % and
 # repeats their border, takes the mean of each pixel off, lets the classifier's kernel
@@ -90,7 +90,7 @@ _BOOK = Config(
         optimizer="adam_l2",
         learning_rate=1e-3,
         weight_decay=2e-4,
-        drops=(81 / 200, 121 / 200, 161 / 200, 181 / 200),
+        lr_drops=(81 / 200, 121 / 200, 161 / 200, 181 / 200),
     ),
 )
 # The article's author, in his posts of 2024 on this net; the rate is Atienza's, the
@@ -158,7 +158,7 @@ _IMAGENET = Config(
         batch_size=256,
         eval_batch_size=256,
         warmup_epochs=5.0,
-        drops=(1 / 3, 2 / 3, 8 / 9),
+        lr_drops=(1 / 3, 2 / 3, 8 / 9),
     ),
 )
 _PUBLISHED = {

@@ -23,6 +23,7 @@ import jax
 from flax_resnetv2.data.datasets import Dataset
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.run.config import Config, differences, from_json, to_json
+from flax_resnetv2.system.files import write_whole
 
 
 @contextlib.contextmanager
@@ -103,7 +104,7 @@ def load_environment(workdir: str | Path) -> list[dict[str, Any]]:
     return _load(Path(workdir) / "environment.json", list)
 
 
-def load_dataset_facts(workdir: str | Path) -> dict[str, Any]:
+def load_dataset_summary(workdir: str | Path) -> dict[str, Any]:
     """Read ``dataset.json`` of a run: name, class_names, image_shape, images, ...
 
     Raises:
@@ -169,7 +170,7 @@ def check_data(workdir: Path, dataset: Dataset) -> None:
     """
     if not (workdir / "dataset.json").exists():
         return
-    before, now = load_dataset_facts(workdir).get("checksums"), _checksums(dataset)
+    before, now = load_dataset_summary(workdir).get("checksums"), _checksums(dataset)
     before = before if isinstance(before, dict) else {}
     if other := [split for split, value in now.items() if before.get(split) != value]:
         raise UsageError(
@@ -273,7 +274,7 @@ def write_records(
         "image_shape": dataset.image_shape,
         "class_names": dataset.class_names,
         "multi_label": dataset.multi_label,
-        "images": {name: s.images for name, s in dataset.splits.items()},
+        "num_images": {name: s.num_images for name, s in dataset.splits.items()},
         "checksums": _checksums(dataset),
     }
     path = workdir / "environment.json"
@@ -288,16 +289,6 @@ def write_records(
     for name, text in records.items():
         if not (path := workdir / name).exists() or path.read_text() != text:
             write_whole(path, text)
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all."""
-    new = path.with_name(f"{path.name}.part")
-    with new.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())  # or a crash of the machine could leave it empty
-    os.replace(new, path)
 
 
 def _environment(devices: list[jax.Device]) -> dict[str, Any]:

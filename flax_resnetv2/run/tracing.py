@@ -68,7 +68,7 @@ class Tracer:
         if self._running:  # or the next trace of this process could not begin
             jax.profiler.stop_trace()
 
-    def border(self, done: int, border: int) -> int:
+    def next_event(self, done: int, border: int) -> int:
         """The end of the chunk that begins at ``done``, at ``border`` at the latest."""
         ahead = [step for step in (self._first, self._end) if step > done]
         return min([border, *ahead])

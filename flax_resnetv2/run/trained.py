@@ -13,18 +13,18 @@ from flax_resnetv2.run.checkpoint import Checkpointer, best_step
 from flax_resnetv2.run.config import Config
 from flax_resnetv2.run.run_directory import (
     load_config,
-    load_dataset_facts,
+    load_dataset_summary,
     load_environment,
     read_metrics,
 )
 from flax_resnetv2.training.step import train_state_shapes
 from flax_resnetv2.validation import check_choice
 
-Which = Literal["newest", "best"]
+CheckpointChoice = Literal["newest", "best"]
 """Which checkpoint: the newest whole one, or the best on the split "validation"."""
 
 
-class Restored(NamedTuple):
+class TrainedNet(NamedTuple):
     """What a run has come to."""
 
     config: Config
@@ -40,7 +40,7 @@ class Restored(NamedTuple):
     """Where it was trained last: commit, versions, devices."""
 
 
-def restore(workdir: str | Path, checkpoint: Which = "newest") -> Restored:
+def restore(workdir: str | Path, checkpoint: CheckpointChoice = "newest") -> TrainedNet:
     """Load a checkpoint of a run that ``train.py`` made, or is making, on one device.
 
     Raises:
@@ -48,7 +48,7 @@ def restore(workdir: str | Path, checkpoint: Which = "newest") -> Restored:
         RunError: the checkpoints are damaged.
     """
     check_choice("checkpoint", checkpoint, ("newest", "best"))
-    config, facts = load_config(workdir), load_dataset_facts(workdir)
+    config, facts = load_config(workdir), load_dataset_summary(workdir)
     classes, asked = len(facts["class_names"]), config.architecture.num_classes
     if config.architecture.head == "classifier" and classes != asked:
         raise UsageError(
@@ -87,7 +87,7 @@ def restore(workdir: str | Path, checkpoint: Which = "newest") -> Restored:
         for line in read_metrics(workdir)
         if line["split"] == "test" and line["step"] <= step
     ]
-    return Restored(
+    return TrainedNet(
         config,
         facts,
         step,

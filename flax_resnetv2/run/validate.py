@@ -1,98 +1,122 @@
-"""Whether a configuration, a data set, the devices and a directory fit together.
+"""Whether configuration, data set, devices and run directory fit together.
 
-Everything that can be refused is refused here, cheapest first, before there is an
-array; and what was left open is filled in.
+Everything that can be refused is refused here, cheapest checks first, before any array
+exists. What the configuration leaves open is filled in, and the net is planned: this
+plan is the one that the whole run uses.
 """
 
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
-from flax_resnetv2.data.catalog import Facts
+from flax_resnetv2.data.catalog import DatasetSummary
 from flax_resnetv2.data.datasets import Dataset, describe, open_dataset
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.model import weights
+from flax_resnetv2.model.autoencoder import Autoencoder
+from flax_resnetv2.model.modules import ResNetV2
 from flax_resnetv2.run import run_directory
 from flax_resnetv2.run.build import create_net
 from flax_resnetv2.run.config import SMALLEST_STD, Config, check_config, check_shape
 from flax_resnetv2.run.cost import check_images
-from flax_resnetv2.system import runtime
+from flax_resnetv2.system import files
+from flax_resnetv2.training.augment import NORMALIZATION
 
 IN_MEMORY = 4
-"""Images take at most one part in so many of a device's memory, or stay on disk."""
+"""Images that need more than one part in this many of a device's memory are streamed.
+"""
 
 
-def agree(
+class ValidRun(NamedTuple):
+    """A run that can start."""
+
+    config: Config
+    """With every field filled in."""
+    dataset: Dataset
+    model: ResNetV2 | Autoencoder
+    """The planned net; batch statistics are not yet synchronized over devices."""
+
+
+def validate(
     config: Config, workdir: Path, devices: int, limit: int | None
-) -> tuple[Config, Dataset]:
-    """Everything that can be refused, cheapest first; the configuration filled in.
+) -> ValidRun:
+    """Check everything, fill in the configuration, and open the data set.
 
     Args:
         config, workdir: of the run.
-        devices: how many share a batch.
-        limit: bytes of memory of one of them; None: unknown.
+        devices: the number of devices that share a batch.
+        limit: memory of one device in bytes; None: unknown.
 
     Raises:
-        UsageError: it is refused.
+        UsageError: something does not fit.
+        RunError: the data set could not be downloaded or prepared.
     """
-    config = agree_unread(config, workdir, devices, limit)
-    if not runtime.writable(workdir):
+    config, model = validate_static(config, workdir, devices, limit)
+    if not files.writable(workdir):
         raise UsageError(
-            f"workdir={workdir} cannot be written, or made; choose another --workdir"
+            f"workdir={workdir} cannot be written or created; choose another --workdir"
         )
     dataset = open_dataset(config.data)
     run_directory.check_data(workdir, dataset)
-    return resolve(config, dataset), dataset
+    return ValidRun(fill_in(config, dataset), dataset, model)
 
 
-def agree_unread(
+def validate_static(
     config: Config, workdir: Path, devices: int, limit: int | None
-) -> Config:
-    """The part of ``agree`` before any image is read: a mistake costs no waiting."""
+) -> tuple[Config, ResNetV2 | Autoencoder]:
+    """Check everything that needs no image; arguments and errors as of ``validate``.
+
+    Returns:
+        The configuration as far as it can be filled in, and the planned net.
+    """
     check_config(config)
-    facts = describe(config.data)
-    config = fill_in(config, facts)
-    check_shape(config, facts.image_shape)
-    create_net(config, facts.image_shape)
+    summary = describe(config.data)
+    config = fill_in_classes(config, summary)
+    check_shape(config, summary.image_shape)
+    model = create_net(config, summary.image_shape)
     check_devices(config, devices)
     run_directory.check_same(workdir, config)
-    config = in_memory_or_not(run_directory.as_begun(workdir, config), facts, limit)
-    check_weights(config, facts.image_shape, workdir)
-    return config
+    config = run_directory.as_begun(workdir, config)
+    config = choose_streaming(config, summary, limit)
+    check_weights(config, summary.image_shape, workdir)
+    return config, model
 
 
-def in_memory_or_not(config: Config, facts: Facts, limit: int | None) -> Config:
-    """Decide where images are to be, if that is left open.
+def choose_streaming(
+    config: Config, summary: DatasetSummary, limit: int | None
+) -> Config:
+    """Decide whether images are streamed from disk, if ``data.stream`` leaves it open.
 
     Args:
         config: of the run.
-        facts: of its data set.
-        limit: bytes of memory of a device; None: unknown.
+        summary: of its data set.
+        limit: memory of a device in bytes; None: unknown.
 
     Raises:
-        UsageError: they are to be in memory, and do not fit.
+        UsageError: the images are to be in memory, and do not fit.
     """
     stream = config.data.stream
     if stream is None:
-        stream = limit is not None and facts.size * IN_MEMORY > limit
+        stream = limit is not None and summary.size * IN_MEMORY > limit
     if not stream:
-        count = sum(facts.images.values())
-        check_images(config.data.name, count, facts.size, jax.local_devices()[0])
+        count = sum(summary.num_images.values())
+        check_images(config.data.name, count, summary.size, jax.local_devices()[0])
     return replace(config, data=replace(config.data, stream=stream))
 
 
 def check_weights(
     config: Config, image_shape: tuple[int, int, int], workdir: Path
 ) -> None:
-    """Refuse weights that a new run could not open or use."""
+    """Refuse ``weights`` that a new run could not open or use."""
     if config.weights is None or run_directory.is_run(workdir):
         return
-    known, channels = len(weights.NORMALISATION.mean), image_shape[2]
-    if channels != known:
+    expected, channels = len(NORMALIZATION.mean), image_shape[2]
+    if channels != expected:
         raise UsageError(
-            f"weights={config.weights} are for images of {known} channels, and those "
-            f"of {config.data.name} have {channels}; leave the weights out"
+            f"weights={config.weights} are for images of {expected} channels, and "
+            f"those of {config.data.name} have {channels}; leave the weights out"
         )
     try:
         weights.check_file(config.weights)
@@ -100,8 +124,8 @@ def check_weights(
         raise UsageError(f"weights={error}; name it by --weights FILE") from error
 
 
-def fill_in(config: Config, data: Facts | Dataset) -> Config:
-    """Fill in the number of classes where it was left to the data set."""
+def fill_in_classes(config: Config, data: DatasetSummary | Dataset) -> Config:
+    """Take the number of classes from the data set, if it is left open."""
     if config.architecture.num_classes is not None:
         return config
     classes = len(data.class_names)
@@ -109,17 +133,20 @@ def fill_in(config: Config, data: Facts | Dataset) -> Config:
     return replace(config, architecture=architecture)
 
 
-def resolve(config: Config, dataset: Dataset) -> Config:
-    """Fill in what only the data set knows, and check that the two fit."""
-    config = fill_in(config, dataset)
+def fill_in(config: Config, dataset: Dataset) -> Config:
+    """Fill in what only the data set knows, and check that the two fit.
+
+    Raises:
+        UsageError: the number of classes, the crops or the batch do not fit.
+    """
+    config = fill_in_classes(config, dataset)
     check_fits(config, dataset)
     if config.augment.mean is None:
         if config.weights is not None:
-            known = weights.NORMALISATION
-            mean, std = known.mean, known.std
+            mean, std = NORMALIZATION.mean, NORMALIZATION.std
         else:
             mean, std = dataset.channel_statistics()
-            # A channel that never changes stays 0.
+            # A constant channel stays 0.
             std = tuple(value if value > SMALLEST_STD else 1.0 for value in std)
         config = replace(config, augment=replace(config.augment, mean=mean, std=std))
         check_shape(config, dataset.image_shape)
@@ -127,20 +154,25 @@ def resolve(config: Config, dataset: Dataset) -> Config:
 
 
 def check_fits(config: Config, dataset: Dataset) -> None:
-    """Refuse a configuration for other data."""
+    """Refuse a configuration that the data set does not fit.
+
+    Raises:
+        UsageError: names the field, its value and the repair.
+    """
     classes, asked = len(dataset.class_names), config.architecture.num_classes
     if config.architecture.head == "classifier" and classes != asked:
         raise UsageError(
             f"architecture.num_classes={asked}, but {dataset.name} has {classes} "
             f"classes; set --architecture.num_classes {classes}"
         )
-    cut = config.augment.crop_scale, config.augment.test_crop
-    if dataset.in_memory() and cut != (None, 1.0):
+    crops = config.augment.crop_scale, config.augment.test_crop
+    if dataset.in_memory() and crops != (None, 1.0):
         raise UsageError(
-            f"augment.crop_scale={cut[0]} and augment.test_crop={cut[1]} are for "
-            "images that stay on disk; add --data.stream True, or leave them out"
+            f"augment.crop_scale={crops[0]} and augment.test_crop={crops[1]} need "
+            "images that are streamed from disk; add --data.stream True, or leave them "
+            "out"
         )
-    images, batch = dataset.splits["train"].images, config.train.batch_size
+    images, batch = dataset.splits["train"].num_images, config.train.batch_size
     if batch > images:
         raise UsageError(
             f"train.batch_size={batch} is more than the {images} training images of "
@@ -150,12 +182,12 @@ def check_fits(config: Config, dataset: Dataset) -> None:
 
 def check_devices(config: Config, count: int) -> None:
     """Refuse a batch that ``count`` devices cannot share equally, part by part."""
-    batch, parts = config.train.batch_size, config.train.accumulate
+    batch, parts = config.train.batch_size, config.train.accumulation_steps
     unit = count * parts
     if batch % unit:
         below, above = batch // unit * unit, (batch // unit + 1) * unit
         choices = f"{below} or {above}" if below else str(above)
-        each = "" if parts == 1 else f" in train.accumulate={parts} parts each"
+        each = "" if parts == 1 else f" in train.accumulation_steps={parts} parts each"
         raise UsageError(
             f"train.batch_size={batch} cannot be shared equally by {count} devices"
             f"{each}; choose a multiple of {unit}, as {choices}"

@@ -1,69 +1,45 @@
-"""A process that trains: memory, convolutions, compiled programs; signals; others.
+"""The process and its JAX runtime: memory, XLA flags and the compilation cache.
 
-What changes the process is called by the commands: whoever imports the package decides
-about his own. ``fit`` itself touches memory ahead and listens to signals.
+Only the commands change process-wide settings; importing the package changes none.
+``fit`` itself pre-allocates memory and listens to signals.
 """
 
 import ctypes
 import os
-import signal
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Sequence
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from flax_resnetv2.errors import RunError, UsageError
+from flax_resnetv2.system.files import user_cache, writable
 
-_kept = False
+_keeps_memory = False
 """Whether ``keep_memory`` took effect in this process."""
 
 
-def user_cache() -> Path:
-    """Give this project's directory among the user's caches; it may not exist yet."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "flax_resnetv2"
-
-
-def existing(path: Path) -> Path:
-    """The path, or what exists already of the directories above it."""
-    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-
-
-def writable(path: Path) -> bool:
-    """Whether a directory can be written, or made; it is not made."""
-    try:
-        found = existing(path)
-    except OSError:  # as of a name that is too long
-        return False
-    return found.is_dir() and os.access(found, os.W_OK | os.X_OK)
-
-
 def tune() -> None:
-    """Make this process fast where the CPU trains; call it before JAX's backend starts.
+    """Speed up CPU training in this process; call it before JAX's backend starts.
 
-    With an accelerator beside the CPU it changes nothing.
+    Does nothing where JAX will use an accelerator.
     """
     keep_memory()
     choose_convolutions()
 
 
 def keep_memory() -> bool:
-    """Keep the memory that a step frees for the next one, where the CPU trains.
+    """Keep the memory that a CPU training step frees, for the next step.
 
-    XLA allocates all memory of a step anew, a gigabyte and more. The C library gives it
-    back to the system after the step, and the system clears every page again: a
-    quarter of a step's time.
+    XLA allocates all memory of a step anew, often more than a gigabyte. By default the
+    C library returns it to the system after the step, and the system clears every page
+    again: a quarter of a step's time.
 
     Returns:
-        Whether it was done: with the GNU C library, and where JAX finds neither a
-        plugin of an accelerator nor a TPU, since there the memory lies elsewhere.
+        Whether it took effect. It needs the GNU C library and a process without an
+        accelerator plugin or TPU, because there the memory lies elsewhere.
     """
-    if _accelerated() or not sys.platform.startswith("linux"):
+    if _has_accelerator() or not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
@@ -71,29 +47,28 @@ def keep_memory() -> bool:
     # <malloc.h>: one arena, whose top is never given back, and no blocks outside it.
     arena_max, mmap_max, trim_threshold = -8, -4, -1
     settings = ((arena_max, 1), (mmap_max, 0), (trim_threshold, -1))
-    global _kept
-    _kept = all([mallopt(name, value) == 1 for name, value in settings])
-    return _kept
+    global _keeps_memory
+    _keeps_memory = all([mallopt(name, value) == 1 for name, value in settings])
+    return _keeps_memory
 
 
 def touch_memory(size: int) -> threading.Thread | None:
-    """Have the system hand out ``size`` bytes of memory now, beside what goes on.
+    """Fault in ``size`` bytes of memory in a background thread.
 
-    The first step would wait for them, page by page, while one core computes; before
-    it, reading or compiling the program leaves a core free. The first step of
-    he2016-resnet164 takes 3 seconds instead of 5.
+    Otherwise the first step waits for the system to clear its pages one by one, while
+    loading or compiling the program before it leaves a core idle. This brings the
+    first step of he2016-resnet164 from 5 seconds to 3.
 
     Returns:
-        The thread that does it; None: memory is not kept in this process, see
-        ``keep_memory``.
+        The thread, or None where ``keep_memory`` did not take effect.
     """
-    if not _kept:
+    if not _keeps_memory:
         return None
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
     libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
-    # The compiler's own memory is cut out of it meanwhile.
+    # The compiler takes its own memory from the same heap meanwhile.
     size = size * 5 // 4
 
     def touch() -> None:
@@ -110,196 +85,51 @@ def touch_memory(size: int) -> threading.Thread | None:
 
 
 def choose_convolutions() -> bool:
-    """Have XLA's CPU backend compute convolutions by Eigen, not by YNNPACK.
+    """Let XLA's CPU backend run convolutions on Eigen instead of YNNPACK.
 
     From 32 maps on YNNPACK takes 6.4 ms where Eigen takes 3.4 (3x3, 128 images of
     16x16x32, two cores): a tenth of a training step. Reductions and matrix products
-    stay with YNNPACK.
+    stay on YNNPACK.
 
     Returns:
-        Whether it was done: not beside an accelerator, not where ``XLA_FLAGS`` says
-        something of YNNPACK already.
+        Whether it took effect. It does not where JAX will use an accelerator, or where
+        ``XLA_FLAGS`` already sets YNNPACK fusions.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if _accelerated() or "ynn_fusion_type" in flags:
+    if _has_accelerator() or "ynn_fusion_type" in os.environ.get("XLA_FLAGS", ""):
         return False
-    chosen = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
-    os.environ["XLA_FLAGS"] = f"{flags} {chosen}".strip()
+    _add_xla_flag("--xla_cpu_experimental_ynn_fusion_type=-individual_convolution")
     return True
 
 
-class Stop:
-    """Notes that SIGTERM or SIGINT asks the process to stop; a second one ends it.
+def make_deterministic() -> None:
+    """Make GPU results reproducible bit for bit; call it before the backend starts.
 
-    Only from ``listen`` on: before, there is nothing that a signal could lose. Outside
-    the main thread signals stay as they are.
+    CPUs and TPUs are deterministic anyway.
     """
-
-    def __init__(self) -> None:
-        self.asked: str | None = None
-        """Name of the signal that came."""
-        self._since = 0.0
-        self._before: dict[int, Any] = {}
-
-    def listen(self) -> None:
-        """Begin to note signals; again: nothing."""
-        if self._before or threading.current_thread() is not threading.main_thread():
-            return
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
-
-    def _note(self, number: int, _: object) -> None:
-        name, now = signal.Signals(number).name, time.monotonic()
-        if self.asked is not None:
-            # A cluster tells every process, and a sweep passes on what it was told.
-            if name == self.asked == "SIGTERM" and now < self._since + 1:
-                return
-            os._exit(128 + number)
-        self.asked, self._since = name, now
-        # print and logging may be in the middle of a line, and may wait for it.
-        os.write(2, f"\n{self.asked}: saving; a second one ends at once\n".encode())
-
-    def __enter__(self) -> "Stop":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    _add_xla_flag("--xla_gpu_deterministic_ops=true")
 
 
-def run_child(command: Sequence[str], log: Path, stop: Stop, keeps: int) -> int:
-    """Run a command to its end, and pass on to it that ``stop`` was asked.
-
-    Args:
-        command: its words.
-        log: receives, behind what is there, what the child says.
-        stop: listens in this process.
-        keeps: a file that stays open in the child too, and with it the file's lock: it
-            holds until the child has ended, whatever becomes of this process.
-
-    Returns:
-        Its exit code; below 0: minus the signal that ended it.
-    """
-    with log.open("ab") as said:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            pass_fds=[keeps],
-            process_group=0,  # a terminal's Ctrl-C would be its second signal
-        )
-    told = False
-    while True:
-        try:
-            return child.wait(timeout=0.1)
-        except subprocess.TimeoutExpired:
-            if stop.asked is not None and not told:
-                child.terminate()
-                told = True
+def _add_xla_flag(flag: str) -> None:
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 
-def follow_parent() -> None:
-    """Have Linux send this process SIGTERM when the one that started it has died.
-
-    (Its thread that did; ``run_child`` is called in the main one.)
-    """
-    if sys.platform.startswith("linux"):
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-
-
-HEARTBEAT = 30
-"""Seconds without a sign of life after which a process counts as gone."""
-
-
-def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Become one of several processes; call it before JAX's backend starts.
-
-    Where one of them dies, the others fail at their next exchange, or are ended by JAX
-    after ``HEARTBEAT``.
-
-    Args:
-        coordinator: HOST:PORT of the first; None, with the others: what SLURM, Open
-            MPI, Kubernetes or a TPU pod say.
-        processes: how many there are.
-        process: which one this is.
-
-    Raises:
-        UsageError: nothing says what the arguments leave out.
-        RunError: the others do not answer.
-    """
-    import jax
-
-    # JAX's own notice of SIGTERM would take the signal until ``Stop`` listens.
-    jax.config.update("jax_enable_preemption_service", False)
-    try:
-        jax.distributed.initialize(
-            coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT
-        )
-    except ValueError as error:
-        raise UsageError(
-            f"no cluster was found that says who the processes are ({error}); give "
-            "--coordinator HOST:PORT --processes N --process K"
-        ) from error
-    except RuntimeError as error:
-        raise RunError(
-            f"the processes did not come together ({str(error).splitlines()[0]}); "
-            "start all of them within five minutes, with the same --coordinator"
-        ) from error
-
-
-def is_first() -> bool:
-    """Whether this process is the one that writes what is written once."""
-    import jax
-
-    return jax.process_index() == 0
-
-
-def is_one_of_several() -> bool:
-    """Whether this process has joined others."""
-    jax = sys.modules.get("jax")
-    return bool(jax and jax.distributed.is_initialized() and jax.process_count() > 1)
-
-
-def leave_others(code: int) -> None:
-    """End this process at once if it is one of several; else do nothing.
-
-    Leaving in order would wait for the others, who may be gone, or wait for this one.
-    """
-    if is_one_of_several():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def quieten() -> None:
-    """Leave it to this project to say what went wrong, not to orbax's log."""
+def silence_orbax() -> None:
+    """Suppress orbax's own logging; this package reports checkpoint errors itself."""
     import absl.logging
 
     absl.logging.set_verbosity(absl.logging.FATAL)
     show = sys.unraisablehook
 
-    def known(about: Any) -> None:
-        # Reads that orbax began and left when another one failed.
+    def filtered(about: Any) -> None:
+        # Reads that orbax started and abandoned when another one failed.
         if str(about.exc_value) != "Event loop is closed":
             show(about)
 
-    sys.unraisablehook = known
+    sys.unraisablehook = filtered
 
 
-def make_deterministic() -> None:
-    """Have GPUs give the same bits run to run; call it before JAX's backend starts.
-
-    CPUs and TPUs do so in any case.
-    """
-    chosen = "--xla_gpu_deterministic_ops=true"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {chosen}".strip()
-
-
-def _accelerated() -> bool:
-    """JAX would find an accelerator's plugin or a TPU, and was not told to leave it."""
+def _has_accelerator() -> bool:
+    """Whether JAX would find an accelerator plugin or a TPU, and may use it."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return False
     found = find_spec("jax_plugins") or find_spec("libtpu")
@@ -307,29 +137,26 @@ def _accelerated() -> bool:
 
 
 def program_cache() -> Path:
-    """Where compiled programs are kept: where JAX was told to, or in the user's cache.
-
-    JAX is told by ``JAX_COMPILATION_CACHE_DIR``.
-    """
+    """Return the compilation cache: ``JAX_COMPILATION_CACHE_DIR`` or the user's."""
     import jax
 
     return Path(jax.config.jax_compilation_cache_dir or user_cache() / "xla")
 
 
 def cache_compilations() -> Path | None:
-    """Keep compiled programs in ``program_cache()``, for the next process.
+    """Keep compiled programs in ``program_cache()`` for the next process.
 
     Returns:
-        Where they are kept; None: the directory cannot be written.
+        The directory, or None if it is not writable.
     """
     import jax
 
     directory = program_cache()
     if jax.config.jax_compilation_cache_dir is None:
-        # JAX makes it with its first program: a run that is refused leaves nothing.
+        # JAX creates it with its first program, so a refused run leaves nothing.
         if not writable(directory):
             return None
         jax.config.update("jax_compilation_cache_dir", str(directory))
-        # A start is also many small programs.
+        # Starting a run compiles many small programs, too.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return directory

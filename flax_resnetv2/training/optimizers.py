@@ -1,4 +1,4 @@
-"""How a net is trained: ``TrainConfig``, and its schedule and optimiser from optax."""
+"""How a net is trained: ``TrainConfig``, and its schedule and optimizer by optax."""
 
 import math
 from dataclasses import dataclass, replace
@@ -14,69 +14,71 @@ from flax_resnetv2.validation import Count, Range, Share, check_dataclass, shown
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a net is trained. Durations are in epochs, batches count all devices."""
+    """How a net is trained."""
 
     epochs: Count = 200
-    """Passes over the training split."""
+    """Passes over the training images."""
     batch_size: Count = 128
-    """Images in one step, over all devices."""
-    accumulate: Count = 1
-    """Compute a step's gradient in so many parts, one after the other, each of so much
-    less memory. Batch statistics are those of a part."""
-    eval_batch_size: Count = 1000
-    """Images in one evaluation step, over all devices."""
+    """Images per training step, over all devices."""
     optimizer: Literal["sgd", "adamw", "adam_l2", "lars", "muon"] = "sgd"
-    """sgd: with momentum; adamw: decoupled weight decay; adam_l2: Adam whose loss has
-    the term weight_decay / 2 * |w|^2, which is another method than adamw. (Keras's
-    l2(x) is weight_decay = 2x.) lars: sgd whose steps are scaled kernel by kernel, for
-    large batches (You et al. 2017); its rates are far above those of sgd.
-    muon: kernels of convolutions, but the stem's, take orthogonal steps (Jordan et al.
-    2024), all else, the stem and the head too, those of adamw, at the same rate."""
+    """sgd: with momentum. adamw: decoupled weight decay. adam_l2: Adam with the L2 term
+    weight_decay / 2 * |w|^2 in the loss (Keras's l2(x) is weight_decay = 2x). lars: SGD
+    with a step size per kernel, for large batches and far larger rates (You et al.
+    2017). muon: orthogonalized steps for convolution kernels beyond the stem, AdamW for
+    everything else, at the same rate (Jordan et al. 2024)."""
     learning_rate: Annotated[float, Range(0, 1e6, above=True)] = 0.1
-    """The highest of the schedule."""
-    momentum: Share = 0.9
-    """Of sgd, lars and muon (whose authors take 0.95)."""
-    nesterov: bool = True
-    """Nesterov's momentum in these."""
-    weight_decay: Annotated[float, Range(0, 1e6)] = 1e-4
-    """As the optimizer says; lars has the term as adam_l2, muon decays as adamw."""
-    clip: Annotated[float, Range(0, 1e6, above=True)] | None = None
-    """Scale gradients down whose norm, over all that learns, is larger; before the
-    optimizer, and before what weight_decay adds; None: never."""
-    learn: Literal["all", "classifier"] = "all"
-    """What learns: everything, or the classifier alone, behind a backbone whose
-    parameters and statistics stay as they came."""
-    decay: Literal["kernels", "all"] = "kernels"
-    """What decays: kernels only, or scales and biases too."""
+    """Peak learning rate of the schedule."""
     schedule: Literal[
         "steps", "cosine", "one_cycle", "linear", "constant", "exponential"
     ] = "steps"
-    """steps: a tenth during the warm-up, then / 10 at each of drops (He). cosine,
-    linear, constant: up linearly during the warm-up, then to 0 along the curve.
-    one_cycle: up and down along cosines, the warm-up being the rising part.
-    exponential: up from a millionth during the warm-up, as find-rate does it."""
+    """steps: a tenth of the rate during warm-up, then divided by 10 at each of lr_drops
+    (He). cosine, linear, constant: linear warm-up, then the curve, to 0 for cosine and
+    linear. one_cycle: up and down along cosines; warm-up is the rising part.
+    exponential: from a millionth of the rate up to it during warm-up (find-rate)."""
     warmup_epochs: Annotated[float, Range(0, 1e6)] = 0.0
-    """Length of the warm-up."""
-    drops: tuple[float, ...] = (0.5, 0.75)
-    """Shares of the training after which "steps" divides by 10."""
+    """Length of the warm-up, in epochs."""
+    lr_drops: tuple[float, ...] = (0.5, 0.75)
+    """For schedule "steps": fractions of the training after which the learning rate is
+    divided by 10."""
+    weight_decay: Annotated[float, Range(0, 1e6)] = 1e-4
+    """Weight decay as the optimizer defines it: an L2 term for sgd, lars and adam_l2,
+    decoupled for adamw and muon."""
+    decay: Literal["kernels", "all"] = "kernels"
+    """Which parameters weight decay applies to: kernels, or scales and biases too."""
+    momentum: Share = 0.9
+    """Momentum of sgd, lars and muon (muon's authors use 0.95)."""
+    nesterov: bool = True
+    """Use Nesterov momentum with sgd, lars and muon."""
     label_smoothing: Share = 0.0
-    """Share of the target spread evenly over all classes; of several labels an image,
-    over yes and no of each."""
-    ema: Share = 0.0
-    """Share kept by a moving average of parameters and statistics, which is then what
-    is evaluated; 0: none."""
+    """Fraction of the target spread evenly over all classes; with several labels per
+    image, over yes and no of each label."""
+    ema_decay: Share = 0.0
+    """Decay per step of a moving average of parameters and statistics, which is then
+    what is evaluated; 0 keeps none."""
+    clip_norm: Annotated[float, Range(0, 1e6, above=True)] | None = None
+    """Clip the global norm of the trainable gradients to this value, before weight
+    decay is added; None does not clip."""
     stochastic_depth: Share = 0.0
-    """Share of images for which the last unit's residual is dropped in training; it
-    rises linearly from the first unit on (Huang et al. 2016); 0: none."""
+    """Probability p of dropping the last unit's residual branch for an image; unit u of
+    L is dropped with p * u / L, survivors are rescaled (Huang et al. 2016)."""
+    trainable: Literal["all", "classifier"] = "all"
+    """What is trained: the whole net, or only the classifier on top of a backbone whose
+    parameters and statistics stay fixed."""
+    accumulation_steps: Count = 1
+    """Compute each step's gradient in this many parts, one after the other, which
+    divides the memory for activations; batch statistics are per part."""
+    eval_batch_size: Count = 1000
+    """Images per evaluation step, over all devices."""
     sync_batch_norm: bool = True
-    """Batch statistics over all devices, so that results do not depend on them."""
+    """Take batch statistics over all devices, so results do not depend on their number.
+    """
 
 
 def check_train(config: TrainConfig) -> None:
-    """Refuse numbers that cannot train.
+    """Check the fields of ``config``, and the rules between them.
 
     Raises:
-        UsageError: naming the field, its value and its range.
+        UsageError: names the field, its value and its range.
     """
     c = config
     check_dataclass(c, TrainConfig, "train.")
@@ -85,23 +87,24 @@ def check_train(config: TrainConfig) -> None:
             f"train.warmup_epochs={c.warmup_epochs} must be from 0 to below "
             f"epochs={c.epochs}"
         )
-    if c.drops != tuple(sorted({d for d in c.drops if 0 < d < 1})):
+    if c.lr_drops != tuple(sorted({d for d in c.lr_drops if 0 < d < 1})):
         raise UsageError(
-            f"train.drops={shown(c.drops)} must be rising shares of the training "
-            "between 0 and 1, as (0.5, 0.75)"
+            f"train.lr_drops={shown(c.lr_drops)} must be rising fractions of the "
+            "training between 0 and 1, as (0.5, 0.75)"
         )
-    if c.stochastic_depth and c.learn != "all":
+    if c.stochastic_depth and c.trainable != "all":
         raise UsageError(
-            f"train.stochastic_depth={c.stochastic_depth} drops units that learn, and "
-            f"train.learn={c.learn!r} has none; leave it out, or choose learn='all'"
+            f"train.stochastic_depth={c.stochastic_depth} drops units that are trained, "
+            f"and train.trainable={c.trainable!r} trains none; leave it out, or choose "
+            "trainable='all'"
         )
 
 
 def make_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
-    """Learning rate as a function of the step.
+    """Return the learning rate as a function of the number of steps done.
 
     Raises:
-        UsageError: the warm-up, rounded to steps, leaves none.
+        UsageError: the warm-up, rounded to steps, takes the whole training.
     """
     c, peak = config, config.learning_rate
     total = c.epochs * steps_per_epoch
@@ -115,7 +118,7 @@ def make_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
         rising = warmup / total if warmup else 0.3
         schedule = optax.cosine_onecycle_schedule(total, peak, pct_start=rising)
     elif c.schedule == "steps":
-        drops = {round(share * total): 0.1 for share in c.drops}
+        drops = {round(fraction * total): 0.1 for fraction in c.lr_drops}
         steps = optax.piecewise_constant_schedule(peak, drops)
 
         def schedule(step: jax.Array) -> jax.Array:
@@ -146,14 +149,18 @@ def make_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
 def make_optimizer(
     config: TrainConfig, steps_per_epoch: int
 ) -> optax.GradientTransformation:
-    """The gradient transformation that ``config`` describes."""
+    """Return the gradient transformation that ``config`` describes.
+
+    Raises:
+        UsageError: as ``make_schedule``.
+    """
     c, rate = config, make_schedule(config, steps_per_epoch)
-    if c.learn == "classifier":
-        rest = make_optimizer(replace(c, learn="all"), steps_per_epoch)
-        return optax.masked(rest, learns)
-    if c.clip is not None:
-        rest = make_optimizer(replace(c, clip=None), steps_per_epoch)
-        return optax.chain(optax.clip_by_global_norm(c.clip), rest)
+    if c.trainable == "classifier":
+        rest = make_optimizer(replace(c, trainable="all"), steps_per_epoch)
+        return optax.masked(rest, trainable_mask)
+    if c.clip_norm is not None:
+        rest = make_optimizer(replace(c, clip_norm=None), steps_per_epoch)
+        return optax.chain(optax.clip_by_global_norm(c.clip_norm), rest)
 
     def kernels(params: Any) -> Any:
         return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
@@ -165,7 +172,7 @@ def make_optimizer(
     if c.optimizer == "adamw":
         return optax.adamw(rate, weight_decay=c.weight_decay, mask=decays)
     if c.optimizer == "lars":
-        # Scales and biases keep their rate, as is usual: their norms say nothing.
+        # As usual, scales and biases keep the plain rate: their norms mean nothing.
         return optax.lars(
             *(rate, c.weight_decay, decays),
             trust_ratio_mask=kernels,
@@ -186,11 +193,11 @@ def make_optimizer(
 
 
 def _orthogonal_or_adam(config: TrainConfig) -> optax.GradientTransformation:
-    """The direction of "muon".
+    """Return the update direction of "muon", before weight decay and learning rate.
 
-    Muon is for the matrices between the first and the last layer, says its author, and
-    a convolution is the matrix [k * k * in, out]. ``optax.contrib.muon`` would take the
-    classifier's matrix, not the convolutions', and has no mask for Adam's decay.
+    Muon is meant for the matrices between the first and the last layer, and a
+    convolution is the matrix [k * k * in, out]. ``optax.contrib.muon`` would take the
+    classifier's matrix instead, and has no mask for Adam's weight decay.
     """
     matrix = optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)
 
@@ -206,7 +213,7 @@ def _orthogonal_or_adam(config: TrainConfig) -> optax.GradientTransformation:
         )
 
     def lengthen(kernel: jax.Array) -> jax.Array:
-        # As long as Adam's steps, so that one rate fits both (Liu et al. 2025).
+        # Scaled to the length of Adam's steps, so one rate fits both (Liu et al. 2025).
         sides = math.prod(kernel.shape[:3]), kernel.shape[3]
         return 0.2 * max(sides) ** 0.5 * kernel
 
@@ -221,8 +228,8 @@ def _orthogonal_or_adam(config: TrainConfig) -> optax.GradientTransformation:
     return optax.partition({"muon": muon, "adam": optax.scale_by_adam()}, kinds)
 
 
-def learns(params: Any) -> Any:
-    """Where ``learn="classifier"`` is true: a tree of bool."""
+def trainable_mask(params: Any) -> Any:
+    """Return a tree of bool, True at the parameters of the classifier."""
     return jax.tree.map_with_path(
         lambda path, _: [key.key for key in path[:2]] == ["head", "classifier"], params
     )

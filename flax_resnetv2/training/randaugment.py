@@ -1,10 +1,10 @@
-"""Colour jitter and RandAugment: stored pixels changed by chance, one key an image.
+"""Color jitter and RandAugment on stored pixels.
 
-The operations are PIL's, on uint8, rounding as there. Which one an image gets, chance
-decides, and under ``vmap`` a switch would compute all fourteen for each image. But they
-are of three kinds, and an operation is a ``Change`` that says all three of them, two of
-which change nothing: pixels are moved, looked up in a table, blended with another
-image. So each image is computed once a kind.
+The operations are PIL's on uint8, with PIL's rounding. Each image draws its own
+operation, and under ``vmap`` a switch would compute all fourteen for every image. But
+they are of only three kinds: pixels are moved, looked up in a table, or blended with
+another image. A ``Change`` describes one operation as one step of each kind, two of
+which change nothing, so every image is computed three times instead of fourteen.
 """
 
 import math
@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_resnetv2.training.augment import AugmentConfig, draw_keys
+from flax_resnetv2.training.augment import AugmentConfig
+from flax_resnetv2.training.random_streams import RandomStream, stream_keys
 
 OPERATIONS = (
     *("identity", "autocontrast", "equalize", "rotate", "solarize", "color"),
@@ -29,9 +30,6 @@ _DEGREES, _SHEAR, _TRANSLATE, _BLEND, _BITS = 30.0, 0.3, 150 / 331, 0.9, 4
 of the image's side, how far a blend goes from 1, and the bits that are cut off."""
 _TABLES = ("autocontrast", "equalize", "solarize", "posterize")
 _BLENDS = ("color", "contrast", "brightness", "sharpness")
-
-# Of an image's key, beside those of ``augment``.
-JITTER, RANDAUGMENT = 4, 5
 
 
 class Change(NamedTuple):
@@ -54,14 +52,14 @@ def change_pixels(
 ) -> jax.Array:
     """Apply what ``config`` asks for to each image, uint8 [B, H, W, C], by its key.
 
-    ``config.mean`` is the colour of what is moved in. Grey is PIL's of three channels,
+    ``config.mean`` is the color of what is moved in. Gray is PIL's of three channels,
     and the mean of any other number of them.
     """
-    if config.colour_jitter:
-        jitter = jax.vmap(lambda image, key: _jitter(image, key, config.colour_jitter))
-        images = jitter(images, draw_keys(keys, JITTER))
+    if config.color_jitter:
+        jitter = jax.vmap(lambda image, key: _jitter(image, key, config.color_jitter))
+        images = jitter(images, stream_keys(keys, RandomStream.COLOR_JITTER))
     if config.randaugment:
-        colour = jnp.asarray([round(255 * m) for m in config.mean], jnp.uint8)
+        color = jnp.asarray([round(255 * m) for m in config.mean], jnp.uint8)
         strength = jnp.float32(config.randaugment_magnitude / STRONGEST)
 
         def one(image: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
@@ -69,12 +67,12 @@ def change_pixels(
             operation = jax.random.randint(which, (), 0, len(OPERATIONS), jnp.int32)
             sign = jax.random.rademacher(sign, dtype=jnp.float32)
             change = plan_change(operation, strength, sign, image.shape)
-            return apply_change(image, change, colour), None
+            return apply_change(image, change, color), None
 
         def several(image: jax.Array, key: jax.Array) -> jax.Array:
             return lax.scan(one, image, jax.random.split(key, config.randaugment))[0]
 
-        images = jax.vmap(several)(images, draw_keys(keys, RANDAUGMENT))
+        images = jax.vmap(several)(images, stream_keys(keys, RandomStream.RANDAUGMENT))
     return images
 
 
@@ -102,7 +100,7 @@ def plan_change(
 
     angle = of("rotate", math.radians(_DEGREES) * amount)
     cosine, sine = jnp.cos(angle), jnp.sin(angle)
-    # Turned around the centre; sheared from the corner.
+    # Turned around the center; sheared from the corner.
     x, y = width / 2, height / 2
     move = jnp.array(
         [
@@ -128,26 +126,26 @@ def plan_change(
     )
 
 
-def apply_change(image: jax.Array, change: Change, colour: jax.Array) -> jax.Array:
-    """Change an image, uint8 [H, W, C]; ``colour`` [C] is that of what is moved in."""
-    image = _moved(image, change.move, colour)
+def apply_change(image: jax.Array, change: Change, color: jax.Array) -> jax.Array:
+    """Change an image, uint8 [H, W, C]; ``color`` [C] is that of what is moved in."""
+    image = _moved(image, change.move, color)
     image = _looked_up(image, change.table, change.strength)
-    others = _grey_of(image), _mean_of(image), jnp.zeros_like(image), _smooth_of(image)
+    others = _gray_of(image), _mean_of(image), jnp.zeros_like(image), _smooth_of(image)
     return _blend(lax.select_n(change.blend, *others), image, change.factor)
 
 
 def _jitter(image: jax.Array, key: jax.Array, strength: float) -> jax.Array:
-    """Brightness, contrast and colour, each by a factor around 1."""
+    """Brightness, contrast and color, each by a factor around 1."""
     draw = jax.random.uniform(key, (3,), jnp.float32, 1 - strength, 1 + strength)
     image = _blend(jnp.zeros_like(image), image, draw[0])
     image = _blend(_mean_of(image), image, draw[1])
-    return _blend(_grey_of(image), image, draw[2])
+    return _blend(_gray_of(image), image, draw[2])
 
 
-def _moved(image: jax.Array, move: jax.Array, colour: jax.Array) -> jax.Array:
-    """Each pixel from where ``move`` says, the nearest; ``colour`` from outside."""
+def _moved(image: jax.Array, move: jax.Array, color: jax.Array) -> jax.Array:
+    """Each pixel from where ``move`` says, the nearest; ``color`` from outside."""
     height, width, _ = image.shape
-    # The centres of pixels are halves.
+    # The centers of pixels are halves.
     y, x = (jnp.arange(n, dtype=jnp.float32) + 0.5 for n in (height, width))
     y, x = jnp.meshgrid(y, x, indexing="ij")
     places = jnp.stack([x, y, jnp.ones_like(x)])
@@ -155,7 +153,7 @@ def _moved(image: jax.Array, move: jax.Array, colour: jax.Array) -> jax.Array:
     x, y = jnp.floor(places).astype(jnp.int32)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     found = image[jnp.clip(y, 0, height - 1), jnp.clip(x, 0, width - 1)]
-    return jnp.where(inside[..., None], found, colour)
+    return jnp.where(inside[..., None], found, color)
 
 
 def _looked_up(image: jax.Array, table: jax.Array, strength: jax.Array) -> jax.Array:
@@ -189,20 +187,20 @@ def _blend(other: jax.Array, image: jax.Array, factor: jax.Array) -> jax.Array:
     return jnp.clip(a + factor * (b - a), 0, 255).astype(jnp.uint8)
 
 
-def _grey_of(image: jax.Array) -> jax.Array:
-    """Without colour, uint8 [H, W, C]."""
+def _gray_of(image: jax.Array) -> jax.Array:
+    """Without color, uint8 [H, W, C]."""
     wide = image.astype(jnp.int32)
     if image.shape[-1] == 3:  # ITU-R 601-2, in 16 bits behind the point
         weighed = wide * jnp.array([19595, 38470, 7471], jnp.int32)
-        grey = (weighed.sum(-1, dtype=jnp.int32, keepdims=True) + 2**15) >> 16
+        gray = (weighed.sum(-1, dtype=jnp.int32, keepdims=True) + 2**15) >> 16
     else:
-        grey = wide.sum(-1, dtype=jnp.int32, keepdims=True) // image.shape[-1]
-    return jnp.broadcast_to(grey.astype(jnp.uint8), image.shape)
+        gray = wide.sum(-1, dtype=jnp.int32, keepdims=True) // image.shape[-1]
+    return jnp.broadcast_to(gray.astype(jnp.uint8), image.shape)
 
 
 def _mean_of(image: jax.Array) -> jax.Array:
-    """The mean grey everywhere."""
-    mean = _grey_of(image)[..., 0].astype(jnp.float32).mean()
+    """The mean gray everywhere."""
+    mean = _gray_of(image)[..., 0].astype(jnp.float32).mean()
     return jnp.full_like(image, jnp.floor(mean + 0.5).astype(jnp.uint8))
 
 

@@ -1,12 +1,12 @@
-"""The training step and what it is made of: pure functions, no input or output.
+"""The training and evaluation steps: pure functions of state and batch.
 
-``make_train_step`` runs in anybody's ``jit``; with an ``axis_name`` it also runs inside
-``pmap`` or ``shard_map``, and computes the same for any number of devices. Metrics
-leave a step as sums and counts, so that they can be added up.
+They run under anybody's ``jit``. With an ``axis_name`` they also run inside ``pmap`` or
+``shard_map`` and compute the same on any number of devices. Metrics leave a step as
+sums and counts, so they can be added up.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import flax.struct
@@ -15,42 +15,53 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from flax_resnetv2.data.batch import Batch
+from flax_resnetv2.model.initial import init_in_one_draw
 from flax_resnetv2.training.augment import (
     AugmentConfig,
-    Batch,
     augment,
-    draw_keys,
-    image_keys,
-    normalise,
+    normalize,
     positions,
 )
-from flax_resnetv2.training.objective import Classification, Objective, Question, Sums
-from flax_resnetv2.training.optimizers import TrainConfig, learns, make_optimizer
+from flax_resnetv2.training.objective import (
+    Classification,
+    Objective,
+    StepInputs,
+    Sums,
+)
+from flax_resnetv2.training.optimizers import (
+    TrainConfig,
+    make_optimizer,
+    trainable_mask,
+)
 from flax_resnetv2.training.randaugment import change_pixels
+from flax_resnetv2.training.random_streams import (
+    RandomStream,
+    image_keys,
+    stream_keys,
+)
 
 if TYPE_CHECKING:
     from flax_resnetv2.model.autoencoder import Autoencoder
     from flax_resnetv2.model.modules import ResNetV2
 
 Metrics = dict[str, Any]
-DEPTH = 6
-"""The use of an image's key for stochastic depth, beside those of its pixels."""
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a run is: with the seed, it decides everything that follows."""
+    """Everything that training changes; with the seed it determines all that follows."""
 
     step: jax.Array
-    """int32, steps done."""
+    """int32, the number of steps done."""
     params: Any
     batch_stats: Any
     opt_state: Any
     ema: Any
-    """{"params", "batch_stats"} averaged, or None."""
+    """Moving averages {"params", "batch_stats"}, or None."""
 
     def variables(self) -> dict[str, Any]:
-        """What to evaluate: the averages where they are kept."""
+        """Return the variables to evaluate: the moving averages if there are any."""
         if self.ema is not None:
             return self.ema
         return {"params": self.params, "batch_stats": self.batch_stats}
@@ -64,18 +75,18 @@ def create_train_state(
     steps_per_epoch: int,
     variables: dict[str, Any] | None = None,
 ) -> TrainState:
-    """Initial parameters, statistics and optimiser state; pure, fastest outside jit.
+    """Create the initial state. Pure; fastest outside ``jit``.
 
     Args:
         model: the net.
         config: how it is trained.
-        key: of what is drawn.
-        image_shape: (height, width, channels) of what the net sees.
-        steps_per_epoch: the schedule's epoch.
-        variables: ``params`` and ``batch_stats`` to start from; None: drawn.
+        key: random key of the initial parameters.
+        image_shape: (height, width, channels) of the net's input.
+        steps_per_epoch: the length of an epoch in the schedule.
+        variables: ``params`` and ``batch_stats`` to start from; None draws new ones.
     """
     if variables is None:
-        variables = model.init_in_one_draw(key, image_shape)
+        variables = init_in_one_draw(model, key, image_shape)
     params = variables["params"]
     stats = variables.get("batch_stats", {})
     return TrainState(
@@ -83,9 +94,9 @@ def create_train_state(
         params=params,
         batch_stats=stats,
         opt_state=make_optimizer(config, steps_per_epoch).init(params),
-        # A copy: the state is donated, and no buffer can be given away twice.
+        # A copy: the state is donated, and no buffer can be donated twice.
         ema=jax.tree.map(jnp.copy, {"params": params, "batch_stats": stats})
-        if config.ema
+        if config.ema_decay
         else None,
     )
 
@@ -95,9 +106,9 @@ def train_state_shapes(
     config: TrainConfig,
     image_shape: tuple[int, int, int],
 ) -> TrainState:
-    """``create_train_state`` without its numbers: a state of jax.ShapeDtypeStruct."""
+    """Return the state of ``create_train_state`` as jax.ShapeDtypeStructs."""
 
-    # They do not depend on the rate, and a warm-up may not fit in epochs of one step.
+    # Shapes do not depend on the rate, and a warm-up may not fit into one-step epochs.
     config = replace(config, schedule="constant", warmup_epochs=0.0)
 
     def create() -> TrainState:
@@ -105,6 +116,132 @@ def train_state_shapes(
         return create_train_state(model, config, key, image_shape, steps_per_epoch=1)
 
     return jax.eval_shape(create)
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """The pure training step ``step(state, batch) -> (state, metrics)``.
+
+    A batch goes through ``inputs``, ``loss`` and ``update``, which can be called apart.
+    Make one with ``make_train_step``.
+
+    Metrics are sums over the images (``loss`` and, for a classifier, ``correct``) with
+    their ``count``, and sums over the steps (``gradient_norm`` by part of the net) with
+    ``steps``; ``finite_steps`` counts those whose loss and gradient were finite.
+    """
+
+    model: "ResNetV2 | Autoencoder"
+    train: TrainConfig
+    augmentation: AugmentConfig
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    seed: int
+    axis_name: str | None
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Do one training step; the mean gradient is over all devices' images."""
+        inputs, count = self.inputs(state.step, batch), self._total(batch.mask.sum())
+        labels = batch._replace(image=None)
+
+        def gradient_of(
+            stats: Any, part: tuple[StepInputs, Batch]
+        ) -> tuple[Any, tuple[Any, Sums]]:
+            gradient, (stats, sums) = jax.grad(self.loss, has_aux=True)(
+                state.params, stats, *part, count
+            )
+            return stats, (gradient, sums)
+
+        stats, (gradient, sums) = accumulate_gradients(
+            gradient_of,
+            state.batch_stats,
+            (inputs, labels),
+            self.train.accumulation_steps,
+        )
+        gradient, sums = self._total((gradient, sums))
+        if self.axis_name is not None:
+            stats = lax.pmean(stats, self.axis_name)
+        norms = {part: optax.tree.norm(g) for part, g in gradient.items()}
+        finite = jnp.isfinite(jnp.stack([sums["loss"], *norms.values()])).all()
+        metrics = {
+            **sums,
+            "count": count,
+            "steps": jnp.ones([], jnp.int32),
+            "finite_steps": finite.astype(jnp.int32),
+            "gradient_norm": norms,
+        }
+        return self.update(state, gradient, stats), metrics
+
+    def inputs(self, step: jax.Array, batch: Batch) -> StepInputs:
+        """Augment this device's images and make their targets.
+
+        Args:
+            step: int32, the number of steps done; with the seed and each image's
+                position in the global batch it determines all random choices.
+            batch: this device's images.
+        """
+        dtype = self.model.execution.param_dtype
+        places = positions(batch.label.shape[0], self.axis_name)
+        keys = image_keys(jax.random.key(self.seed), step, places)
+        images = change_pixels(batch.image, keys, self.augmentation)
+        images = normalize(images, self.augmentation, dtype)
+        images = augment(images, keys, self.augmentation)
+        inputs = self.objective.inputs(images, batch, keys, self.axis_name)
+        if self.train.stochastic_depth:
+            units = sum(len(stack.units) for stack in self.model.plan.stacks)
+            scales = stochastic_depth_scales(keys, units, self.train.stochastic_depth)
+            inputs.arguments["residual_scale"] = scales.astype(dtype)
+        return inputs
+
+    def loss(
+        self,
+        params: Any,
+        batch_stats: Any,
+        inputs: StepInputs,
+        batch: Batch,
+        count: jax.Array,
+    ) -> tuple[jax.Array, tuple[Any, Sums]]:
+        """Apply the net in training mode and sum the loss.
+
+        Args:
+            params, batch_stats: of the net.
+            inputs: of ``inputs``, or a part of their rows.
+            batch: the labels and mask of the same rows; its image may be None.
+            count: the number of unmasked images in the whole global batch.
+
+        Returns:
+            What these rows contribute to the global batch's mean loss, and
+            (new statistics, metrics as sums over these rows).
+        """
+        if self.train.trainable == "classifier":
+            params = jax.tree.map(
+                lambda p, free: p if free else lax.stop_gradient(p),
+                *(params, trainable_mask(params)),
+            )
+        outputs, updated = self.model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            inputs.images,
+            train=self.train.trainable == "all",
+            mutable=["batch_stats"],
+            **inputs.arguments,
+        )
+        sums = self.objective.train_metrics(outputs, inputs.target, batch)
+        loss = sums["loss"]
+        return loss / count.astype(loss.dtype), (updated.get("batch_stats", {}), sums)
+
+    def update(self, state: TrainState, gradient: Any, batch_stats: Any) -> TrainState:
+        """Apply the optimizer to the global mean gradient; move the averages along."""
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+            updates, opt_state = self.optimizer.update(
+                gradient, state.opt_state, state.params
+            )
+        params = optax.apply_updates(state.params, updates)
+        variables = {"params": params, "batch_stats": batch_stats}
+        averaged = _moving_average(state, variables, self.train.ema_decay)
+        return TrainState(state.step + 1, params, batch_stats, opt_state, averaged)
+
+    def _total(self, tree: Any) -> Any:
+        """Sum over the devices that share the batch."""
+        return tree if self.axis_name is None else lax.psum(tree, self.axis_name)
 
 
 def make_train_step(
@@ -116,120 +253,47 @@ def make_train_step(
     steps_per_epoch: int,
     axis_name: str | None = None,
     objective: Objective | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> TrainStep:
     """Make the pure function ``step(state, batch) -> (state, metrics)``.
 
     Args:
-        model: gives logits [B, classes], or what the objective asks for.
-        train: how the net learns.
-        augmentation: what is done to images; its ``mean`` and ``std`` are set.
-        seed: of the images' random keys, with the step number.
-        steps_per_epoch: the schedule's epoch.
-        axis_name: the mapped axis that shares the batch; None: there is none.
+        model: returns logits [B, classes], or what the objective compares.
+        train: how the net is trained.
+        augmentation: how images are augmented; its ``mean`` and ``std`` are set.
+        seed: with the step number, determines the images' random keys.
+        steps_per_epoch: the length of an epoch in the schedule.
+        axis_name: the mapped axis that the batch is sharded over; None: not sharded.
         objective: what the net is trained for; None: classification.
-
-    The metrics are sums over the images (``loss`` and, of a classifier, ``correct``)
-    with their ``count``, and over the steps (``gradient_norm`` by part of the net) with
-    ``steps``, of which ``finite_steps`` had a finite loss and gradient.
     """
-    optimizer = make_optimizer(train, steps_per_epoch)
-    dtype = model.execution.param_dtype
     if objective is None:
         objective = classification(model, augmentation, train.label_smoothing)
-
-    def total(tree: Any) -> Any:
-        return tree if axis_name is None else lax.psum(tree, axis_name)
-
-    def pose(state: TrainState, batch: Batch) -> Question:
-        places = positions(batch.label.shape[0], axis_name)
-        keys = image_keys(jax.random.key(seed), state.step, places)
-        images = change_pixels(batch.image, keys, augmentation)
-        images = normalise(images, augmentation, dtype)
-        images = augment(images, keys, augmentation)
-        question = objective.pose(images, batch, keys, axis_name)
-        if train.stochastic_depth:
-            units = sum(len(stack.units) for stack in model.plan.stacks)
-            keep = keep_factors(keys, units, train.stochastic_depth)
-            question.inputs["keep"] = keep.astype(dtype)
-        return question
-
-    def loss_of(
-        params: Any, stats: Any, question: Question, batch: Batch, count: jax.Array
-    ) -> tuple[jax.Array, tuple[Any, Sums]]:
-        """The share of some images in the batch's mean loss; new statistics, sums."""
-        if train.learn == "classifier":
-            params = jax.tree.map(
-                lambda p, free: p if free else lax.stop_gradient(p),
-                *(params, learns(params)),
-            )
-        outputs, updated = model.apply(
-            {"params": params, "batch_stats": stats},
-            question.images,
-            train=train.learn == "all",
-            mutable=["batch_stats"],
-            **question.inputs,
-        )
-        sums = objective.score(outputs, question.target, batch)
-        loss = sums["loss"]
-        return loss / count.astype(loss.dtype), (updated.get("batch_stats", {}), sums)
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        question, count = pose(state, batch), total(batch.mask.sum())
-
-        def gradient_of(stats: Any, part: tuple[Question, Batch]) -> tuple[Any, tuple]:
-            """Statistics after some images, and sums over these images."""
-            gradient, (stats, sums) = jax.grad(loss_of, has_aux=True)(
-                state.params, stats, *part, count
-            )
-            return stats, (gradient, sums)
-
-        whole = question, batch._replace(image=None)
-        stats, sums = in_parts(gradient_of, state.batch_stats, whole, train.accumulate)
-        gradient, sums = total(sums)
-        if axis_name is not None:
-            stats = lax.pmean(stats, axis_name)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-            updates, opt_state = optimizer.update(
-                gradient, state.opt_state, state.params
-            )
-        params = optax.apply_updates(state.params, updates)
-        averaged = _average(state, {"params": params, "batch_stats": stats}, train.ema)
-        norms = {k: optax.tree.norm(g) for k, g in gradient.items()}
-        finite = jnp.isfinite(jnp.stack([sums["loss"], *norms.values()])).all()
-        metrics = {
-            **sums,
-            "count": count,
-            "steps": jnp.ones([], jnp.int32),
-            "finite_steps": finite.astype(jnp.int32),
-            "gradient_norm": norms,
-        }
-        new = TrainState(state.step + 1, params, stats, opt_state, averaged)
-        return new, metrics
-
-    return step
+    optimizer = make_optimizer(train, steps_per_epoch)
+    return TrainStep(model, train, augmentation, objective, optimizer, seed, axis_name)
 
 
-def keep_factors(keys: jax.Array, units: int, share: float) -> jax.Array:
-    """What multiplies each unit's residual for each image, [B, units].
+def stochastic_depth_scales(keys: jax.Array, units: int, share: float) -> jax.Array:
+    """Return the factor of each unit's residual branch for each image, [B, units].
 
-    Unit u of L is dropped (0) with the probability ``share * u / L``; else its residual
-    is scaled up, so that on average it is what it is in evaluation.
+    Unit u of L is dropped (factor 0) with probability ``share * u / L``. Survivors are
+    scaled up, so that the expected factor is 1 and evaluation needs none.
     """
     dropped = share * jnp.arange(1, units + 1, dtype=float) / units
     draw = jax.vmap(lambda key: jax.random.uniform(key, (units,), float))
-    return jnp.where(draw(draw_keys(keys, DEPTH)) < dropped, 0, 1 / (1 - dropped))
+    numbers = draw(stream_keys(keys, RandomStream.STOCHASTIC_DEPTH))
+    return jnp.where(numbers < dropped, 0, 1 / (1 - dropped))
 
 
-def in_parts(
+def accumulate_gradients(
     function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, batch: Any, parts: int
 ) -> tuple[Any, Any]:
-    """Call ``function(carry, part) -> (carry, sums)`` for part after part of a batch.
+    """Call ``function(carry, part) -> (carry, sums)`` for each part of a batch.
 
-    Part k of a consists of the places p with p mod a = k, here and, as a divides each
-    device's share, of the global batch: it does not depend on the devices either.
+    Part k of n takes the positions p with p mod n = k. If n divides each device's
+    share, these are also the positions of the global batch with p mod n = k, so the
+    parts do not depend on the number of devices.
 
     Returns:
-        The last carry, and the sums of all parts.
+        The last carry, and the sums over all parts.
     """
     if parts == 1:
         return function(carry, batch)
@@ -248,14 +312,14 @@ def in_parts(
     return lax.scan(more, (carry, zeros), batch)[0]
 
 
-def _average(state: TrainState, variables: dict[str, Any], share: float) -> Any:
-    """Move the averages towards ``variables``; None where none are kept."""
+def _moving_average(state: TrainState, variables: dict[str, Any], decay: float) -> Any:
+    """Move the averages towards ``variables``; None if there are none."""
     if state.ema is None:
         return None
-    # While the run is young the average forgets its start faster.
-    keep = jnp.minimum(share, (1 + state.step) / (10 + state.step))
+    # In a run's first steps the average forgets its initial values faster.
+    decay = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
     return jax.tree.map(
-        lambda old, new: new + keep.astype(old.dtype) * (old - new),
+        lambda old, new: new + decay.astype(old.dtype) * (old - new),
         state.ema,
         variables,
     )
@@ -270,17 +334,17 @@ def make_eval_step(
 ) -> Callable[[dict[str, Any], Batch], Metrics]:
     """Make the pure function ``step(variables, batch) -> metrics``.
 
-    Masked sums: those of the objective (of a classifier ``loss`` and ``correct``, and
-    of ``TOP5_CLASSES`` classes or more ``correct_top5``), ``count``, and
-    ``residual_ratio`` of every unit, as {"stack1": {"unit1": ...}} (see
-    ``ResidualUnit``).
+    The metrics are sums over the unmasked images: those of the objective (for a
+    classifier ``loss`` and ``correct``, and ``correct_top5`` from ``TOP5_CLASSES``
+    classes on), ``count``, and each unit's ``residual_ratio`` as
+    {"stack1": {"unit1": ...}} (see ``ResidualUnit``).
     """
     objective = objective or classification(model, augmentation)
     stacks = [f"stack{k}" for k in range(1, len(model.plan.stacks) + 1)]
 
     def step(variables: dict[str, Any], batch: Batch) -> Metrics:
-        images = normalise(batch.image, augmentation, model.execution.param_dtype)
-        outputs, sown = evaluated(model, variables, images, augmentation.test_flip)
+        images = normalize(batch.image, augmentation, model.execution.param_dtype)
+        outputs, sown = eval_forward(model, variables, images, augmentation.test_flip)
         ratios = {
             stack: {
                 unit: jnp.where(batch.mask, values["residual_ratio"][0], 0).sum()
@@ -289,7 +353,7 @@ def make_eval_step(
             for stack in stacks
         }
         metrics = {
-            **objective.examine(outputs, images, batch),
+            **objective.eval_metrics(outputs, images, batch),
             "count": batch.mask.sum(),
             "residual_ratio": ratios,
         }
@@ -301,22 +365,25 @@ def make_eval_step(
 def classification(
     model: "ResNetV2 | Autoencoder", augmentation: AugmentConfig, smoothing: float = 0.0
 ) -> Classification:
-    """The objective of a net that gives logits."""
+    """Return the objective of a net that returns logits."""
     dtype, classes = model.execution.param_dtype, model.plan.head.features
     return Classification(classes, dtype, augmentation, smoothing)
 
 
-def evaluated(
+def eval_forward(
     model: "ResNetV2 | Autoencoder",
     variables: dict[str, Any],
     images: jax.Array,
     flip: bool,
 ) -> tuple[Any, Any]:
-    """What the net gives for normalised images, and what the modules sow of them.
+    """Apply the net in evaluation mode to normalized images [B, H, W, C].
 
-    With ``flip`` the logits are the means of an image's and its mirror image's: the
-    geometric mean of the two distributions, made a distribution again. Unlike a mean of
-    probabilities it is a logit still, which softmax and sigmoid read alike.
+    With ``flip`` the logits are the means over an image and its mirror image, that is
+    the renormalized geometric mean of the two distributions. Unlike mean probabilities
+    these are still logits, valid for softmax and sigmoid alike.
+
+    Returns:
+        The net's outputs, and the collections that its modules sow.
     """
     outputs, sown = model.apply(
         variables, images, train=False, mutable=["intermediates"]

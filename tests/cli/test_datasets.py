@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from flax_resnetv2 import Predictor
-from flax_resnetv2.cli import train as train_command
+from flax_resnetv2.cli import predict as predict_command, train as train_command
 from flax_resnetv2.data.catalog import DATASETS
 from flax_resnetv2.data.folder import list_folder, read_folder
 from tests.support import archives
@@ -33,7 +33,7 @@ def home(tmp_path, monkeypatch):
 
 
 def train(recipe, flags):
-    assert train_command.train([recipe, *shlex.split(SMALL), *shlex.split(flags)]) == 0
+    assert train_command.main([recipe, *shlex.split(SMALL), *shlex.split(flags)]) == 0
 
 
 def facts(run):
@@ -56,13 +56,13 @@ def test_cifar100_from_its_archive(home, capsys, name):
     train("cifar100-article", where)
     Image.fromarray(np.zeros((40, 30, 3), np.uint8)).save("a.png")
     capsys.readouterr()
-    assert train_command.predict(["run", "a.png", "--top", "1"]) == 0
+    assert predict_command.main(["run", "a.png", "--top", "1"]) == 0
     assert capsys.readouterr().out.split()[1] in names
 
 
 def test_celeba_as_tfds_prepared_it(home, capsys):
     archives.write_celeba(home / "data", train=16)
-    where = "--data.dir data --data.size 16 --workdir run"
+    where = "--data.dir data --data.image-size 16 --workdir run"
     train("celeba-article", where)
     found = facts(home / "run")
     assert found["class_names"] == list(DATASETS["celeba"].class_names)
@@ -79,7 +79,7 @@ def test_celeba_as_tfds_prepared_it(home, capsys):
     assert row.sum() > 5
     assert ((row >= 0) & (row <= 1)).all()
     capsys.readouterr()
-    assert train_command.predict(["run", "a.png", "--top", "2"]) == 0
+    assert predict_command.main(["run", "a.png", "--top", "2"]) == 0
     best = int(row.argmax())
     assert f"{predictor.class_names[best]} {row[best]:.1%}" in capsys.readouterr().out
 
@@ -104,7 +104,7 @@ def test_a_folder_of_images_of_many_kinds(home, capsys):
         path = home / "pets" / ("cat", "dog", "newt")[seed % 3] / f"{seed}.{suffix}"
         noise(path, (20 + 3 * seed % 17, 9 + seed), mode, seed)
     (home / "pets" / "cat" / "notes.txt").write_text("x")
-    where = "--data.name folder:pets --data.size 8 --workdir run"
+    where = "--data.name folder:pets --data.image-size 8 --workdir run"
     train("folder", f"{where} --checkpoint-steps 1")
     said = capsys.readouterr().out
     assert "folder:pets: every tenth image of a class is tested on" in said
@@ -125,7 +125,7 @@ def test_a_folder_of_images_of_many_kinds(home, capsys):
     train("folder", where.replace("run", "again") + " --checkpoint-steps 1")
     assert finished("again") == finished("run")
     capsys.readouterr()
-    assert train_command.predict(["run", "pets/dog/1.png", "pets/cat/0.jpg"]) == 0
+    assert predict_command.main(["run", "pets/dog/1.png", "pets/cat/0.jpg"]) == 0
     first = capsys.readouterr().out.splitlines()[0]
     assert {word for word in first.split() if word in found["class_names"]} == {
         *("cat", "dog", "newt")
@@ -142,7 +142,7 @@ def test_a_folder_of_images_of_many_kinds(home, capsys):
     # Another image in the folder is another data set.
     noise(home / "pets" / "dog" / "new.png", (9, 9), "RGB", 99)
     again = [*shlex.split(SMALL), *shlex.split(where), "--checkpoint-steps", "1"]
-    assert train_command.train(["folder", *again]) == 2
+    assert train_command.main(["folder", *again]) == 2
     assert "the images of folder:pets are not those that" in capsys.readouterr().err
 
 
@@ -155,10 +155,10 @@ def test_mnist_from_its_files(home, capsys):
     assert found["images"] == {"train": 8, "test": 4, "validation": 4}
     config = json.loads((home / "run" / "config.json").read_text())
     assert len(config["augment"]["mean"]) == len(config["augment"]["std"]) == 1
-    # A colour image is seen in grey.
+    # A color image is seen in gray.
     Image.new("RGB", (40, 30), (255, 0, 0)).save("red.png")
-    Image.new("L", (40, 30), 76).save("grey.png")
+    Image.new("L", (40, 30), 76).save("gray.png")
     capsys.readouterr()
-    assert train_command.predict(["run", "red.png", "grey.png", "--top", "10"]) == 0
-    red, grey = capsys.readouterr().out.splitlines()
-    assert red.removeprefix("red.png") == grey.removeprefix("grey.png")
+    assert predict_command.main(["run", "red.png", "gray.png", "--top", "10"]) == 0
+    red, gray = capsys.readouterr().out.splitlines()
+    assert red.removeprefix("red.png") == gray.removeprefix("gray.png")

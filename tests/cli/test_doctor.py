@@ -333,7 +333,7 @@ def test_a_broken_data_directory_is_a_problem(prepared, harm, words):
     [
         ({"batch_size": 80_000}, "is more than the 50000 training images"),
         ({"batch_size": 12}, "cannot be shared equally by 8 devices"),
-        ({"ema": 2.0}, "train.ema=2.0"),
+        ({"ema_decay": 2.0}, "train.ema_decay=2.0"),
     ],
 )
 def test_a_run_that_would_be_refused_is_a_problem(change, words):

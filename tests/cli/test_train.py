@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from flax_resnetv2 import RECIPES, Config, RunError
-from flax_resnetv2.cli import tools
-from flax_resnetv2.cli import train as train_command
+from flax_resnetv2.cli import tools, train as train_command
 from flax_resnetv2.run import loop, validate
 from flax_resnetv2.run.run_directory import new_workdir
 
@@ -42,13 +41,13 @@ def captured(monkeypatch, tmp_path):
 def run(arguments):
     """The exit code of train.py."""
     try:
-        return train_command.train(arguments)
+        return train_command.main(arguments)
     except SystemExit as error:
         return error.code
 
 
 def flat(text):
-    """Without box, colour and line breaks."""
+    """Without box, color and line breaks."""
     return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", text).split())
 
 
@@ -66,7 +65,7 @@ def test_flags_reach_fit(captured, capsys):
         "--architecture.reduction 4 2 2 --architecture.semantics.stride-layer 2 "
         "--architecture.bridge True False True --architecture.hidden 5 "
         "--train.epochs 3 --train.optimizer adam_l2 --train.no-nesterov --seed 1 "
-        "--train.drops 0.3 0.6 --data.validation 7 --augment.no-flip "
+        "--train.lr-drops 0.3 0.6 --data.validation 7 --augment.no-flip "
         "--augment.mean 0.5 0.4 0.3 --execution.dtype bfloat16 --workdir a/b"
     )
     assert run(["quickstart", *flags.split()]) == 0
@@ -82,7 +81,9 @@ def test_flags_reach_fit(captured, capsys):
             bridge=(True, False, True),
             hidden=(5,),
         ),
-        train=new(t, epochs=3, optimizer="adam_l2", nesterov=False, drops=(0.3, 0.6)),
+        train=new(
+            t, epochs=3, optimizer="adam_l2", nesterov=False, lr_drops=(0.3, 0.6)
+        ),
         seed=1,
         data=new(old.data, validation=7),
         augment=new(old.augment, flip=False, mean=(0.5, 0.4, 0.3)),
@@ -178,7 +179,7 @@ def test_two_runs_that_start_together_take_two_directories(tmp_path, monkeypatch
             ["stride=8", "stack 3, unit 1, layer 1", "already 1x1", "32x32"],
         ),
         ("quickstart --architecture.kernel 2", ["kernel", "odd", "2", "1, 3, 5"]),
-        ("quickstart --train.ema 1", ["train.ema=1", "[0, 1)"]),
+        ("quickstart --train.ema-decay 1", ["train.ema_decay=1", "[0, 1)"]),
         ("quickstart --log-every 0", ["log_every=0", "from 1 to"]),
         ("quickstart --seed -1", ["seed=-1", "0 to 4294967295"]),
         ("quickstart --architecture.head latent", ["'latent'", "another head"]),

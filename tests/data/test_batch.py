@@ -9,14 +9,14 @@ import pytest
 
 from flax_resnetv2 import DataConfig, UsageError, open_dataset
 from flax_resnetv2.data import datasets
-from flax_resnetv2.data.datasets import (
+from flax_resnetv2.data.batch import (
     PADDING,
-    Dataset,
     Split,
     epoch_order,
     evaluation_order,
-    fetch,
+    gather_batch,
 )
+from flax_resnetv2.data.datasets import Dataset
 from flax_resnetv2.training.augment import positions
 
 
@@ -54,7 +54,7 @@ def test_evaluation_counts_each_image_once(batch):
 
 def test_fetch_gathers_and_masks_the_padding():
     split, order = numbered(5), jnp.asarray(evaluation_order(5, 4))
-    batch = fetch(Split(*map(jnp.asarray, split)), order, 4 + positions(4, None))
+    batch = gather_batch(Split(*map(jnp.asarray, split)), order, 4 + positions(4, None))
     np.testing.assert_array_equal(batch.mask, [True, False, False, False])
     assert batch.label[0] == 4
     assert (batch.image[0] == 4).all()
@@ -64,7 +64,7 @@ def test_fetch_gathers_and_masks_the_padding():
 def test_batches_of_an_epoch_are_the_images_in_its_order():
     split, order = Split(*map(jnp.asarray, numbered(20))), epoch_order(20, 5, 3, 2)
     labels = [
-        fetch(split, jnp.asarray(order), start + positions(5, None)).label
+        gather_batch(split, jnp.asarray(order), start + positions(5, None)).label
         for start in range(0, 20, 5)
     ]
     np.testing.assert_array_equal(np.concatenate(labels), order)

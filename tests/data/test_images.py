@@ -70,7 +70,7 @@ def test_a_whole_image_may_be_stretched_instead():
 
 @pytest.mark.parametrize("mode", ["P", "RGBA", "LA", "L", "1", "CMYK"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_every_mode_becomes_colour_or_grey(mode, channels):
+def test_every_mode_becomes_color_or_gray(mode, channels):
     kind = "TIFF" if mode == "CMYK" else "PNG"
     white = np.full((6, 9, 3), 255, np.uint8)
     found = read(file_of(white, kind, mode), 4, channels)

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.linear_baseline import softmax_regression
 from flax_resnetv2 import UsageError
-from flax_resnetv2.data.shapes import CLASSES, draw
+from flax_resnetv2.data.shapes import SHAPE_CLASSES, draw_shapes
 
 GOLDEN = {
     "train": "1799bedb6bcdf565c16db8e405662abdb031f20562b7dd90d857d6cc76de69e9",
@@ -17,7 +17,7 @@ GOLDEN = {
 
 @pytest.fixture(scope="module")
 def splits():
-    return {split: draw(split) for split in ("train", "test")}
+    return {split: draw_shapes(split) for split in ("train", "test")}
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 10_000), ("test", 2_000)])
@@ -26,7 +26,7 @@ def test_images_and_labels(splits, split, count):
     assert images.shape == (count, 32, 32, 3)
     assert images.dtype == np.uint8
     assert np.bincount(labels).tolist() == [count // 10] * 10
-    assert len(CLASSES) == 10
+    assert len(SHAPE_CLASSES) == 10
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -44,7 +44,7 @@ def test_no_test_image_is_a_training_image(splits):
 
 def test_an_unknown_split_is_refused():
     with pytest.raises(UsageError, match=r"'validation' .*'train', 'test'"):
-        draw("validation")
+        draw_shapes("validation")
 
 
 @pytest.mark.slow

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from flax_resnetv2 import UsageError
-from flax_resnetv2.data.datasets import Dataset, Split
+from flax_resnetv2.data.batch import Split
+from flax_resnetv2.data.datasets import Dataset
 from flax_resnetv2.data.images import random_part, square
 from flax_resnetv2.data.streaming import EvaluationRow, TrainingRow, batches
 from flax_resnetv2.data.tfds_records import Records, label_of, parts
 from flax_resnetv2.errors import Stopped
-from flax_resnetv2.run import run_directory, validate
+from flax_resnetv2.run import run_directory
 from flax_resnetv2.training.augment import AugmentConfig
 from tests.promises.test_reliability import stop_after
 from tests.run.test_loop import (
@@ -64,7 +65,7 @@ def of(directory, shape):
 @pytest.fixture(scope="module")
 def in_memory(streamed):
     def read(records):
-        rows = [records.read(k, square(8)) for k in range(records.images)]
+        rows = [records.read(k, square(8)) for k in range(records.num_images)]
         return Split(*map(np.stack, zip(*rows, strict=True)))
 
     return replace(streamed, splits={k: read(s) for k, s in streamed.splits.items()})
@@ -269,15 +270,17 @@ def test_by_size_or_as_asked(tmp_path, monkeypatch):
         tiny.config(), architecture=replace(tiny.SMALL, num_classes=10), log_every=9
     )
 
-    def agree(limit, stream=None):
+    def validate(limit, stream=None):
         asked = replace(config, data=replace(config.data, stream=stream))
-        found, dataset = validate.agree(asked, tmp_path / "run", 2, limit)
+        found, dataset = validate.validate(asked, tmp_path / "run", 2, limit)
         assert found.data.stream == (not dataset.in_memory())
         return found.data.stream
 
     # 12,000 images of 3,072 bytes: a quarter of 147 MB.
-    assert agree(None) is agree(148_000_000) is agree(147_000_000, False) is False
-    assert agree(147_000_000) is agree(None, True) is True
+    assert (
+        validate(None) is validate(148_000_000) is validate(147_000_000, False) is False
+    )
+    assert validate(147_000_000) is validate(None, True) is True
 
 
 def test_a_run_stays_where_it_began(config, streamed, tmp_path, monkeypatch):

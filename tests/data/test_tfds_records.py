@@ -146,7 +146,7 @@ def test_a_directory_that_vanishes_meanwhile_is_named(prepared, monkeypatch):
     refused(prepared, r"1.0.0 cannot be read \(No such file or directory: .*--data.dir")
 
 
-def test_grey_images_have_one_channel(tmp_path):
+def test_gray_images_have_one_channel(tmp_path):
     directory = write(tmp_path, [png("L", color=9), png("L", color=200)])
     images, labels = read_split(directory, "train")
     assert (images.shape, images.dtype) == ((2, 4, 4, 1), np.uint8)
@@ -286,7 +286,7 @@ def config(root, **fields):
 def test_any_set_of_tfds_is_read_by_its_name(tmp_path, capsys, splits, sizes, note):
     other(tmp_path, splits)
     facts = describe(config(tmp_path, size=6))
-    assert facts.images == sizes
+    assert facts.num_images == sizes
     assert facts.image_shape == (6, 6, 3)
     capsys.readouterr()
     dataset = open_dataset(config(tmp_path, size=6))
@@ -318,7 +318,9 @@ def test_images_of_one_size_need_none(tmp_path):
 
 def test_images_of_many_sizes_need_a_size(tmp_path):
     other(tmp_path, {"train": 5, "test": 5})
-    with pytest.raises(UsageError, match=r"data.size=None must be a number for other"):
+    with pytest.raises(
+        UsageError, match=r"data.image_size=None must be a number for other"
+    ):
         describe(config(tmp_path))
 
 

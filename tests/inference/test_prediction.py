@@ -14,8 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from flax_resnetv2 import Predictor, UsageError
-from flax_resnetv2.cli import tools
-from flax_resnetv2.cli import train as train_command
+from flax_resnetv2.cli import predict as predict_command, tools
 from flax_resnetv2.inference import modelcard, modelfile
 from flax_resnetv2.inference.export import to_stablehlo
 from flax_resnetv2.run import loop, validate
@@ -59,7 +58,7 @@ def pictures(tmp_path):
 
 
 def said(capsys, words):
-    code = train_command.predict([str(word) for word in words])
+    code = predict_command.main([str(word) for word in words])
     out, err = capsys.readouterr()
     return code, out.splitlines(), err
 
@@ -129,10 +128,10 @@ def test_an_encoder_gives_its_vectors(encoder, pictures, tmp_path, capsys):
     )
     predictor = Predictor.from_run(encoder)
     pixels = np.stack([predictor.load(json.loads(line)["path"]) for line in lines])
-    a = predictor.normalisation
-    normalised = ((pixels / 255 - np.array(a.mean)) / np.array(a.std)).astype("float32")
+    a = predictor.normalization
+    normalized = ((pixels / 255 - np.array(a.mean)) / np.array(a.std)).astype("float32")
     net = restore(encoder)
-    outputs = net.model.apply(net.variables, normalised, train=False)
+    outputs = net.model.apply(net.variables, normalized, train=False)
     np.testing.assert_allclose(outputs.latent.mean, written, rtol=1e-4, atol=1e-5)
     with pytest.raises(UsageError, match="encoder, which knows no classes"):
         predictor(pixels)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from flax_resnetv2 import Checkpointer, Predictor, UsageError, create_model
-from flax_resnetv2.cli import train as train_command
+from flax_resnetv2.cli import predict as predict_command
 from flax_resnetv2.data.images import square
 from flax_resnetv2.run import loop, validate
 from flax_resnetv2.run.run_directory import load_config
@@ -22,7 +22,7 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(validate, "open_dataset", lambda *_: tiny.dataset())
         config = tiny.replace(
-            tiny.config(epochs=1, ema=0.5), architecture=tiny.SMALL, log_every=100
+            tiny.config(epochs=1, ema_decay=0.5), architecture=tiny.SMALL, log_every=100
         )
         loop.fit(config, directory, devices=jax.devices()[:1])
     return directory
@@ -66,7 +66,7 @@ def test_labels_that_exclude_no_other_have_a_probability_each(run):
 def test_the_command_names_files_of_any_size(run, tmp_path, capsys):
     path = tmp_path / "a.png"
     Image.new("L", (31, 17), 200).save(path)
-    assert train_command.predict([str(run), str(path), "--top", "2"]) == 0
+    assert predict_command.main([str(run), str(path), "--top", "2"]) == 0
     line = capsys.readouterr().out.strip()
     assert line.startswith(f"{path}: ")
     assert line.count("%") == 2
@@ -87,7 +87,7 @@ def test_bad_use_is_one_line_and_exit_code_2(run, tmp_path, capsys, words, messa
     (tmp_path / "empty").mkdir()
     names = {"RUN": str(run), "NOT": str(tmp_path / "text")}
     names["EMPTY"] = str(tmp_path / "empty")
-    assert train_command.predict([names.get(word, word) for word in words]) == 2
+    assert predict_command.main([names.get(word, word) for word in words]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("error: ")
@@ -103,7 +103,7 @@ def test_images_of_another_shape_are_refused(run):
 # Image files, read for a net of 4x4 pixels
 
 
-@pytest.fixture(params=[3, 1], ids=["colour", "grey"])
+@pytest.fixture(params=[3, 1], ids=["color", "gray"])
 def reader(request):
     shape = (4, 4, request.param)
     return Predictor(None, {}, AugmentConfig(), ("a",), shape)

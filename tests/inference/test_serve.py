@@ -16,7 +16,7 @@ from flax_resnetv2.cli import tools
 from flax_resnetv2.data import shapes
 from flax_resnetv2.inference import serve
 from flax_resnetv2.model import intermediates
-from flax_resnetv2.training.augment import normalise
+from flax_resnetv2.training.augment import normalize
 from tests.inference.test_prediction import encoder, run  # noqa: F401  fixtures
 
 
@@ -62,7 +62,7 @@ def test_an_image_is_answered_as_by_the_predictor(server, run, picture):  # noqa
     assert given == pytest.approx(expected, rel=1e-5)
     assert list(given.values()) == sorted(given.values(), reverse=True)
     assert [p["name"] for p in found["parts"]] == ["stem", "stack1", "stack2"]
-    x = normalise(seen[None], predictor.normalisation, "float32")
+    x = normalize(seen[None], predictor.normalization, "float32")
     ratios = intermediates.residual_ratios(predictor.model, predictor.variables, x)
     maps = intermediates.activations(predictor.model, predictor.variables, x)
     for part in found["parts"]:
@@ -91,7 +91,7 @@ def test_the_page_asks_nobody_else(server):
     assert "4 classes; trained on images of 8 x 8 x 3" in about["text"]
     status, kind, content = ask(server, "GET", "/example/13")
     assert (status, kind) == (200, "image/png")
-    images, labels = shapes.draw("test")
+    images, labels = shapes.draw_shapes("test")
     expected = images[labels == 3][0]
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(content))), expected)
 
@@ -128,7 +128,7 @@ def test_a_taken_port_is_refused(server, run, capsys):  # noqa: F811
 
 
 def test_an_encoder_has_maps_and_no_classes(encoder, picture):  # noqa: F811
-    looking = serve.Looking(Predictor.from_run(encoder), "it")
+    looking = serve.Inspector(Predictor.from_run(encoder), "it")
     found = looking.answer(picture)
     assert found["classes"] == []
     assert "an encoder" in looking.about()["text"]
@@ -145,4 +145,4 @@ def test_it_ends_in_order(run, monkeypatch, capsys):  # noqa: F811
 
 
 def test_a_map_of_zeros_is_white():
-    assert (serve._coloured(np.zeros((2, 3), np.float32)) == 255).all()
+    assert (serve._colored(np.zeros((2, 3), np.float32)) == 255).all()

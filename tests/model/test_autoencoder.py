@@ -24,18 +24,22 @@ from flax_resnetv2 import (
     create_autoencoder,
     create_model,
     create_train_state,
-    layer_table,
     make_train_step,
 )
 from flax_resnetv2.cli import tools
-from flax_resnetv2.model.autoencoder import Autoencoding, Reconstruction
+from flax_resnetv2.data.batch import Batch
+from flax_resnetv2.model.autoencoder import Reconstruction
 from flax_resnetv2.model.decoder_plan import decoder_table, plan_decoder
+from flax_resnetv2.model.initial import init_in_one_draw
 from flax_resnetv2.model.modules import Latent
+from flax_resnetv2.model.planning import plan
 from flax_resnetv2.reports import reconstruction
 from flax_resnetv2.run import loop
-from flax_resnetv2.run.build import count_needs, create_net, create_objective
+from flax_resnetv2.run.build import create_net, create_objective, net_layers
 from flax_resnetv2.run.config import check_config, to_json
-from flax_resnetv2.training.augment import AugmentConfig, Batch
+from flax_resnetv2.run.cost import step_cost
+from flax_resnetv2.training.augment import AugmentConfig
+from flax_resnetv2.training.objective import Autoencoding
 from tests.run.test_loop import data, differing, lines_of, losses, run_fit, untimed
 from tests.support import tiny
 
@@ -87,29 +91,31 @@ def test_the_image_comes_back_in_its_shape(net, shape):
     assert made.dtype == jnp.float32
     assert jax.tree.leaves(latent)[0].shape == (2, 5)
     # Counted from the plan as from the arrays.
-    rows = layer_table(net, shape) + decoder_table(net, shape)
+    rows = net_layers(model, shape)
     assert sum(row.parameters for row in rows) == sum(
         leaf.size for leaf in jax.tree.leaves(variables["params"])
     )
     # One draw gives the same tree.
-    drawn = jax.eval_shape(lambda: model.init_in_one_draw(jax.random.key(0), shape))
+    drawn = jax.eval_shape(lambda: init_in_one_draw(model, jax.random.key(0), shape))
     assert jax.tree.structure(drawn) == jax.tree.structure(variables)
     assert jax.tree.leaves(drawn) == jax.tree.leaves(variables)
 
 
 def test_the_mirror_has_each_stack_of_the_net_backwards():
     net = Architecture(head="latent", units=(2, 1, 1), stem_stride=2)
-    plan = plan_decoder(net, (50, 32, 3), AutoencoderConfig(units=3))
-    assert plan.start == (7, 4, 256)
-    assert plan.sizes == ((13, 8), (25, 16), (25, 16))
-    assert plan.image == (50, 32)
+    shape = (50, 32, 3)
+    decoder = plan_decoder(net, plan(net), shape, AutoencoderConfig(units=3))
+    assert decoder.start == (7, 4, 256)
+    assert decoder.sizes == ((13, 8), (25, 16), (25, 16))
+    assert decoder.image == (50, 32)
     widths = [
-        [layer.conv.width for layer in stack.units[0].layers] for stack in plan.stacks
+        [layer.conv.width for layer in stack.units[0].layers]
+        for stack in decoder.stacks
     ]
     assert widths == [[64, 64, 128], [32, 32, 64], [32, 32, 64]]
-    assert [len(stack.units) for stack in plan.stacks] == [3, 3, 3]
-    assert (plan.last.conv.in_width, plan.last.conv.width) == (64, 3)
-    rows = {row.name: row.shape for row in decoder_table(net, (50, 32, 3))}
+    assert [len(stack.units) for stack in decoder.stacks] == [3, 3, 3]
+    assert (decoder.last.conv.in_width, decoder.last.conv.width) == (64, 3)
+    rows = {row.name: row.shape for row in decoder_table(decoder, net.latent)}
     assert rows["decoder/stack3/unit1/layer3/conv"] == (13, 8, 128)
     assert rows["decoder/stack1/unit1/layer3/conv"] == (25, 16, 64)
     assert rows["decoder/image/conv"] == (50, 32, 3)
@@ -160,7 +166,9 @@ def test_the_divergence_is_that_of_the_two_distributions():
         *map(jnp.asarray, (image,)), Latent(*map(jnp.asarray, (mean, log_variance)))
     )
     batch = Batch(None, jnp.zeros([1], jnp.int32), jnp.ones([1], bool))
-    sums = Autoencoding(2, "float32", 0.5).score(outputs, jnp.asarray(target), batch)
+    sums = Autoencoding(2, "float32", 0.5).train_metrics(
+        outputs, jnp.asarray(target), batch
+    )
     assert float(sums["kl"]) == pytest.approx(expected, rel=1e-5)
     assert float(sums["squared_error"]) == pytest.approx(9 / 6)
     assert float(sums["loss"]) == pytest.approx(
@@ -174,7 +182,7 @@ def test_masked_images_count_nothing():
     image = image.at[2].set(jnp.inf)
     batch = Batch(None, jnp.zeros([3], jnp.int32), jnp.arange(3) < 2)
     objective = Autoencoding(2, "float32", None)
-    sums = objective.score(Reconstruction(image, None), target, batch)
+    sums = objective.train_metrics(Reconstruction(image, None), target, batch)
     expected = np.square(image - target)[:2].mean((1, 2, 3)).sum()
     assert set(sums) == {"loss", "squared_error"}
     assert float(sums["squared_error"]) == pytest.approx(expected, rel=1e-6)
@@ -216,7 +224,7 @@ def test_everything_learns(architecture):
 def finished(tmp_path_factory):
     """A whole run of the variational one: its directory, and what it gave."""
     directory = tmp_path_factory.mktemp("finished")
-    config = configuration(VARIATIONAL, epochs=4, ema=0.5, learning_rate=0.03)
+    config = configuration(VARIATIONAL, epochs=4, ema_decay=0.5, learning_rate=0.03)
     return config, directory, *run_fit(directory, config, 2)
 
 
@@ -269,7 +277,7 @@ def test_reconstructions_are_drawn(finished, monkeypatch, capsys):
     stored, made, imagined = drawn.values()
     assert list(drawn) == ["test images", "made again", "drawn from N(0, 1)"]
     assert stored.shape == made.shape == imagined.shape == (4, *tiny.SHAPE)
-    # As the stored pixels, however they were normalised.
+    # As the stored pixels, however they were normalized.
     pixels = data().splits["test"].image[:4] / 255
     np.testing.assert_allclose(stored, pixels, atol=1e-6)
     assert np.abs(made - pixels).mean() < np.abs(imagined - pixels).mean()
@@ -282,7 +290,7 @@ def test_a_classifier_makes_no_images(tmp_path, capsys):
 
 
 def test_losses_do_not_depend_on_the_devices(tmp_path, float64):
-    config = configuration(VARIATIONAL, epochs=1, batch_size=16, accumulate=2)
+    config = configuration(VARIATIONAL, epochs=1, batch_size=16, accumulation_steps=2)
     config = replace(config, execution=Execution(dtype="float64"))
     found = []
     for devices in (1, 8):
@@ -309,9 +317,10 @@ def test_the_best_of_an_autoencoder_has_the_lowest_loss(tmp_path):
 
 def test_the_decoder_counts_in_what_a_run_needs():
     config = configuration()
-    alone = count_needs(replace(config, architecture=tiny.SMALL), tiny.SHAPE)
-    whole = count_needs(config, tiny.SHAPE)
-    rows = decoder_table(NET, tiny.SHAPE)
+    classifier = replace(config, architecture=tiny.SMALL)
+    alone = step_cost(create_net(classifier, tiny.SHAPE), tiny.SHAPE)
+    whole = step_cost(create_net(config, tiny.SHAPE), tiny.SHAPE)
+    rows = decoder_table(plan_decoder(NET, plan(NET), tiny.SHAPE), NET.latent)
     assert whole.flops - alone.flops == pytest.approx(
         6 * sum(row.multiply_adds for row in rows), rel=0.05
     )

@@ -8,7 +8,8 @@ from xml.etree import ElementTree
 import pytest
 
 from flax_resnetv2 import ARTICLE, PRESETS, TIMM, Architecture
-from flax_resnetv2.model.drawing import draw
+from flax_resnetv2.model.drawing import draw_net
+from flax_resnetv2.model.planning import plan
 
 DOCS = Path(__file__).parents[2] / "docs"
 X = "\N{MULTIPLICATION SIGN}"
@@ -16,7 +17,9 @@ X = "\N{MULTIPLICATION SIGN}"
 
 def picture(architecture, image_shape=(32, 32, 3)):
     """The root, all texts, and how many elements have each class."""
-    root = ElementTree.fromstring(draw(architecture, image_shape))
+    root = ElementTree.fromstring(
+        draw_net(plan(architecture, image_shape), image_shape)
+    )
     tag = "{http://www.w3.org/2000/svg}"
     texts = [node.text for node in root.iter(f"{tag}text")]
     kinds = [word for node in root.iter() for word in node.get("class", "").split()]
@@ -80,7 +83,7 @@ def test_shortcuts_say_what_they_do():
 
 @pytest.mark.parametrize("name", ["article-figure", "he2016-resnet164"])
 def test_the_pictures_in_the_docs_are_of_now(name):
-    expected = draw(PRESETS[name].architecture, (32, 32, 3))
+    expected = draw_net(plan(PRESETS[name].architecture, (32, 32, 3)), (32, 32, 3))
     path = DOCS / f"{name}.svg"
     assert re.sub(r"\s+", " ", path.read_text()) == re.sub(r"\s+", " ", expected), (
         f"draw it again: python -m flax_resnetv2 show {name} --svg {path}"

@@ -25,6 +25,7 @@ from flax_resnetv2 import (
     plan_stack,
     plan_unit,
 )
+from flax_resnetv2.model.initial import init_in_one_draw
 from flax_resnetv2.model.intermediates import activations, residual_ratios
 from flax_resnetv2.model.modules import Convolution, Head, Latent, NormReLU, Stem
 from tests.support.tiny import NET, SHAPE, images_of, variables_of
@@ -469,7 +470,7 @@ def test_the_net_equals_a_textbook_net_in_values_and_gradients(
         return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
 
     gradient, (logits, stats) = run(model, variables)
-    # linen's own batch normalisation mixes dtypes.
+    # linen's own batch normalization mixes dtypes.
     with jax.numpy_dtype_promotion("standard"):
         plain_gradient, (plain_logits, plain_stats) = run(plain, flat)
     np.testing.assert_allclose(logits, plain_logits, rtol=1e-9, atol=1e-9)
@@ -559,8 +560,8 @@ def test_units_of_equal_plans_are_still_traced_once():
 def test_remat_and_derivatives_change_nothing(float64):
     images, trees = images_of(4, dtype="float64"), []
 
-    def run(remat, derivatives="by_hand", seen=False):
-        how = replace(DOUBLE, remat=remat, derivatives=derivatives)
+    def run(remat, backward="custom", seen=False):
+        how = replace(DOUBLE, remat=remat, backward=backward)
         model = create_model(SMALL, how)
         trees.append(shapes_of(model, images.shape))
         variables = variables_of(model)
@@ -656,7 +657,7 @@ def test_running_statistics_keep_their_share():
         np.testing.assert_allclose(new, 0.9 * old + 0.1 * batch, rtol=1e-4, atol=1e-5)
 
 
-def test_an_initialisation_leaves_the_statistics_at_their_start():
+def test_an_initialization_leaves_the_statistics_at_their_start():
     # Also where the mapped axis of training is not there.
     planned = plan_unit(in_width=8, width=8)
     unit = ResidualUnit(planned, Execution(batch_norm_axis="devices"))
@@ -694,7 +695,7 @@ def test_statistics_over_devices_are_those_of_the_whole_batch(float64):
         ("uniform_fan_in", lambda fan_in, fan_out: 1 / (3 * fan_in), 3**0.5),
     ],
 )
-def test_kernels_start_with_the_spread_of_their_initialiser(key, init, variance, bound):
+def test_kernels_start_with_the_spread_of_their_initializer(key, init, variance, bound):
     semantics = replace(ARTICLE, kernel_init=init)
     conv = plan_unit(in_width=32, width=256, semantics=semantics).layers[1].conv
     x = jnp.zeros([1, 1, 1, 128])
@@ -711,14 +712,14 @@ def test_kernels_start_with_the_spread_of_their_initialiser(key, init, variance,
 
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("version", [ARTICLE, HE2016])
-def test_one_draw_is_an_initialisation_like_any_other(version, traced):
+def test_one_draw_is_an_initialization_like_any_other(version, traced):
     semantics = replace(version, zero_init_last=True)
     architecture = Architecture(
         units=(2, 1), widths=(64, 96), strides=(1, 2), hidden=(50,), semantics=semantics
     )
     model = create_model(architecture)
-    initialise = partial(model.init_in_one_draw, image_shape=(32, 32, 3))
-    drawn = paths((jax.jit(initialise) if traced else initialise)(jax.random.key(3)))
+    initialize = partial(model.init_in_one_draw, image_shape=(32, 32, 3))
+    drawn = paths((jax.jit(initialize) if traced else initialize)(jax.random.key(3)))
     usual = jax.jit(partial(model.init, train=False))(
         jax.random.key(7), jnp.zeros([1, 32, 32, 3])
     )
@@ -745,7 +746,7 @@ def test_one_draw_is_an_initialisation_like_any_other(version, traced):
 def test_one_draw_depends_on_its_key_alone():
     model = create_model(SMALL)
     one, again, other = (
-        paths(model.init_in_one_draw(jax.random.key(k), SHAPE)) for k in (0, 0, 1)
+        paths(init_in_one_draw(model, jax.random.key(k), SHAPE)) for k in (0, 0, 1)
     )
     for path in one:
         np.testing.assert_array_equal(one[path], again[path], err_msg=path)
@@ -809,7 +810,7 @@ def test_an_unknown_dtype_is_refused():
 
 
 def test_automatic_derivatives_go_forward_and_twice(float64):
-    model = create_model(SMALL, replace(DOUBLE, derivatives="automatic"))
+    model = create_model(SMALL, replace(DOUBLE, backward="automatic"))
     variables, images = variables_of(model), images_of(4, dtype="float64")
 
     def loss(params):

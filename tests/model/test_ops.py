@@ -59,8 +59,8 @@ def test_symmetric_padding_differs_from_same_on_even_sizes():
 def layer(x, scale, bias, kernel, stride=1, axis_name=None, recompute=True):
     """BN -> ReLU -> convolution of ``ops``: the maps, mean and variance."""
     mean, variance = ops.batch_moments(x, axis_name)
-    promise = ops.pre_activation(x, scale, bias, mean, variance, 1e-3)
-    y = ops.convolution(promise, kernel, stride, "same", recompute)
+    deferred = ops.pre_activation(x, scale, bias, mean, variance, 1e-3)
+    y = ops.convolution(deferred, kernel, stride, "same", recompute)
     return y, mean, variance
 
 
@@ -177,13 +177,13 @@ def test_bfloat16_in_bfloat16_out_with_float32_statistics():
     np.testing.assert_allclose(mean, expected[1], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(variance, expected[2], rtol=1e-5)
     given = (jnp.ones(2), jnp.zeros(2), mean, variance, 1e-5)
-    promise = ops.pre_activation(x, *given)
-    assert promise.value.dtype == "bfloat16"
+    deferred = ops.pre_activation(x, *given)
+    assert deferred.value.dtype == "bfloat16"
     # Eight bits of mantissa: one rounding, at the end.
-    y = np.asarray(promise.value, "float32")
+    y = np.asarray(deferred.value, "float32")
     np.testing.assert_allclose(y, expected[0], rtol=2**-8)
     kernel = jnp.ones((3, 3, 2, 4), "bfloat16")
-    assert ops.convolution(promise, kernel).dtype == "bfloat16"
+    assert ops.convolution(deferred, kernel).dtype == "bfloat16"
 
 
 def test_bfloat16_gradients_keep_their_dtypes_and_eight_bits():

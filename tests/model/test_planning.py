@@ -34,7 +34,10 @@ def units_of(net):
 
 
 def test_every_unit_of_a_stack_gives_out_its_width_at_one_resolution():  # R2
-    rows = {r.name: r.shape for r in layer_table(Architecture(), (32, 32, 3))}
+    rows = {
+        r.name: r.shape
+        for r in layer_table(plan(Architecture(), (32, 32, 3)), (32, 32, 3))
+    }
     for s, (side, width) in enumerate(((32, 64), (16, 128), (8, 256)), start=1):
         for u in (1, 2, 3):
             assert rows[f"stack{s}/unit{u}/layer3/conv"] == (side, side, width)
@@ -125,7 +128,9 @@ def test_projection_in_every_stack():
 
 def test_reduction_changes_maps_and_nothing_else():  # R11
     def facts(reduction):
-        rows = layer_table(Architecture(reduction=reduction), (32, 32, 3))
+        rows = layer_table(
+            plan(Architecture(reduction=reduction), (32, 32, 3)), (32, 32, 3)
+        )
         return [(r.name, r.kernel, r.stride, r.shape[:2]) for r in rows]
 
     assert facts(2) == facts(4) == facts(1)
@@ -232,9 +237,12 @@ def test_five_stacks_end_at_2x2_and_odd_sizes_work():  # R15
     five = Architecture(
         units=(1,) * 5, widths=(8,) * 5, strides=(1, 2, 2, 2, 2), stem_width=8
     )
-    assert layer_table(five, (32, 32, 3))[-2].shape == (2, 2, 8)
+    assert layer_table(plan(five, (32, 32, 3)), (32, 32, 3))[-2].shape == (2, 2, 8)
     fashion = Architecture(units=(1,) * 4, widths=(8,) * 4, strides=(1, 2, 2, 2))
-    rows = {row.name: row.shape for row in layer_table(fashion, (28, 28, 1))}
+    rows = {
+        row.name: row.shape
+        for row in layer_table(plan(fashion, (28, 28, 1)), (28, 28, 1))
+    }
     for s, side in enumerate((28, 14, 7, 4), start=1):
         assert rows[f"stack{s}/unit1/layer3/conv"][:2] == (side, side)
         if f"stack{s}/unit1/shortcut" in rows:
@@ -279,18 +287,18 @@ def test_a_shared_preactivation_is_for_shortcut_convolutions_only():
 
 def test_receptive_field_of_the_article():
     # By hand: 3x3 layers only; 1 + 2 (stem) + 3 units x 2 x jump 1, then 2, then 4.
-    seen = receptive_field(Architecture())
+    seen = receptive_field(plan(Architecture()))
     sides = {part: field.side for part, field in seen.items()}
     assert sides == {"stem": 3, "stack1": 9, "stack2": 21, "stack3": 45}
     assert [field.stride for field in seen.values()] == [1, 1, 2, 4]
     deep = Architecture(stem_kernel=7, stem_stride=2, stem_pool=True, units=(1, 1, 1))
-    assert receptive_field(deep)["stem"] == (7 + 2 * 2, 4)
+    assert receptive_field(plan(deep))["stem"] == (7 + 2 * 2, 4)
 
 
 def test_receptive_field_without_a_stem_is_of_any_image():
     net = Architecture(stem=False, strides=(8, 8, 16), semantics=BIT)
     plan(net, (2048, 2048, 32))
-    assert receptive_field(net)["stack3"].stride == 1024
+    assert receptive_field(plan(net))["stack3"].stride == 1024
 
 
 @pytest.mark.parametrize(
@@ -298,8 +306,8 @@ def test_receptive_field_without_a_stem_is_of_any_image():
 )
 def test_units_add_up_to_the_layers(name):
     architecture = PRESETS[name].architecture
-    layers = layer_table(architecture, (64, 64, 3))
-    units = unit_table(architecture, (64, 64, 3))
+    layers = layer_table(plan(architecture, (64, 64, 3)), (64, 64, 3))
+    units = unit_table(plan(architecture, (64, 64, 3)), (64, 64, 3))
     folded = fold(units)
     assert len(units) == sum(architecture.units) + 2
     for rows in (units, folded):
@@ -310,7 +318,9 @@ def test_units_add_up_to_the_layers(name):
 
 
 def test_units_are_folded_under_their_numbers():
-    table = unit_table(PRESETS["he2016-resnet164"].architecture, (32, 32, 3))
+    table = unit_table(
+        plan(PRESETS["he2016-resnet164"].architecture, (32, 32, 3)), (32, 32, 3)
+    )
     names = [row.name for row in fold(table)]
     assert names[1:3] == ["stack1/unit1", "stack1/unit2..18"]
     [first] = [row for row in table if row.name == "stack2/unit1"]
@@ -318,14 +328,20 @@ def test_units_are_folded_under_their_numbers():
 
 
 def test_the_row_of_a_stem_is_what_leaves_its_pool():
-    table = unit_table(PRESETS["keras-resnet50v2"].architecture, (224, 224, 3))
+    table = unit_table(
+        plan(PRESETS["keras-resnet50v2"].architecture, (224, 224, 3)), (224, 224, 3)
+    )
     assert (table[0].shape, table[0].stride) == ((56, 56, 64), 4)
 
 
 def test_multiply_adds_are_the_published_ones():
-    table = layer_table(PRESETS["he2016-resnet164"].architecture, (32, 32, 3))
+    table = layer_table(
+        plan(PRESETS["he2016-resnet164"].architecture, (32, 32, 3)), (32, 32, 3)
+    )
     assert round(sum(row.multiply_adds for row in table) / 1e6, 1) == 244.5
-    table = layer_table(PRESETS["timm-resnetv2-50"].architecture, (224, 224, 3))
+    table = layer_table(
+        plan(PRESETS["timm-resnetv2-50"].architecture, (224, 224, 3)), (224, 224, 3)
+    )
     assert round(sum(row.multiply_adds for row in table) / 1e9, 1) == 4.1
 
 

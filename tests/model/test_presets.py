@@ -133,8 +133,8 @@ def test_the_net_of_the_figure_at_both_reductions():  # R14
     for reduction, count in ((2, 4_302_410), (4, 1_518_986)):
         shapes = golden.variable_shapes(replace(figure, reduction=reduction))
         built = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
-        by_hand = count_by_hand(figure.units, figure.widths, 64, reduction, True)
-        assert built == by_hand == count
+        custom = count_by_hand(figure.units, figure.widths, 64, reduction, True)
+        assert built == custom == count
 
 
 def test_published_counts():

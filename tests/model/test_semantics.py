@@ -19,11 +19,11 @@ from tests.support.tiny import variables_of
 UNITS, WIDTHS = (2, 2), (16, 32)
 
 
-def conv(x, p, stride=1, padding="SAME", standardise=None):
+def conv(x, p, stride=1, padding="SAME", standardize=None):
     kernel = p["kernel"]
-    if standardise is not None:
+    if standardize is not None:
         flat = kernel.reshape(-1, kernel.shape[-1])
-        flat = (flat - flat.mean(0)) / jnp.sqrt(flat.var(0) + standardise)
+        flat = (flat - flat.mean(0)) / jnp.sqrt(flat.var(0) + standardize)
         kernel = flat.reshape(kernel.shape)
     y = lax.conv_general_dilated(
         x, kernel, (stride,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -140,14 +140,14 @@ def keras(variables, x):
     return net.pooled(net.act(x, "head/norm"))
 
 
-def timm(variables, x, norm=None, fill=-jnp.inf, standardise=None, average=False):
+def timm(variables, x, norm=None, fill=-jnp.inf, standardize=None, average=False):
     """PreActBottleneck of timm, and Big Transfer's with its norm and its kernels."""
     net = Net(variables, norm or by_batch(1e-5))
 
     def convolve(x, path, stride=1):
         size = net.at(path)["kernel"].shape[0]
         x = pad(x, size // 2)
-        return conv(x, net.at(path), stride, "VALID", standardise)
+        return conv(x, net.at(path), stride, "VALID", standardize)
 
     if average:  # the "d" nets: a deep stem
         x = net.act(convolve(x, "stem/conv", 2), "stem/norm")
@@ -174,7 +174,7 @@ def timm(variables, x, norm=None, fill=-jnp.inf, standardise=None, average=False
 
 
 def bit(variables, x):
-    return timm(variables, x, by_group(4, 1e-5), fill=0.0, standardise=1e-10)
+    return timm(variables, x, by_group(4, 1e-5), fill=0.0, standardize=1e-10)
 
 
 def timm_d(variables, x):
@@ -300,8 +300,8 @@ def test_a_version_trains_as_jax_differentiates_it(name, float64):
     _, architecture = CASES[name]
     images = np.random.default_rng(1).normal(size=(4, 27, 27, 3))
 
-    def gradients(derivatives):
-        how = Execution(dtype="float64", derivatives=derivatives)
+    def gradients(backward):
+        how = Execution(dtype="float64", backward=backward)
         model = create_model(architecture, how)
         variables = variables_of(model, images.shape)
         stats = variables.get("batch_stats", {})
@@ -315,7 +315,7 @@ def test_a_version_trains_as_jax_differentiates_it(name, float64):
 
         return loss(variables["params"])
 
-    (one, fast), (other, plain) = gradients("by_hand"), gradients("automatic")
+    (one, fast), (other, plain) = gradients("custom"), gradients("automatic")
     np.testing.assert_allclose(one, other, rtol=1e-10)
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(plain))
     jax.tree.map(
@@ -344,8 +344,8 @@ def test_the_last_unit_has_the_stride_and_selects_pixels():
         ),
         (replace(BIT, norm_groups=3), r"norm_groups=3 does not divide the .* maps of"),
         (
-            replace(BIT, standardise_epsilon=0.0),
-            r"standardise_epsilon=0.0 must .* from 1e-12",
+            replace(BIT, standardize_epsilon=0.0),
+            r"standardize_epsilon=0.0 must .* from 1e-12",
         ),
         (replace(ARTICLE, strided_unit="middle"), "strided_unit='middle' is unknown"),
     ],

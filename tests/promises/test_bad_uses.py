@@ -23,8 +23,7 @@ import pytest
 from PIL import Image
 
 from flax_resnetv2 import RECIPES
-from flax_resnetv2.cli import tools
-from flax_resnetv2.cli import train as train_command
+from flax_resnetv2.cli import predict as predict_command, tools, train as train_command
 from flax_resnetv2.data.prepare import download, write_tfds
 from flax_resnetv2.run import cost, run_directory
 from tests.support import archives
@@ -46,7 +45,7 @@ def there(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
         places = {"data": home / "data", "run": home / "run"}
-        assert train_command.train(shlex.split(line.format(**places))) == 0
+        assert train_command.main(shlex.split(line.format(**places))) == 0
     return home
 
 
@@ -76,8 +75,8 @@ def run(line):
     """The exit code of a command line."""
     program, *words = shlex.split(line)
     commands = {
-        "train.py": train_command.train,
-        "predict.py": train_command.predict,
+        "train.py": train_command.main,
+        "predict.py": predict_command.main,
         "python": tools.main,
     }
     if program == "python":
@@ -110,7 +109,7 @@ RULE_OR_REPAIR = (
 
 
 def flat(text):
-    """Without box, colour and line breaks."""
+    """Without box, color and line breaks."""
     return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", text).split())
 
 
@@ -471,12 +470,17 @@ CASES = {
         ),
     ],
     "training numbers": [
-        quickstart("parts", "--train.accumulate 0", "train.accumulate=0", "from 1"),
+        quickstart(
+            "parts",
+            "--train.accumulation-steps 0",
+            "train.accumulation_steps=0",
+            "from 1",
+        ),
         quickstart(
             "parts of a batch",
-            "--train.accumulate 48",
+            "--train.accumulation-steps 48",
             "train.batch_size=64 cannot be shared equally by 8 devices in "
-            "train.accumulate=48 parts each; choose a multiple of 384, as 384",
+            "train.accumulation_steps=48 parts each; choose a multiple of 384, as 384",
         ),
         quickstart(
             "stochastic depth",
@@ -485,12 +489,12 @@ CASES = {
         ),
         quickstart(
             "stochastic depth of nothing",
-            "--train.stochastic-depth 0.2 --train.learn classifier",
-            "train.stochastic_depth=0.2 drops units that learn, and train.learn="
+            "--train.stochastic-depth 0.2 --train.trainable classifier",
+            "train.stochastic_depth=0.2 drops units that learn, and train.trainable="
             "'classifier' has none; leave it out",
         ),
         quickstart("target", "--target-accuracy 94", "target_accuracy=94.0", "or None"),
-        quickstart("clip", "--train.clip 0", "train.clip=0.0", "or None"),
+        quickstart("clip", "--train.clip-norm 0", "train.clip_norm=0.0", "or None"),
         quickstart("no epoch", "--train.epochs 0", "train.epochs=0", "1"),
         quickstart("epochs", "--train.epochs -1", "train.epochs=-1", "1"),
         quickstart("rate", "--train.learning-rate 0", "train.learning_rate=0.0", "0"),
@@ -499,7 +503,7 @@ CASES = {
         quickstart("decay", "--train.weight-decay -1", "train.weight_decay=-1.0"),
         quickstart("infinite decay", "--train.weight-decay inf", "weight_decay=inf"),
         quickstart("momentum", "--train.momentum 1", "train.momentum=1.0", "[0, 1)"),
-        quickstart("ema", "--train.ema 1.5", "train.ema=1.5", "[0, 1)"),
+        quickstart("ema", "--train.ema-decay 1.5", "train.ema_decay=1.5", "[0, 1)"),
         quickstart(
             "warm-up",
             "--train.warmup-epochs 8",
@@ -507,8 +511,8 @@ CASES = {
         ),
         quickstart(
             "falling drops",
-            "--train.drops 0.8 0.5",
-            *("train.drops=(0.8, 0.5)", "rising", "(0.5, 0.75)"),
+            "--train.lr-drops 0.8 0.5",
+            *("train.lr_drops=(0.8, 0.5)", "rising", "(0.5, 0.75)"),
         ),
         quickstart("smoothing", "--train.label-smoothing 1", "label_smoothing=1.0"),
         quickstart("no image", "--train.batch-size 0", "train.batch_size=0"),
@@ -541,7 +545,7 @@ CASES = {
             "augment.mean=(0.5, 0.5, 0.5) and augment.std=None are given both or not",
         ),
         quickstart(
-            "grey mean",
+            "gray mean",
             "--augment.mean 0.5 --augment.std 0.2",
             "augment.mean=(0.5,) must be 3 numbers, one for each channel of embedded",
         ),
@@ -564,8 +568,8 @@ CASES = {
         quickstart("resize", "--augment.resize 0", "augment.resize=0"),
         quickstart(
             "jitter",
-            "--augment.colour-jitter 1",
-            *("augment.colour_jitter=1.0", "in [0, 1)"),
+            "--augment.color-jitter 1",
+            *("augment.color_jitter=1.0", "in [0, 1)"),
         ),
         quickstart(
             "operations", "--augment.randaugment 15", "augment.randaugment=15", "to 14"
@@ -666,7 +670,7 @@ CASES = {
         ),
         quickstart(
             "CelebA without TFDS",
-            "--data.name celeba --data.size 64 --data.dir {data}",
+            "--data.name celeba --data.image-size 64 --data.dir {data}",
             "tf/bin/tfds build celeb_a --file_format=array_record --data_dir=",
         ),
         quickstart(
@@ -674,7 +678,12 @@ CASES = {
             "--data.name '../x'",
             "data.name='../x' is no name of a data set; choose one of cifar10, ",
         ),
-        quickstart("no side", "--data.size 0", "data.size=0 must be", "from 1 to 1024"),
+        quickstart(
+            "no side",
+            "--data.image-size 0",
+            "data.image_size=0 must be",
+            "from 1 to 1024",
+        ),
         Case(
             "an archive of another set",
             "train.py cifar100-article --data.dir d --data.archive {good}",
@@ -780,8 +789,8 @@ CASES = {
         ),
         folder(
             "no side",
-            "--data.name folder:f --data.size None",
-            "data.size=None must be a number for folder:f, whose images may be of any",
+            "--data.name folder:f --data.image-size None",
+            "data.image_size=None must be a number for folder:f, whose images may be of any",
         ),
         folder(
             "an archive",
@@ -793,9 +802,9 @@ CASES = {
         ),
         folder(
             "more than the memory",
-            "--data.name folder:f --data.size 1024 --data.stream False",
+            "--data.name folder:f --data.image-size 1024 --data.stream False",
             "data.name=folder:f has 3 images, which need 9.44 MB of memory, and this "
-            "machine has 1 MB; add --data.stream True, or choose a smaller --data.size",
+            "machine has 1 MB; add --data.stream True, or choose a smaller --data.image-size",
             prepare=small_machine,
         ),
     ],
@@ -955,19 +964,19 @@ CASES = {
         article(
             "a file",
             "--data.dir {data} --workdir f",
-            "workdir=f cannot be written, or made; choose another --workdir",
+            "workdir=f cannot be written or created; choose another --workdir",
             prepare=file("f"),
         ),
         article(
             "below a file",
             "--data.dir {data} --workdir f/g",
-            "workdir=f/g cannot be written, or made; choose another --workdir",
+            "workdir=f/g cannot be written or created; choose another --workdir",
             prepare=file("f"),
         ),
         article(
             "too long",
             f"--data.dir {{data}} --workdir {300 * 'x'}",
-            f"workdir={300 * 'x'} cannot be written, or made",
+            f"workdir={300 * 'x'} cannot be written or created",
         ),
         article("empty", "--workdir ''", "workdir='' names no directory; give"),
         again(
@@ -1018,8 +1027,8 @@ CASES = {
         again(
             "unknown field",
             "",
-            "r/config.json cannot be used (unknown field 'colour'",
-            prepare=a_run("config.json", fields(colour=1)),
+            "r/config.json cannot be used (unknown field 'color'",
+            prepare=a_run("config.json", fields(color=1)),
         ),
         again(
             "a number for a part",

@@ -36,7 +36,7 @@ DIALECTS = {
     "timm": weight_names.timm,
     "bit": weight_names.timm,
 }
-THEIRS = {"bit": {"standardise_epsilon": 1e-8}}
+THEIRS = {"bit": {"standardize_epsilon": 1e-8}}
 """What timm has otherwise than the row of ``Semantics``."""
 
 

@@ -23,11 +23,11 @@ from flax_resnetv2 import (
     UsageError,
     create_model,
 )
-from flax_resnetv2.data.datasets import Split, evaluation_order, fetch
+from flax_resnetv2.data.batch import Split, evaluation_order, gather_batch
 from flax_resnetv2.errors import Stopped
 from flax_resnetv2.run import checkpoint, loop, run_directory, trainer
-from flax_resnetv2.system import runtime
-from flax_resnetv2.training.augment import AugmentConfig, normalise, positions
+from flax_resnetv2.system import signals
+from flax_resnetv2.training.augment import AugmentConfig, normalize, positions
 from tests.run.test_loop import (
     CONFIG,
     VALIDATED,
@@ -91,13 +91,13 @@ def assert_same_run(one, other, step=STEPS):
 def stop_after(monkeypatch, steps):
     """Have a signal "come" after so many steps of this process."""
 
-    class Stop(runtime.Stop):
+    class Stop(signals.Stop):
         count = 0
 
         def listen(self):
             self.count += 1
             if self.count == steps:
-                self.asked = "SIGTERM"
+                self.requested = "SIGTERM"
 
     monkeypatch.setattr(loop, "Stop", Stop)
 
@@ -136,14 +136,14 @@ def test_a_run_stopped_after_each_step_is_the_run_that_was_not(
 def test_a_signal_gives_up_an_evaluation_and_the_next_start_makes_up_for_it(
     go_on, whole, monkeypatch, tmp_path
 ):
-    evaluate = trainer.Run.evaluate
+    evaluate = trainer.Trainer.evaluate
 
     def interrupted(self, state, name, stop):
         stops = iter([False, True])
         return evaluate(self, state, name, lambda: next(stops))
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Run, "evaluate", interrupted)
+        patch.setattr(trainer.Trainer, "evaluate", interrupted)
         with pytest.raises(Stopped, match="after step 6 of 12"):
             go_on()
     assert lines_of(tmp_path / "run")[-1]["split"] == "train"
@@ -166,12 +166,12 @@ def test_lines_of_a_checkpoint_that_was_killed_with_its_evaluation_are_completed
 def test_chunks_of_steps_resume_as_single_steps_do(go_on, monkeypatch, tmp_path):
     """As on accelerators: stopped between two chunks, the bits are the same."""
 
-    class Chunked(trainer.Run):
+    class Chunked(trainer.Trainer):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             self.one_by_one = False
 
-    monkeypatch.setattr(loop, "Run", Chunked)
+    monkeypatch.setattr(loop, "Trainer", Chunked)
     go_on(workdir="straight")
     with monkeypatch.context() as patch:
         stop_after(patch, 2)  # chunks: to the lines at 4, 8, ... and to 5, 6, 10
@@ -192,7 +192,7 @@ def counted():
     model = create_model(tiny.SMALL)
     variables = tiny.variables_of(model)
     pixels = AugmentConfig(mean=(0.4,) * 3, std=(0.25,) * 3)
-    images = normalise(jax.numpy.asarray(MANY.splits["test"].image), pixels, "float32")
+    images = normalize(jax.numpy.asarray(MANY.splits["test"].image), pixels, "float32")
     apply = jax.jit(lambda images: model.apply(variables, images, train=False))
     return variables, pixels, np.asarray(apply(images))
 
@@ -204,9 +204,11 @@ def test_any_devices_and_batches_count_ten_thousand_images(counted, devices):
     for batch in (1000, 768):
         config = configuration(batch_size=8, eval_batch_size=batch)
         config = replace(config, augment=pixels)
-        run = trainer.Run(config, MANY, jax.devices()[:devices])
+        run = tiny.trainer_of(config, MANY, jax.devices()[:devices])
         zeros = jax.tree.map(jax.numpy.zeros_like, variables)
-        state = run.place(TrainState(0, zeros["params"], {}, None, variables))
+        state = run.placement.replicate(
+            TrainState(0, zeros["params"], {}, None, variables)
+        )
         sums = run.evaluate(state, "test")
         labels = MANY.splits["test"].label
         right = int((logits.argmax(-1) == labels).sum())
@@ -221,23 +223,25 @@ def test_any_devices_and_batches_count_ten_thousand_images(counted, devices):
 def test_logits_do_not_depend_on_the_devices(counted, devices):
     variables, pixels, logits = counted
     config = replace(configuration(batch_size=8, eval_batch_size=1000), augment=pixels)
-    run = trainer.Run(config, MANY, jax.devices()[:devices])
+    run = tiny.trainer_of(config, MANY, jax.devices()[:devices])
     share = run.eval_batch // devices
 
     def gathered(variables, split, order, start):
-        places = start + positions(share, run.axis)
-        batch = fetch(split, order, places)
-        images = normalise(batch.image, pixels, "float32")
+        places = start + positions(share, run.placement.axis)
+        batch = gather_batch(split, order, places)
+        images = normalize(batch.image, pixels, "float32")
         mine = run.model.apply(variables, images, train=False)
         mine = jax.numpy.where(batch.mask[:, None], mine, 0)
-        if run.axis is None:
+        if run.placement.axis is None:
             return mine
-        return jax.lax.all_gather(mine, run.axis, tiled=True)
+        return jax.lax.all_gather(mine, run.placement.axis, tiled=True)
 
-    whole = run.parallel(gathered)
-    order = run.place(evaluation_order(10_000, run.eval_batch))
+    whole = run.placement.map(gathered)
+    order = run.placement.replicate(evaluation_order(10_000, run.eval_batch))
     found = [
-        np.asarray(whole(run.place(variables), run.split("test"), order, start))
+        np.asarray(
+            whole(run.placement.replicate(variables), run.split("test"), order, start)
+        )
         for start in range(0, len(order), run.eval_batch)
     ]
     found = np.concatenate(found)
@@ -252,7 +256,7 @@ def test_another_number_of_devices_goes_on_to_the_same_loss(
     go_on, monkeypatch, float64
 ):
     config = replace(
-        configuration(ema=0.9),
+        configuration(ema_decay=0.9),
         execution=Execution(dtype="float64"),
     )
     given = {"dataset": data(), "create": ready_state}
@@ -355,7 +359,7 @@ def test_no_damage_of_a_file_changes_what_is_restored(copied, damage):
 
 def state_like(directory):
     config = run_directory.load_config(directory)
-    run = trainer.Run(config, VALIDATED, jax.devices()[:2])
+    run = tiny.trainer_of(config, VALIDATED, jax.devices()[:2])
     return run.state_shapes()
 
 
@@ -477,12 +481,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     monkeypatch.setattr(trainer, "make_train_step", poisoned)
     if not one_by_one:
 
-        class Chunked(trainer.Run):
+        class Chunked(trainer.Trainer):
             def __init__(self, *arguments):
                 super().__init__(*arguments)
                 self.one_by_one = False
 
-        monkeypatch.setattr(loop, "Run", Chunked)
+        monkeypatch.setattr(loop, "Trainer", Chunked)
     with pytest.raises(
         RunError, match="at step 8 is not a finite number; the checkpoint of step 6 "
     ):
@@ -499,12 +503,12 @@ def test_a_learning_rate_without_bounds_is_seen(go_on):
 
 
 def test_an_evaluation_that_is_not_finite_stops_the_run(go_on, monkeypatch):
-    evaluate = trainer.Run.evaluate
+    evaluate = trainer.Trainer.evaluate
 
     def bad(self, *rest):
         return {**evaluate(self, *rest), "loss": float("inf")}
 
-    monkeypatch.setattr(trainer.Run, "evaluate", bad)
+    monkeypatch.setattr(trainer.Trainer, "evaluate", bad)
     with pytest.raises(RunError, match="test loss after step 6 is not a finite number"):
         go_on(configuration(), data(), devices=1, create=ready_state)
 
@@ -701,7 +705,7 @@ def test_something_is_due_only_at_borders():
     """In steps of 7 an epoch, 21 in all, a line every 3, a checkpoint every 5."""
     config = replace(configuration(epochs=3), log_every=3, checkpoint_steps=5)
     config = replace(config, evaluate_every=2, checkpoint_every=3)
-    due = loop.Due(config, 7)
+    due = loop.EventSchedule(config, 7)
     lines = [k for k in range(1, 22) if due.line(k)]
     assert lines == [3, 6, 7, 9, 12, 14, 15, 18, 21]
     assert [k for k in range(22) if due.evaluation(k)] == [14, 21]
@@ -723,7 +727,7 @@ def test_the_second_signal_ends_a_process_at_once(tmp_path):
         "with Stop() as stop:\n"
         "    stop.listen()\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    print(stop.asked, flush=True)\n"
+        "    print(stop.requested, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    print('still here')\n"
     )
@@ -740,16 +744,16 @@ def test_the_second_signal_ends_a_process_at_once(tmp_path):
 
 def test_a_signal_that_comes_twice_at_once_counts_once():
     """A cluster tells every process, and a sweep passes on what it was told."""
-    with runtime.Stop() as stop:
+    with signals.Stop() as stop:
         stop.listen()
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.asked == "SIGTERM"
+        assert stop.requested == "SIGTERM"
 
 
 def test_signals_are_given_back():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with runtime.Stop() as stop:
+    with signals.Stop() as stop:
         stop.listen()
         stop.listen()
         assert signal.getsignal(signal.SIGTERM) == stop._note

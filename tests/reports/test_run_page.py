@@ -18,8 +18,7 @@ from scipy import stats
 from tensorboardX.proto.event_pb2 import Event
 
 from flax_resnetv2 import RECIPES, Predictor
-from flax_resnetv2.cli import tools
-from flax_resnetv2.cli import train as train_command
+from flax_resnetv2.cli import tools, train as train_command
 from flax_resnetv2.data.datasets import describe
 from flax_resnetv2.inference import modelcard, modelfile, scores
 from flax_resnetv2.reports import compare_runs, reconstruction, run_page
@@ -138,13 +137,13 @@ def test_an_autoencoder_has_its_images_in_the_page(tmp_path):
 def test_a_page_that_cannot_be_made_fails_no_run(tmp_path, monkeypatch, capsys):
     result = {"accuracy": 0.5, "count": 2, "seconds": 1.0}
     monkeypatch.setattr(loop, "fit", lambda *_, **__: result)
-    assert train_command.train(["quickstart", "--workdir", str(tmp_path / "none")]) == 0
+    assert train_command.main(["quickstart", "--workdir", str(tmp_path / "none")]) == 0
     said = capsys.readouterr()
     assert "test accuracy 0.5000 of 2 images" in said.out
     assert f"no report.html ({tmp_path}/none is not a run directory" in said.err
     assert said.err.count("\n") == 1
     words = ["quickstart", "--workdir", str(tmp_path / "none"), "--no-report"]
-    assert train_command.train(words) == 0
+    assert train_command.main(words) == 0
     assert capsys.readouterr().err == ""
 
 
@@ -170,7 +169,7 @@ def test_runs_are_laid_side_by_side(run, tmp_path, capsys):
     assert score in first
     assert score in second
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert compare_runs.draw([compare_runs.read_run(run)]).startswith(b"\x89PNG")
+    assert compare_runs.draw_runs([compare_runs.read_run(run)]).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -283,7 +282,7 @@ def test_a_card_says_what_its_result_was_selected_by(target, held_out, said):
 
 def test_parameters_of_an_autoencoder_have_the_decoder():
     config = RECIPES["quickstart-vae"].config
-    config = validate.fill_in(config, describe(config.data))
+    config = validate.fill_in_classes(config, describe(config.data))
     net = create_net(config, (32, 32, 3))
     shapes = jax.eval_shape(
         lambda: net.init(jax.random.key(0), jnp.zeros([1, 32, 32, 3]), train=False)

@@ -58,8 +58,8 @@ def test_directories_say_the_override():
         ("", BASE),
         ("--train.epochs 3 --train.no-nesterov", train(epochs=3, nesterov=False)),
         ("--architecture.reduction=4", replace(BASE, architecture=reduction)),
-        ("--train.drops .5 .6", train(drops=(0.5, 0.6))),
-        ("--train.drops .5_.6", train(drops=(0.5, 0.7))),
+        ("--train.lr-drops .5 .6", train(lr_drops=(0.5, 0.6))),
+        ("--train.lr-drops .5_.6", train(lr_drops=(0.5, 0.7))),
     ]
     found = [o.directory for o in planned(varied).overrides]
     assert found[:4] == [
@@ -88,9 +88,9 @@ def test_directories_say_the_override():
             "learn the same",
         ),
         (
-            [("--train.ema 2", train(ema=2.0))],
+            [("--train.ema-decay 2", train(ema_decay=2.0))],
             (0,),
-            "--vary '--train.ema 2': train.ema=2",
+            "--vary '--train.ema-decay 2': train.ema_decay=2",
         ),
     ],
 )
@@ -130,8 +130,8 @@ def test_what_decides_no_number_may_change():
         (planned(seeds=(1, 2)), r"\(seeds: without 0\)"),
         (planned([("", BASE), FEWER]), r"\(without --vary '--train.epochs 3'\)"),
         (
-            planned([("", train(ema=0.9))], base=train(ema=0.9)),
-            r"\(train.ema: 0.0 -> 0.9\)",
+            planned([("", train(ema_decay=0.9))], base=train(ema_decay=0.9)),
+            r"\(train.ema_decay: 0.0 -> 0.9\)",
         ),
     ],
 )
@@ -242,7 +242,7 @@ def test_the_same_lines_in_any_order_give_the_same_bytes():
     def pages(lines):
         rows = sweep_table.compare(["a", "b", "c"], lines)
         page = sweep_table.to_markdown("x", rows, (0, 1, 2), lines)
-        return page, sweep_table.draw("quickstart", rows)
+        return page, sweep_table.draw_sweep("quickstart", rows)
 
     mixed = [json.loads(json.dumps(x)) for x in LINES]
     random.Random(0).shuffle(mixed)

@@ -124,8 +124,13 @@ def test_each_measured_option_is_one_that_a_person_may_give():
 
 
 def test_the_options_table_says_what_a_step_takes_more():
-    row = {"option": "train.clip 1", "seconds": 0.0525, "more": 0.05, "error": 0.01}
-    assert options.format_row(row) == "| `--train.clip 1` | 52.5 ms | +5% ± 1% |"
+    row = {
+        "option": "train.clip_norm 1",
+        "seconds": 0.0525,
+        "more": 0.05,
+        "error": 0.01,
+    }
+    assert options.format_row(row) == "| `--train.clip-norm 1` | 52.5 ms | +5% ± 1% |"
     plain = row | {"option": options.PLAIN}
     assert options.format_row(plain) == "| none | 52.5 ms |  |"
 
@@ -302,7 +307,7 @@ def test_the_table_of_starts_takes_the_last_cold_and_the_median_warm_one():
 
 def test_seeds_in_one_program_are_the_seeds_one_by_one(float64):
     config = replace(
-        tiny.config(ema=0.9),
+        tiny.config(ema_decay=0.9),
         architecture=tiny.SMALL,
         execution=Execution(dtype="float64"),
     )

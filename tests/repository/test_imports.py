@@ -29,7 +29,7 @@ FOLDERS = {
 that it may import. A folder imports itself and what stands above it in this list."""
 
 APART = {("model", "data"), ("data", "model")}
-"""Neighbours that do not know each other."""
+"""Neighbors that do not know each other."""
 
 LAZY = {
     *("orbax", "tensorflow_datasets", "matplotlib", "tyro", "PIL", "array_record"),

@@ -15,7 +15,7 @@ from flax_resnetv2 import (
     BIT,
     HE2016,
     KERAS,
-    NORMALISATION,
+    NORMALIZATION,
     PRESETS,
     RECIPES,
     TIMM,
@@ -62,6 +62,7 @@ from flax_resnetv2 import (
     to_timm,
 )
 from flax_resnetv2.model.autoencoder import Autoencoder
+from flax_resnetv2.model.initial import init_in_one_draw
 from flax_resnetv2.model.layer_table import Field, LayerRow
 from flax_resnetv2.model.planning import NetPlan, StackPlan, UnitPlan
 
@@ -71,8 +72,10 @@ def nets(images: jax.Array) -> None:
     rows: list[Semantics] = [ARTICLE, ATIENZA, BIT, HE2016, KERAS, TIMM]
     architecture = Architecture(units=(1, 1), widths=(8, 16), semantics=rows[0])
     assert_type(plan(architecture, (32, 32, 3)), NetPlan)
-    assert_type(layer_table(architecture, (32, 32, 3)), list[LayerRow])
-    assert_type(receptive_field(architecture), dict[str, Field])
+    assert_type(
+        layer_table(plan(architecture, (32, 32, 3)), (32, 32, 3)), list[LayerRow]
+    )
+    assert_type(receptive_field(plan(architecture)), dict[str, Field])
     unit = plan_unit(in_width=8, width=8, reduction="previous")
     assert_type(unit, UnitPlan)
     stack = plan_stack(in_width=8, width=16, units=2, stride=2)
@@ -86,7 +89,7 @@ def nets(images: jax.Array) -> None:
     Head(model.plan.head)
     if model.plan.stem is not None:
         Stem(model.plan.stem)
-    variables: dict[str, Any] = model.init_in_one_draw(jax.random.key(0), (32, 32, 3))
+    variables: dict[str, Any] = init_in_one_draw(model, jax.random.key(0), (32, 32, 3))
     assert_type(activations(model, variables, images), dict[str, jax.Array])
     assert_type(residual_ratios(model, variables, images), dict[str, list[float]])
 
@@ -136,4 +139,4 @@ def using(workdir: Path, images: np.ndarray[Any, Any]) -> None:
     ):
         assert_type(variables, dict[str, Any])
         to_keras(variables, model), to_timm(variables, model), to_bit(variables, model)
-    Predictor(model, {}, NORMALISATION, ("cat", "dog"), (224, 224, 3))
+    Predictor(model, {}, NORMALIZATION, ("cat", "dog"), (224, 224, 3))

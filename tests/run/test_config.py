@@ -59,7 +59,7 @@ def test_uneven_fields_survive_json():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(colour=1), r"unknown field 'colour' .* architecture"),
+        (lambda d: d.update(color=1), r"unknown field 'color' .* architecture"),
         (
             lambda d: d["train"].update(lr=1),
             r"unknown field 'train.lr' .* momentum",

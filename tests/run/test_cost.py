@@ -17,7 +17,7 @@ from flax_resnetv2 import (
     create_train_state,
     make_train_step,
 )
-from flax_resnetv2.run.cost import Needs, amount, memory_limit, needs, peak_flops
+from flax_resnetv2.run.cost import StepCost, amount, memory_limit, peak_flops, step_cost
 from tests.support import tiny
 
 NET = Architecture(units=(3, 3), widths=(16, 32), strides=(1, 2), stem_width=16)
@@ -25,7 +25,7 @@ SHAPE = (16, 16, 3)
 
 
 def counted(architecture=NET, shape=SHAPE, **execution):
-    return needs(architecture, Execution(**execution), shape)
+    return step_cost(create_model(architecture, Execution(**execution), shape), shape)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,10 @@ def counted(architecture=NET, shape=SHAPE, **execution):
 )
 def test_predicted_memory_is_most_of_what_xla_takes(remat, parts):
     """The prediction is what is kept; XLA's number includes its work space."""
-    execution, config = Execution(remat=remat), tiny.config(accumulate=parts).train
+    execution, config = (
+        Execution(remat=remat),
+        tiny.config(accumulation_steps=parts).train,
+    )
     model = create_model(NET, execution, SHAPE)
     augmentation = replace(tiny.config().augment, mean=(0.5,) * 3, std=(0.2,) * 3)
     step = make_train_step(model, config, augmentation, seed=0, steps_per_epoch=5)
@@ -59,11 +62,11 @@ def test_less_is_kept_where_more_is_computed_again():
     )
     assert nothing > norms > units > 0
     assert counted(dtype="bfloat16").image_bytes == norms // 2
-    assert counted(derivatives="automatic").image_bytes == nothing
+    assert counted(backward="automatic").image_bytes == nothing
 
 
 def test_of_several_parts_one_is_kept():
-    whole, parts = counted(), needs(NET, Execution(), SHAPE, 4)
+    whole, parts = counted(), step_cost(create_model(NET, image_shape=SHAPE), SHAPE, 4)
     assert parts.image_bytes == whole.image_bytes
     # Their gradients are added up.
     assert parts.fixed_bytes == 2 * whole.fixed_bytes
@@ -84,12 +87,14 @@ def test_flops_are_six_for_each_multiply_add():
 
 def test_what_lies_on_a_device_is_added():
     empty = counted()
-    full = empty.beside({"a": np.zeros(250, np.float32)}, np.zeros(500, np.uint8))
+    full = empty.plus_resident(
+        {"a": np.zeros(250, np.float32)}, np.zeros(500, np.uint8)
+    )
     assert full.fixed_bytes - empty.fixed_bytes == 1500
     assert full.bytes(3) == full.fixed_bytes + 3 * full.image_bytes
 
 
-NEEDS = Needs(
+NEEDS = StepCost(
     parameters=1,
     flops=1.0,
     image_bytes=10**9,
@@ -105,18 +110,18 @@ SMALLEST = Execution(dtype="bfloat16", remat="units")
         (
             4 * 10**9,
             Execution(),
-            "--train.batch-size 6 or less, or --train.accumulate 2, or more devices, "
+            "--train.batch-size 6 or less, or --train.accumulation-steps 2, or more devices, "
             "or --execution.dtype bfloat16, or --execution.remat units",
         ),
         (
             4 * 10**9,
             SMALLEST,
-            "--train.batch-size 6 or less, or --train.accumulate 2, or more devices",
+            "--train.batch-size 6 or less, or --train.accumulation-steps 2, or more devices",
         ),
         (
             2 * 10**9,
             SMALLEST,
-            "--train.batch-size 2 or less, or --train.accumulate 4, or more devices",
+            "--train.batch-size 2 or less, or --train.accumulation-steps 4, or more devices",
         ),
         (15 * 10**8, SMALLEST, "more devices"),
         (10**9, Execution(), "a smaller net, or a device with more memory"),

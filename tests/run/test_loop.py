@@ -15,13 +15,13 @@ from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from flax_resnetv2 import Checkpointer, Execution, UsageError, create_model
-from flax_resnetv2.data.datasets import Split
-from flax_resnetv2.run import loop, metrics_log, trainer, validate
+from flax_resnetv2.data.batch import Split
+from flax_resnetv2.run import loop, metrics_log, placement, trainer, validate
 from flax_resnetv2.run.metrics_log import Reporter
 from flax_resnetv2.run.run_directory import load_config
 from flax_resnetv2.run.tracing import Tracer
 from flax_resnetv2.training import optimizers, step
-from flax_resnetv2.training.augment import AugmentConfig, normalise
+from flax_resnetv2.training.augment import AugmentConfig, normalize
 from tests.support import tiny
 
 TIMES = {"seconds", "images_per_second"}
@@ -62,7 +62,7 @@ def ready_state(model, train, key, image_shape, steps_per_epoch, _):
         jax.numpy.int32(0),
         *(variables["params"], variables["batch_stats"]),
         optimizer.init(variables["params"]),
-        jax.tree.map(jax.numpy.copy, variables) if train.ema else None,
+        jax.tree.map(jax.numpy.copy, variables) if train.ema_decay else None,
     )
 
 
@@ -75,7 +75,7 @@ def run_fit(directory, config, devices=2, dataset=None, create=None, profile=Non
         return evaluate(self, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validate, "open_dataset", lambda *_: dataset)
+        tiny.patch_dataset(patch, dataset)
         patch.setattr(loop._Training, "_evaluate", keep)
         if create:
             patch.setattr(trainer, "create_train_state", create)
@@ -93,7 +93,7 @@ def fit(tmp_path):
     )
 
 
-CONFIG = replace(configuration(ema=0.9), log_every=4)
+CONFIG = replace(configuration(ema_decay=0.9), log_every=4)
 VALIDATED = data(validation=9)
 
 
@@ -153,7 +153,7 @@ def test_a_run_leaves_its_files(finished):
     facts = json.loads((directory / "dataset.json").read_text())
     assert facts["class_names"] == ["a", "b", "c", "d"]
     assert facts["image_shape"] == [8, 8, 3]
-    assert facts["images"] == {"train": 50, "test": 23, "validation": 9}
+    assert facts["num_images"] == {"train": 50, "test": 23, "validation": 9}
     assert sorted(p.name for p in (directory / "checkpoints").iterdir()) == ["12", "6"]
     assert result == lines[-1]
     assert int(state.step[0]) == 12
@@ -215,7 +215,7 @@ def test_evaluation_counts_every_image_once(devices, batch):
     mean, std = data().channel_statistics()
     pixels = AugmentConfig(mean=mean, std=std)
     config = replace(config, augment=pixels)
-    run = trainer.Run(config, data(), jax.devices()[:devices])
+    run = tiny.trainer_of(config, data(), jax.devices()[:devices])
     model = create_model(tiny.SMALL)
     variables = tiny.variables_of(model)
     # The averages are what is evaluated.
@@ -223,9 +223,9 @@ def test_evaluation_counts_every_image_once(devices, batch):
     state = step.TrainState(
         0, nothing["params"], nothing["batch_stats"], None, variables
     )
-    sums = run.evaluate(run.place(state), "test")
+    sums = run.evaluate(run.placement.replicate(state), "test")
     image, label = data().splits["test"]
-    images = normalise(jax.numpy.asarray(image), pixels, "float32")
+    images = normalize(jax.numpy.asarray(image), pixels, "float32")
     logits = np.asarray(model.apply(variables, images, train=False))
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     assert int(sums["count"]) == 23
@@ -261,7 +261,7 @@ def test_a_run_killed_while_it_wrote_a_line_goes_on(fit, copied, finished):
 
 
 def test_a_finished_run_gives_its_result_again(fit, copied, finished, monkeypatch):
-    monkeypatch.setattr(trainer.Run, "evaluate", None)
+    monkeypatch.setattr(trainer.Trainer, "evaluate", None)
     again, same, _ = fit(CONFIG, dataset=VALIDATED)
     assert again == finished[1]
     assert same == finished[2]
@@ -309,9 +309,9 @@ def test_a_directory_of_another_configuration_is_refused(fit, copied, other, mes
         (configuration(batch_size=12), data(), r"=12 .* 8 devices; .* 8, as 8 or 16"),
         (configuration(batch_size=7), data(), r"batch_size=7 .* multiple of 8, as 8$"),
         (
-            configuration(batch_size=24, accumulate=2),
+            configuration(batch_size=24, accumulation_steps=2),
             data(),
-            r"=24 cannot .* 8 devices in train.accumulate=2 parts .* of 16, as 16 or",
+            r"=24 cannot .* 8 devices in train.accumulation_steps=2 parts .* of 16, as 16 or",
         ),
         (configuration(batch_size=56), data(), r"=56 is more than the 50 .* 1 to 50"),
         (
@@ -353,15 +353,15 @@ def test_a_mistake_is_found_before_data_are_read(monkeypatch, tmp_path):
 def test_chunks_of_steps_give_what_single_steps_give(fit, monkeypatch, finished):
     single = finished[1:]
 
-    class Chunked(trainer.Run):
+    class Chunked(trainer.Trainer):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             assert self.one_by_one
             self.one_by_one = False
 
-    monkeypatch.setattr(loop, "Run", Chunked)
+    monkeypatch.setattr(loop, "Trainer", Chunked)
     calls = []
-    go = loop._Training.go
+    go = loop._Training.run
 
     def counted(self, *rest):
         train = self.run.train
@@ -451,7 +451,7 @@ def test_a_run_ends_where_it_reaches_its_target(fit, tmp_path, capsys, dataset):
         return sums | {"correct": 100 * next(accuracies) if split == name else 100.0}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.Run, "evaluate", evaluate)
+        patch.setattr(trainer.Trainer, "evaluate", evaluate)
         config = replace(REACHED, target_accuracy=0.6)
         result, lines, state = fit(config, dataset=dataset)
         assert [x["accuracy"] for x in lines if x["split"] == name] == [0.1, 0.6]
@@ -492,7 +492,7 @@ SHARED = {"create": ready_state, "workdir": "shared"}
 
 def test_losses_do_not_depend_on_the_devices(fit, float64):
     config = replace(
-        configuration(epochs=1, ema=0.9), execution=Execution(dtype="float64")
+        configuration(epochs=1, ema_decay=0.9), execution=Execution(dtype="float64")
     )
     _, expected, _ = fit(config, **ALONE)
     assert len(set(losses(expected))) == 6
@@ -509,11 +509,15 @@ def test_losses_do_not_depend_on_the_devices(fit, float64):
 def test_options_do_not_depend_on_the_devices_either(tmp_path, float64):
     """All that draws, mixes or takes parts of the global batch, together."""
     config = configuration(
-        epochs=1, batch_size=16, accumulate=2, clip=1.0, stochastic_depth=0.5
+        epochs=1,
+        batch_size=16,
+        accumulation_steps=2,
+        clip_norm=1.0,
+        stochastic_depth=0.5,
     )
     drawn = AugmentConfig(
         crop_padding=1,
-        colour_jitter=0.4,
+        color_jitter=0.4,
         randaugment=1,
         cutout=3,
         mixup=1.0,
@@ -555,8 +559,11 @@ def test_one_step_in_float32_does_not_depend_on_the_devices(fit):
 
 def test_statistics_of_each_device_alone_are_averaged_all_the_same(fit):
     config = configuration(epochs=1, sync_batch_norm=False)
-    run = trainer.Run(config, data(), jax.devices()[:2])
-    assert (run.axis, run.model.execution.batch_norm_axis) == (trainer.AXIS, None)
+    run = tiny.trainer_of(config, data(), jax.devices()[:2])
+    assert (run.placement.axis, run.model.execution.batch_norm_axis) == (
+        placement.AXIS,
+        None,
+    )
     _, _, state = fit(config, dataset=data(train=8), **SHARED)
     assert differing(state) == []
 
@@ -643,7 +650,7 @@ def test_the_share_of_the_peak_is_said_where_it_is_known(tmp_path, capsys):
         reporter.training(2, 0.5, sums)
     [line] = lines_of(tmp_path)
     share = line["images_per_second"] * 3 / 100
-    assert line["flops_utilisation"] == pytest.approx(share)
+    assert line["flops_utilization"] == pytest.approx(share)
     assert "of peak FLOP/s" in capsys.readouterr().out
 
 
@@ -661,7 +668,7 @@ def test_a_channel_that_never_changes_stays_finite():
     )
     train.image[..., 1] = 77
     flat = replace(tiny.dataset(), splits={"train": train, "test": test})
-    found = validate.resolve(tiny.config(), flat).augment
+    found = validate.fill_in(tiny.config(), flat).augment
     assert found.std[1] == 1.0
     assert found.mean[1] == pytest.approx(77 / 255)
     assert 0 < found.std[0] < 1
@@ -670,7 +677,6 @@ def test_a_channel_that_never_changes_stays_finite():
 def test_a_warm_up_may_be_most_of_one_epoch(tmp_path):
     """The state's shapes were once asked for of epochs of one step."""
     config = replace(tiny.config(epochs=1, warmup_epochs=0.6), architecture=tiny.SMALL)
-    run = trainer.Run(
-        validate.resolve(config, tiny.dataset()), tiny.dataset(), jax.devices()[:1]
-    )
+    config = validate.fill_in(config, tiny.dataset())
+    run = tiny.trainer_of(config, tiny.dataset(), jax.devices()[:1])
     assert run.state_shapes().step.shape == ()

@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from flax_resnetv2 import (
-    NORMALISATION,
+    NORMALIZATION,
     TIMM,
     Predictor,
     UsageError,
@@ -61,7 +61,7 @@ def fit(monkeypatch, config, workdir):
 
 def test_a_classifier_learns_on_a_backbone_that_stays(start, monkeypatch, tmp_path):
     path, came = start
-    run = config(path, learn="classifier", weight_decay=0.1)
+    run = config(path, trainable="classifier", weight_decay=0.1)
     ended = fit(monkeypatch, run, tmp_path / "a")
     came = flatten_dict(came)
     assert ended.keys() == came.keys()
@@ -94,7 +94,7 @@ def test_the_images_are_those_of_the_weights(start, monkeypatch, tmp_path):
     run = config(start[0], epochs=1)
     fit(monkeypatch, run, tmp_path / "a")
     stored = load_config(tmp_path / "a").augment
-    assert (stored.mean, stored.std) == (NORMALISATION.mean, NORMALISATION.std)
+    assert (stored.mean, stored.std) == (NORMALIZATION.mean, NORMALIZATION.std)
     predictor = Predictor.from_run(tmp_path / "a")
     images = tiny.dataset().splits["test"].image
     assert predictor(images).shape == (len(images), 4)
@@ -131,7 +131,7 @@ def test_a_file_that_is_not_there_is_named_before_anything_is_made(tmp_path):
 @pytest.mark.parametrize("name", [n for n in RECIPES if "transfer" in n])
 def test_the_recipes_ask_for_the_published_file(name, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    assert train_command.train([name]) == 2
+    assert train_command.main([name]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert RECIPES[name].config.weights in said
@@ -144,5 +144,5 @@ def test_weights_are_for_images_of_three_channels(start, tmp_path):
         UsageError,
         match=r"x\.safetensors are for images of 3 channels, and those of mnist have 1",
     ):
-        validate.agree(run, tmp_path / "run", 1, None)
+        validate.validate(run, tmp_path / "run", 1, None)
     assert not (tmp_path / "run").exists()

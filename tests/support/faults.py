@@ -31,7 +31,7 @@ TIMES = {"seconds", "images_per_second"}
 RUN = [
     *("quickstart", "--architecture.units", "1", "1", "1"),
     *("--architecture.widths", "8", "16", "32", "--architecture.stem-width", "8"),
-    *("--train.ema", "0.9", "--data.validation", "500"),
+    *("--train.ema-decay", "0.9", "--data.validation", "500"),
     *("--checkpoint-steps", "5", "--log-every", "7"),
 ]
 """148 steps an epoch, about a hundred a second."""

@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def prepare(root, name, splits, *, classes, shape=(None, None, 3), encoding="png"):
-    """Write a data set of labelled images; give its directory.
+    """Write a data set of labeled images; give its directory.
 
     Args:
         root: a directory of TFDS data sets.

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_resnetv2 import Architecture, Config, TrainConfig
-from flax_resnetv2.data.datasets import DataConfig, Dataset, Split
+from flax_resnetv2.data.batch import Split
+from flax_resnetv2.data.catalog import DatasetSummary
+from flax_resnetv2.data.datasets import DataConfig, Dataset
+from flax_resnetv2.run import validate
+from flax_resnetv2.run.build import create_net
+from flax_resnetv2.run.placement import Placement
+from flax_resnetv2.run.trainer import Trainer
 from flax_resnetv2.training.augment import AugmentConfig
 
 NET = Architecture(
@@ -49,10 +55,24 @@ def config(**train):
     )
 
 
+def patch_dataset(patch, dataset):
+    """Make ``validate`` find ``dataset`` whatever the configuration names."""
+    counts = {name: split.num_images for name, split in dataset.splits.items()}
+    summary = DatasetSummary(dataset.image_shape, dataset.class_names, counts)
+    patch.setattr(validate, "describe", lambda _: summary)
+    patch.setattr(validate, "open_dataset", lambda _: dataset)
+
+
+def trainer_of(config, data, devices, executor="pmap"):
+    """A ``Trainer`` of a configuration that is filled in."""
+    model = create_net(config, data.image_shape)
+    return Trainer(config, data, model, Placement(devices, executor))
+
+
 def variables_of(model, shape=(2, *SHAPE), seed=0):
     """Variables from a seed, with scales, biases and statistics unlike their start."""
     images = jnp.zeros(shape, model.execution.param_dtype)
-    # Only the shapes: compiling an initialisation would take longer than the test.
+    # Only the shapes: compiling an initialization would take longer than the test.
     variables = jax.eval_shape(
         lambda: model.init(jax.random.key(seed), images, train=False)
     )
@@ -85,6 +105,8 @@ __all__ = [
     "config",
     "dataset",
     "images_of",
+    "patch_dataset",
     "replace",
+    "trainer_of",
     "variables_of",
 ]

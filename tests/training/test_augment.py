@@ -1,4 +1,4 @@
-"""Normalisation, crops and mirror images, and the keys behind them."""
+"""Normalization, crops and mirror images, and the keys behind them."""
 
 from itertools import product
 
@@ -10,11 +10,11 @@ import pytest
 from flax_resnetv2.training.augment import (
     AugmentConfig,
     augment,
-    image_keys,
     mix,
-    normalise,
+    normalize,
     positions,
 )
+from flax_resnetv2.training.random_streams import image_keys
 
 MEAN, STD = (0.5, 0.25, 0.1), (0.2, 0.3, 0.4)
 
@@ -28,19 +28,19 @@ def floats(count, seed=1):
     return jnp.asarray(values, jnp.float32)
 
 
-def test_normalisation_is_the_formula():
+def test_normalization_is_the_formula():
     image = np.arange(256 * 3, dtype=np.int64).reshape(1, 16, 16, 3) % 256
     config = AugmentConfig(mean=MEAN, std=STD)
-    got = normalise(jnp.asarray(image, jnp.uint8), config, "float32")
+    got = normalize(jnp.asarray(image, jnp.uint8), config, "float32")
     expected = (image / 255 - np.array(MEAN)) / np.array(STD)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, expected, rtol=2e-6, atol=2e-6)
 
 
-def test_normalisation_in_float64_is_exact(float64):
+def test_normalization_in_float64_is_exact(float64):
     image = np.random.default_rng(0).integers(0, 256, (2, 3, 3, 3))
     config = AugmentConfig(mean=MEAN, std=STD)
-    got = normalise(jnp.asarray(image, jnp.uint8), config, "float64")
+    got = normalize(jnp.asarray(image, jnp.uint8), config, "float64")
     expected = (image / 255 - np.array(MEAN)) / np.array(STD)
     np.testing.assert_allclose(got, expected, rtol=1e-14, atol=1e-14)
 
@@ -48,8 +48,8 @@ def test_normalisation_in_float64_is_exact(float64):
 def test_bfloat16_is_rounded_only_at_the_end():
     image = jnp.asarray(np.arange(192).reshape(1, 8, 8, 3), jnp.uint8)
     config = AugmentConfig(mean=MEAN, std=STD)
-    exact = normalise(image, config, "float32").astype(jnp.bfloat16)
-    got = normalise(image, config, "bfloat16")
+    exact = normalize(image, config, "float32").astype(jnp.bfloat16)
+    got = normalize(image, config, "bfloat16")
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got, exact)
 
@@ -119,7 +119,7 @@ NOTHING = AugmentConfig(crop_padding=0, flip=False)
 
 
 def edges(flags):
-    """First and end of the places where a flag is set; they must be neighbours."""
+    """First and end of the places where a flag is set; they must be neighbors."""
     (places,) = np.nonzero(flags)
     assert np.array_equal(places, np.arange(places[0], places[-1] + 1))
     return places[0], places[-1] + 1
@@ -140,7 +140,7 @@ def test_cutout_is_a_square_that_may_hang_over_the_border(side):
         assert image[top:bottom, left:right].all()
         assert image[..., 0].sum() == (bottom - top) * (right - left)
         found.add((top, bottom, left, right))
-    # Its centre is any pixel.
+    # Its center is any pixel.
     expected = {
         (
             *(max(row - side // 2, 0), min(row - side // 2 + side, 6)),

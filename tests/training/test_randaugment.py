@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from flax_resnetv2.training.augment import AugmentConfig, image_keys
+from flax_resnetv2.training.augment import AugmentConfig
 from flax_resnetv2.training.randaugment import (
     OPERATIONS,
     apply_change,
     change_pixels,
     plan_change,
 )
+from flax_resnetv2.training.random_streams import image_keys
 
 COLOUR = (10, 120, 200)
 SHAPE = (20, 24, 3)
@@ -133,8 +134,8 @@ def test_each_image_gets_one_of_fourteen_of_both_signs():
     assert {x.tobytes() for x in got} == known
 
 
-def test_colour_jitter_is_three_blends_in_order():
-    config = replace(CONFIG, colour_jitter=0.4)
+def test_color_jitter_is_three_blends_in_order():
+    config = replace(CONFIG, color_jitter=0.4)
     batch = jnp.broadcast_to(jnp.asarray(IMAGES["noise"]), (8, *SHAPE))
     got = np.asarray(change_pixels(batch, keys_of(8), config))
     assert len({x.tobytes() for x in got}) == 8
@@ -143,18 +144,18 @@ def test_colour_jitter_is_three_blends_in_order():
             jax.random.fold_in(key, 4), (3,), jnp.float32, 0.6, 1.4
         )
     )(keys_of(8))
-    for image, (brightness, contrast, colour) in zip(got, factors, strict=True):
+    for image, (brightness, contrast, color) in zip(got, factors, strict=True):
         expected = Image.fromarray(IMAGES["noise"])
         expected = ImageEnhance.Brightness(expected).enhance(float(brightness))
         expected = ImageEnhance.Contrast(expected).enhance(float(contrast))
-        expected = ImageEnhance.Color(expected).enhance(float(colour))
+        expected = ImageEnhance.Color(expected).enhance(float(color))
         difference = np.abs(image.astype(int) - np.asarray(expected).astype(int))
         assert difference.max() <= 2
 
 
 def test_one_channel_works():
-    grey = jnp.asarray(IMAGES["noise"][..., :1])[None]
-    config = AugmentConfig(mean=(0.5,), std=(0.2,), colour_jitter=0.5, randaugment=2)
-    got = change_pixels(jnp.repeat(grey, 9, 0), keys_of(9), config)
+    gray = jnp.asarray(IMAGES["noise"][..., :1])[None]
+    config = AugmentConfig(mean=(0.5,), std=(0.2,), color_jitter=0.5, randaugment=2)
+    got = change_pixels(jnp.repeat(gray, 9, 0), keys_of(9), config)
     assert got.shape == (9, 20, 24, 1)
     assert len({np.asarray(x).tobytes() for x in got}) > 5

@@ -1,4 +1,4 @@
-"""Schedules, optimisers, the pure step, and its equality over device counts."""
+"""Schedules, optimizers, the pure step, and its equality over device counts."""
 
 from dataclasses import replace
 from functools import partial
@@ -22,8 +22,10 @@ from flax_resnetv2 import (
     make_eval_step,
     make_train_step,
 )
+from flax_resnetv2.data.batch import Batch
 from flax_resnetv2.training import objective, optimizers, step
-from flax_resnetv2.training.augment import AugmentConfig, Batch, image_keys
+from flax_resnetv2.training.augment import AugmentConfig
+from flax_resnetv2.training.random_streams import image_keys
 from tests.support import tiny
 
 PIXELS = AugmentConfig(crop_padding=1, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -87,7 +89,7 @@ def test_schedules(changes, rates):
             assert float(schedule(step)) == pytest.approx(rate, rel=1e-4, abs=1e-6)
 
 
-# Optimisers
+# Optimizers
 
 
 PARAMS = {"conv": {"kernel": np.array([1.0, -2.0]), "bias": np.array([0.5])}}
@@ -204,13 +206,13 @@ def test_muon_takes_orthogonal_steps_inside_and_adams_outside(float64):
 def test_clipping_scales_the_gradient_before_the_decay(float64, limit, scale):
     w = PARAMS["conv"]["kernel"]
     expected = w - 0.1 * (scale * GRADIENT["conv"]["kernel"] + 0.5 * w)
-    ours = steps_of(made(clip=limit, momentum=0.0, nesterov=False), given, count=1)
+    ours = steps_of(made(clip_norm=limit, momentum=0.0, nesterov=False), given, count=1)
     np.testing.assert_allclose(ours["kernel"], expected, rtol=1e-7)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_classifier_alone_learns_if_that_is_said(optimizer):
-    optimizer = made(optimizer=optimizer, learn="classifier", clip=1.0)
+    optimizer = made(optimizer=optimizer, trainable="classifier", clip_norm=1.0)
     params = {
         "stack1": {"conv": {"kernel": jnp.ones((1, 1, 2, 2))}},
         "head": {"classifier": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}},
@@ -258,7 +260,7 @@ def test_the_loss_is_the_sum_of_smoothed_cross_entropies(float64):
     label = jnp.asarray([1, 0, 2])
     batch = Batch(None, label, jnp.asarray([True, True, False]))
     smoothed = objective.targets(label, 3, 0.3, "float64")
-    loss, correct = objective.score(logits, smoothed, batch)
+    loss, correct = objective.classification_sums(logits, smoothed, batch)
     log = np.asarray(logits) - np.log(np.exp(logits).sum(-1, keepdims=True))
     target = np.full((3, 3), 0.1) + 0.7 * np.eye(3)[[1, 0, 2]]
     expected = -(target * log).sum(-1)[:2].sum()
@@ -273,7 +275,7 @@ def test_several_labels_have_a_sigmoid_each(float64):
     batch = jax.tree.map(jnp.asarray, Batch(None, label, mask))
     target = objective.targets(batch.label, 4, 0.2, "float64")
     np.testing.assert_allclose(target, 0.1 + 0.8 * label, rtol=1e-12)
-    loss, correct = objective.score(jnp.asarray(logits), target, batch)
+    loss, correct = objective.classification_sums(jnp.asarray(logits), target, batch)
     p = 1 / (1 + np.exp(-logits))
     t = np.asarray(target)
     terms = -(t * np.log(p) + (1 - t) * np.log(1 - p))
@@ -361,7 +363,7 @@ def test_padded_rows_count_for_nothing(model):
 
 
 def test_the_average_follows_the_parameters(model):
-    config = TrainConfig(epochs=1, schedule="constant", ema=0.9)
+    config = TrainConfig(epochs=1, schedule="constant", ema_decay=0.9)
     step = jax.jit(make_train_step(model, config, PIXELS, seed=0, steps_per_epoch=10))
     state = state_of(model, config)
     for done, keep in ((0, 0.1), (1, 2 / 11)):
@@ -378,7 +380,7 @@ def test_the_average_follows_the_parameters(model):
         )
         state = new
     assert state.variables() is state.ema
-    assert state_of(model, replace(config, ema=0.0)).ema is None
+    assert state_of(model, replace(config, ema_decay=0.0)).ema is None
 
 
 @pytest.mark.parametrize(
@@ -391,11 +393,11 @@ def test_the_average_follows_the_parameters(model):
         ({"weight_decay": -1.0}, r"train.weight_decay=-1.0 must be .*from 0"),
         ({"momentum": 1.0}, r"train.momentum=1.0 must be .*in \[0, 1\)"),
         ({"label_smoothing": -0.1}, r"train.label_smoothing=-0.1 must be .*in"),
-        ({"ema": 1.5}, r"train.ema=1.5 must be .*in"),
-        ({"clip": 0.0}, r"train.clip=0.0 must be .*in \(0, .* or None"),
+        ({"ema_decay": 1.5}, r"train.ema_decay=1.5 must be .*in"),
+        ({"clip_norm": 0.0}, r"train.clip_norm=0.0 must be .*in \(0, .* or None"),
         ({"warmup_epochs": 200.0}, r"warmup_epochs=200.0 must be .* epochs=200"),
-        ({"drops": (0.7, 0.5)}, r"train.drops=\(0.7, 0.5\) must be rising"),
-        ({"drops": (1.5,)}, r"train.drops=\(1.5,\) must be rising"),
+        ({"lr_drops": (0.7, 0.5)}, r"train.lr_drops=\(0.7, 0.5\) must be rising"),
+        ({"lr_drops": (1.5,)}, r"train.lr_drops=\(1.5,\) must be rising"),
     ],
 )
 def test_numbers_that_cannot_train_are_refused(changes, message):
@@ -429,7 +431,7 @@ def test_a_strict_program_may_ask_for_the_rate(schedule):
 @pytest.mark.parametrize("schedule", ["steps", "one_cycle"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_strict_program_may_train(optimizer, schedule, dtype):
-    config = TrainConfig(optimizer=optimizer, schedule=schedule, ema=0.9)
+    config = TrainConfig(optimizer=optimizer, schedule=schedule, ema_decay=0.9)
     model = create_model(tiny.SMALL, Execution(dtype=dtype))
     step = make_train_step(model, config, PIXELS, seed=0, steps_per_epoch=10)
     create = lambda: create_train_state(  # noqa: E731
@@ -442,7 +444,7 @@ def test_a_strict_program_may_train(optimizer, schedule, dtype):
 
 
 def test_float64_is_float64_throughout(float64):
-    config = TrainConfig(schedule="constant", ema=0.9)
+    config = TrainConfig(schedule="constant", ema_decay=0.9)
     model = create_model(tiny.SMALL, Execution(dtype="float64"))
     step = make_train_step(model, config, PIXELS, seed=0, steps_per_epoch=10)
     create = lambda: create_train_state(  # noqa: E731
@@ -467,7 +469,7 @@ def small_step(config, pixels=PLAIN, seed=0):
         params=variables["params"],
         batch_stats=variables["batch_stats"],
         opt_state=optimizers.make_optimizer(config, 10).init(variables["params"]),
-        ema=jax.tree.map(jnp.copy, variables) if config.ema else None,
+        ema=jax.tree.map(jnp.copy, variables) if config.ema_decay else None,
     )
     return model, jax.jit(step), state
 
@@ -506,7 +508,7 @@ def test_a_step_goes_down_the_gradient_of_the_mean_loss():
 
 def test_the_gradients_of_parts_add_up():
     config = TrainConfig(
-        schedule="constant", momentum=0.0, weight_decay=0.0, accumulate=2
+        schedule="constant", momentum=0.0, weight_decay=0.0, accumulation_steps=2
     )
     model, step, state = small_step(config)
     batch = batch_of(8, padding=1)
@@ -548,7 +550,7 @@ def test_the_gradients_of_parts_add_up():
 
 def test_units_are_dropped_more_and_more_and_scaled_to_the_same_mean():
     keys = image_keys(jax.random.key(0), jnp.int32(0), jnp.arange(4000))
-    keep = np.asarray(step.keep_factors(keys, units=5, share=0.5))
+    keep = np.asarray(step.stochastic_depth_scales(keys, units=5, share=0.5))
     assert keep.shape == (4000, 5)
     dropped = (keep == 0).mean(0)
     np.testing.assert_allclose(dropped, [0.1, 0.2, 0.3, 0.4, 0.5], atol=0.03)
@@ -564,21 +566,26 @@ def test_a_masked_row_gives_neither_loss_nor_gradient_nor_hit():
     # Every row is right.
     logits = 5 * jax.nn.one_hot(batch.label, 4)
     target = objective.targets(batch.label, 4, 0.1, "float32")
-    loss, correct = objective.score(logits, target, batch)
+    loss, correct = objective.classification_sums(logits, target, batch)
     assert int(correct) == 4
     np.testing.assert_allclose(
-        loss, objective.score(logits[:4], target[:4], few)[0], rtol=1e-6
+        loss, objective.classification_sums(logits[:4], target[:4], few)[0], rtol=1e-6
     )
-    gradient = jax.grad(lambda x: objective.score(x, target, batch)[0])(logits)
+    gradient = jax.grad(lambda x: objective.classification_sums(x, target, batch)[0])(
+        logits
+    )
     assert not gradient[4:].any()
     assert gradient[:4].any(1).all()
     # Not even where a masked row is beyond all numbers.
-    wild = objective.score(logits.at[5].set(jnp.inf), target, batch)[0]
+    wild = objective.classification_sums(logits.at[5].set(jnp.inf), target, batch)[0]
     np.testing.assert_array_equal(wild, loss)
 
 
 def test_step_number_and_seed_choose_the_crops_and_masked_labels_do_not_matter():
-    config, batch = TrainConfig(schedule="constant", ema=0.9), batch_of(6, padding=2)
+    config, batch = (
+        TrainConfig(schedule="constant", ema_decay=0.9),
+        batch_of(6, padding=2),
+    )
     losses = set()
     for seed in (0, 1):
         _, step, state = small_step(config, replace(PIXELS, crop_padding=2), seed)
@@ -621,7 +628,7 @@ def test_an_unknown_word_is_refused_with_the_choices(field, choices):
         {"epochs": True},
         {"epochs": 1.5},
         {"learning_rate": float("nan")},
-        {"drops": (0.5, 0.5)},
+        {"lr_drops": (0.5, 0.5)},
     ],
 )
 def test_a_number_of_another_kind_is_refused(changes):
@@ -630,7 +637,7 @@ def test_a_number_of_another_kind_is_refused(changes):
 
 
 VERSIONS = {
-    "group normalisation": replace(BIT, norm_groups=2),
+    "group normalization": replace(BIT, norm_groups=2),
     "version 1": replace(ARTICLE, order="post", final_norm=False),
     "Keras": KERAS,
 }

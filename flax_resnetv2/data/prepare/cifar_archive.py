@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from flax_resnetv2.data.catalog import DATASETS, Known
+from flax_resnetv2.data.catalog import DATASETS, DatasetSpec
 from flax_resnetv2.data.prepare import unpickling
 from flax_resnetv2.errors import UsageError
 
@@ -41,7 +41,7 @@ Examples = tuple[np.ndarray, Labels]
 class Archive:
     """What is in the official archives of a data set."""
 
-    known: Known
+    known: DatasetSpec
     sha256: Mapping[str, str]
     """Of each by its file name; TFDS and Keras publish them too."""
     batches: Mapping[str, tuple[str, ...]]
@@ -314,7 +314,7 @@ def _read_pickled(name: str, content: bytes, form: Archive) -> Examples:
 
 
 def _examples(name: str, pixels: np.ndarray, labels: Labels, form: Archive) -> Examples:
-    """Planes of colour -> images; refuse what cannot be of the data set."""
+    """Planes of color -> images; refuse what cannot be of the data set."""
     for values in labels.values():
         if pixels.shape != (values.size, _IMAGE_BYTES) or pixels.dtype != np.uint8:
             raise UsageError(
@@ -330,7 +330,9 @@ def _examples(name: str, pixels: np.ndarray, labels: Labels, form: Archive) -> E
     }
 
 
-def check_labels(where: str, feature: str, labels: np.ndarray, known: Known) -> None:
+def check_labels(
+    where: str, feature: str, labels: np.ndarray, known: DatasetSpec
+) -> None:
     """Refuse labels that are not one number for each image, or have no class."""
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or not labels.size:
         raise UsageError(

@@ -35,7 +35,7 @@ def check_url(url: str) -> None:
         )
 
 
-def fetch(url: str, directory: Path, title: str, local: str) -> Path:
+def download_file(url: str, directory: Path, title: str, local: str) -> Path:
     """Fetch ``url`` with a progress bar, going on where an earlier try stopped.
 
     Args:
@@ -107,8 +107,12 @@ def _open(request: urllib.request.Request) -> Any:
 
 def _save(answer: Any, partial: Path, have: int, title: str) -> None:
     """Append what comes, or begin again where the server does not do ranges."""
-    from rich.progress import DownloadColumn, Progress, TimeRemainingColumn
-    from rich.progress import TransferSpeedColumn as Speed
+    from rich.progress import (
+        DownloadColumn,
+        Progress,
+        TimeRemainingColumn,
+        TransferSpeedColumn as Speed,
+    )
 
     resumed = answer.status == 206 and have > 0
     have = have if resumed else 0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_resnetv2.data.catalog import DATASETS, Known
+from flax_resnetv2.data.catalog import DATASETS, DatasetSpec
 from flax_resnetv2.data.prepare.cifar_archive import (
     Examples,
     Limited,
@@ -38,7 +38,7 @@ _UINT8 = 8
 class IdxFiles:
     """The official files of a data set."""
 
-    known: Known
+    known: DatasetSpec
     sha256: Mapping[str, str]
     """Of each by its name; TFDS publishes them too."""
 

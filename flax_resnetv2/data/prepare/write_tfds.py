@@ -20,7 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 from flax_resnetv2.data import shapes
-from flax_resnetv2.data.catalog import DATASETS, Known
+from flax_resnetv2.data.catalog import DATASETS, DatasetSpec
 from flax_resnetv2.data.prepare import download
 from flax_resnetv2.data.prepare.cifar_archive import (
     ARCHIVES,
@@ -80,7 +80,7 @@ _CIFAR = "https://www.cs.toronto.edu/~kriz/"
 SOURCES = {
     "cifar10": Source(
         "3.0.2",
-        "CIFAR-10: 60,000 colour images of 32x32 pixels, 6,000 in each of ten classes; "
+        "CIFAR-10: 60,000 color images of 32x32 pixels, 6,000 in each of ten classes; "
         "50,000 to train on and 10,000 to test.",
         _CIFAR + "cifar.html",
         _KRIZHEVSKY,
@@ -89,7 +89,7 @@ SOURCES = {
     ),
     "cifar100": Source(
         "3.0.2",
-        "CIFAR-100: 60,000 colour images of 32x32 pixels, 600 in each of 100 classes, "
+        "CIFAR-100: 60,000 color images of 32x32 pixels, 600 in each of 100 classes, "
         "which 20 coarse classes gather; 50,000 to train on and 10,000 to test.",
         _CIFAR + "cifar.html",
         _KRIZHEVSKY,
@@ -98,7 +98,7 @@ SOURCES = {
     ),
     "mnist": Source(
         "3.0.1",
-        "The MNIST database of handwritten digits: 70,000 grey images of 28x28 pixels; "
+        "The MNIST database of handwritten digits: 70,000 gray images of 28x28 pixels; "
         "60,000 to train on and 10,000 to test.",
         "http://yann.lecun.com/exdb/mnist/",
         _LECUN,
@@ -108,7 +108,7 @@ SOURCES = {
     ),
     "fashion_mnist": Source(
         "3.0.1",
-        "Fashion-MNIST: 70,000 grey images of 28x28 pixels of ten kinds of clothes; "
+        "Fashion-MNIST: 70,000 gray images of 28x28 pixels of ten kinds of clothes; "
         "60,000 to train on and 10,000 to test.",
         "https://github.com/zalandoresearch/fashion-mnist",
         _XIAO,
@@ -165,7 +165,7 @@ def prepare(
         fetched = {}
         if splits is None:
             for address in _addresses(form, url):
-                fetched[address] = download.fetch(
+                fetched[address] = download.download_file(
                     address, root / "downloads", form.known.title, form.names
                 )
             try:
@@ -235,7 +235,7 @@ def check_place(directory: Path) -> None:
 
 
 def prepare_embedded(root: Path) -> None:
-    """Write ``root/embedded_shapes/1.0.0``: the images of ``embedded.draw``.
+    """Write ``root/embedded_shapes/1.0.0``: the images of ``shapes.draw_shapes``.
 
     Raises:
         UsageError: ``root`` cannot be written.
@@ -255,7 +255,7 @@ def prepare_embedded(root: Path) -> None:
 
 
 def _drawn(split: str) -> Examples:
-    images, labels = shapes.draw(split)
+    images, labels = shapes.draw_shapes(split)
     return images, {"label": labels}
 
 
@@ -320,7 +320,7 @@ def _locked(lock: Path, waiting: str) -> IO[str]:
 
 def _write(
     root: Path,
-    known: Known,
+    known: DatasetSpec,
     source: Source,
     splits: dict[str, Callable[[], Examples]],
 ) -> None:
@@ -328,7 +328,7 @@ def _write(
     import tensorflow_datasets as tfds
 
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        """A data set of labelled images, given as arrays."""
+        """A data set of labeled images, given as arrays."""
 
         VERSION = tfds.core.Version(source.version)
 
@@ -380,6 +380,6 @@ def _png(image: np.ndarray) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    grey = image.shape[-1] == 1
-    Image.fromarray(image[..., 0] if grey else image).save(buffer, "PNG")
+    gray = image.shape[-1] == 1
+    Image.fromarray(image[..., 0] if gray else image).save(buffer, "PNG")
     return buffer.getvalue()

@@ -291,9 +291,9 @@ def test_the_embedded_set_is_what_is_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "PER_CLASS", {"train": 3, "test": 2})
     write_tfds.prepare_embedded(tmp_path)
     directory = find_prepared(shapes.NAME, tmp_path)
-    assert label_of(directory).names == shapes.CLASSES
+    assert label_of(directory).names == shapes.SHAPE_CLASSES
     for split in ("train", "test"):
-        drawn, labels = shapes.draw(split)
+        drawn, labels = shapes.draw_shapes(split)
         stored, stored_labels = read_split(directory, split)
         assert pairs(drawn, labels) == pairs(stored, stored_labels)
 

@@ -9,7 +9,7 @@ unit's maps), their "std", and "logits"; for the shallowest also one training st
 64x64: the moving statistics after it and the gradient of mean(logits^2), a ``digest``
 of each tensor.
 
-Everything in float64. Keras 3 casts batch normalisation and means to float32 even then
+Everything in float64. Keras 3 casts batch normalization and means to float32 even then
 (its promotion of "float64" with "float32" gives "float32"): ``result_type`` is mended
 here first. Agreement to 1e-9 with another implementation shows that nothing else is in
 float32: unmended, logits are 7e-7 apart.

@@ -1,0 +1,38 @@
+"""Paths and files: the user's cache, writable places, files written atomically."""
+
+import os
+from pathlib import Path
+
+
+def user_cache() -> Path:
+    """Return this package's directory in the user's cache; it may not exist yet."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "flax_resnetv2"
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return ``path`` itself, or the nearest parent directory that exists."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def writable(path: Path) -> bool:
+    """Whether a directory is writable or could be created; creates nothing."""
+    try:
+        found = nearest_existing(path)
+    except OSError:  # for example a name that is too long
+        return False
+    return found.is_dir() and os.access(found, os.W_OK | os.X_OK)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace a file atomically: readers see the old content or the new, never a part.
+
+    Raises:
+        OSError: the disk is full, or the directory is not writable.
+    """
+    new = path.with_name(f"{path.name}.part")
+    with new.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())  # or a crash of the machine could leave it empty
+    os.replace(new, path)

@@ -1,0 +1,94 @@
+"""Signals and child processes: stopping a run, and passing the stop on to a child."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+class Stop:
+    """Records that SIGTERM or SIGINT asked this process to stop; a second one ends it.
+
+    Signals are recorded only after ``listen``: before it, nothing could be lost.
+    Outside the main thread signal handlers stay as they are.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        """The name of the signal that came, or None."""
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+
+    def listen(self) -> None:
+        """Start recording signals; calling it again does nothing."""
+        if self._before or threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, _: object) -> None:
+        name, now = signal.Signals(number).name, time.monotonic()
+        if self.requested is not None:
+            # A cluster signals every process, and a sweep passes its own signal on.
+            if name == self.requested == "SIGTERM" and now < self._since + 1:
+                return
+            os._exit(128 + number)
+        self.requested, self._since = name, now
+        # Not print or logging: they may be interrupted in mid-line and would deadlock.
+        os.write(2, f"\n{name}: saving; a second one ends at once\n".encode())
+
+    def __enter__(self) -> "Stop":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def run_child(command: Sequence[str], log: Path, stop: Stop, keeps: int) -> int:
+    """Run a command to its end, and send it SIGTERM when ``stop`` is requested.
+
+    Args:
+        command: the program and its arguments.
+        log: the child's stdout and stderr are appended to this file.
+        stop: listens in this process.
+        keeps: a file descriptor that the child inherits. The lock on that file then
+            holds until the child has ended, whatever happens to this process.
+
+    Returns:
+        The exit code; -N if signal N ended the child.
+    """
+    with log.open("ab") as said:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            pass_fds=[keeps],
+            process_group=0,  # a terminal's Ctrl-C would be its second signal
+        )
+    told = False
+    while True:
+        try:
+            return child.wait(timeout=0.1)
+        except subprocess.TimeoutExpired:
+            if stop.requested is not None and not told:
+                child.terminate()
+                told = True
+
+
+def die_with_parent() -> None:
+    """Make Linux send this process SIGTERM when its parent thread dies.
+
+    ``run_child`` is called in the parent's main thread.
+    """
+    if sys.platform.startswith("linux"):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
