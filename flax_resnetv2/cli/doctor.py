@@ -181,7 +181,7 @@ def data(config: DataConfig) -> Iterator[Finding]:
         yield Finding("ok", "data", f"{directory}: array_record; images: {counts}")
         for note in describe(config).notes:
             yield Finding("note", "data", note)
-        if kept := find_decoded(directory, label_feature(config), config.size):
+        if kept := find_decoded(directory, label_feature(config), config.image_size):
             text = f"decoded images are kept in {kept}"
             yield Finding("ok", "data", f"{text}: {amount(kept.stat().st_size, 'B')}")
         else:
@@ -218,7 +218,7 @@ def _folder(folder: Folder, config: DataConfig) -> Iterator[Finding]:
     yield Finding("ok", "data", text)
     for note in facts.notes:
         yield Finding("note", "data", note)
-    if kept := find_decoded_folder(folder, config.size):
+    if kept := find_decoded_folder(folder, config.image_size):
         text = f"decoded images are kept in {kept}"
         yield Finding("ok", "data", f"{text}: {amount(kept.stat().st_size, 'B')}")
         return

@@ -57,7 +57,7 @@ class DataConfig:
     """Download it from this mirror of the official address."""
     accept_checksum: bool = False
     """Accept an archive whose SHA-256 is not the official one."""
-    size: Annotated[int, Range(1, 1024)] | None = None
+    image_size: Annotated[int, Range(1, 1024)] | None = None
     """Bring every image to a square of this side as it is read: the shorter side is
     scaled to it, the middle cut out. None: as stored, where all are alike; a folder
     needs it."""
@@ -138,7 +138,7 @@ def describe(config: DataConfig) -> DatasetSummary:
         return DatasetSummary(known_shape(config), known.class_names, known.num_images)
     directory = find(config)
     height, width, channels = image_shape_of(directory)
-    if config.size is not None or None in (height, width):
+    if config.image_size is not None or None in (height, width):
         height = width = _side(config)
     return DatasetSummary(
         (height, width, channels),
@@ -157,7 +157,7 @@ def known_shape(config: DataConfig) -> tuple[int, int, int] | None:
     if folder_of(config) is not None:
         return (_side(config), _side(config), 3)
     if (known := DATASETS.get(config.name)) is not None:
-        side, channels = config.size, known.image_shape[2]
+        side, channels = config.image_size, known.image_shape[2]
         return known.image_shape if side is None else (side, side, channels)
     if not re.fullmatch(r"[a-z]\w*(/[\w.+-]*\w)?", config.name, re.ASCII):
         raise UsageError(
@@ -194,12 +194,12 @@ def folder_of(config: DataConfig) -> str | None:
 
 
 def _side(config: DataConfig) -> int:
-    if config.size is None:
+    if config.image_size is None:
         raise UsageError(
             f"data.image_size=None must be a number for {config.name}, whose images may be "
             "of any size; give the side that they are brought to, as --data.image-size 64"
         )
-    return config.size
+    return config.image_size
 
 
 def open_dataset(config: DataConfig) -> Dataset:
@@ -243,7 +243,7 @@ def open_dataset(config: DataConfig) -> Dataset:
         print(f"{config.name}: {note}")
     if config.stream:
         return _on_disk(config, directory)
-    decoded = read_dataset(directory, label_feature(config), config.size)
+    decoded = read_dataset(directory, label_feature(config), config.image_size)
     return _dataset(config, *_placed(decoded))
 
 

@@ -1,6 +1,7 @@
 """From an image file to pixels, whatever its size, its mode and its camera's turn."""
 
 import contextlib
+import io
 import itertools
 import math
 import os
@@ -184,6 +185,16 @@ def read_squares(
             places = range(first, first + len(some))
             list(pool.map(read, places, *zip(*some, strict=True)))
     return images
+
+
+def to_png(pixels: np.ndarray) -> bytes:
+    """Encode an image, uint8 [H, W, 1 or 3], as a PNG file."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    gray = pixels.shape[-1] == 1
+    Image.fromarray(pixels[..., 0] if gray else pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 def _eight_bits(image: Any, name: str | Path) -> Any:

@@ -26,8 +26,9 @@ _OF_LATENTS = ("architecture.latent_variance", "autoencoder")
 """Fields that a classifier has no use for."""
 SMALLEST_STD = 1e-6
 """Of a channel that is divided by it."""
-SCHEMA = 1
-"""Of ``config.json``: raised when a stored configuration no longer means the same."""
+SCHEMA = 2
+"""Version of ``config.json`` and of exported nets. Raised when a field is renamed or
+means something else."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,8 @@ def from_json(text: str) -> Config:
         schema = values.pop("schema", None) if isinstance(values, dict) else None
         if type(schema) is not int or schema != SCHEMA:
             raise UsageError(
-                f"schema={shown(schema)} of a configuration; known is {SCHEMA}"
+                f"schema={shown(schema)} of a configuration, but this version reads "
+                f"only {SCHEMA}; use the version that wrote it, or train again"
             )
         config = _build(Config, values, "")
     except UsageError:

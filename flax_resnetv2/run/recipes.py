@@ -144,7 +144,7 @@ _TRANSFER = Config(
 # Goyal et al. 2017, arXiv 1706.02677, without their batches of 8192.
 _IMAGENET = Config(
     execution=Execution(dtype="bfloat16"),
-    data=DataConfig(name="imagenet2012", size=224, stream=True),
+    data=DataConfig(name="imagenet2012", image_size=224, stream=True),
     augment=AugmentConfig(
         crop_padding=0,
         crop_scale=(0.08, 1.0),
@@ -261,7 +261,7 @@ def _others() -> dict[str, Recipe]:
         Config(
             # Half the resolution from the stem on: 64x64 -> 8x8.
             replace(PRESETS["article"].architecture, num_classes=None, stem_stride=2),
-            data=DataConfig(name="celeba", size=64),
+            data=DataConfig(name="celeba", image_size=64),
             train=replace(
                 _ONE_CYCLE, epochs=15, learning_rate=0.2, label_smoothing=0.0
             ),
@@ -278,7 +278,7 @@ def _others() -> dict[str, Recipe]:
     recipes["folder"] = Recipe(
         Config(
             replace(PRESETS["article"].architecture, num_classes=None, stem_stride=2),
-            data=DataConfig(name="folder:images", size=64),
+            data=DataConfig(name="folder:images", image_size=64),
             train=replace(_ONE_CYCLE, learning_rate=0.1, batch_size=64),
         ),
         "29 layers; your own images: --data.name folder:PATH, a class a sub-folder",

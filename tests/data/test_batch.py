@@ -148,7 +148,7 @@ def test_what_is_drawn_has_no_source(prepared, given, said):
 
 @pytest.mark.parametrize("name", ["celeba", "folder:x", "oxford_flowers102"])
 def test_what_is_only_read_has_no_source(prepared, name):
-    config = DataConfig(name=name, dir=prepared, size=8, url="http://b")
+    config = DataConfig(name=name, dir=prepared, image_size=8, url="http://b")
     with pytest.raises(UsageError, match=f"http://b: {name} is read as it is and has"):
         open_dataset(config)
 

@@ -236,7 +236,7 @@ def test_celeba_has_forty_labels_an_image(tmp_path):
     assert not expected
     images, labels = read_split(directory, "test")
     assert (images.shape, labels.shape) == ((5, 218, 178, 3), (5, 40))
-    dataset = open_dataset(DataConfig(name="celeba", dir=str(tmp_path), size=8))
+    dataset = open_dataset(DataConfig(name="celeba", dir=str(tmp_path), image_size=8))
     assert dataset.multi_label
     assert dataset.image_shape == (8, 8, 3)
 
@@ -285,11 +285,11 @@ def config(root, **fields):
 )
 def test_any_set_of_tfds_is_read_by_its_name(tmp_path, capsys, splits, sizes, note):
     other(tmp_path, splits)
-    facts = describe(config(tmp_path, size=6))
+    facts = describe(config(tmp_path, image_size=6))
     assert facts.num_images == sizes
     assert facts.image_shape == (6, 6, 3)
     capsys.readouterr()
-    dataset = open_dataset(config(tmp_path, size=6))
+    dataset = open_dataset(config(tmp_path, image_size=6))
     assert dataset.class_names == facts.class_names == tuple("abcde")
     assert {k: len(s.label) for k, s in dataset.splits.items()} == sizes
     assert dataset.image_shape == (6, 6, 3)
@@ -303,7 +303,7 @@ def test_any_set_of_tfds_is_read_by_its_name(tmp_path, capsys, splits, sizes, no
 def test_what_is_decoded_for_a_size_is_kept_for_that_size(tmp_path):
     other(tmp_path, {"train": 5, "test": 5})
     for size in (4, 6, 4):
-        dataset = open_dataset(config(tmp_path, size=size))
+        dataset = open_dataset(config(tmp_path, image_size=size))
         assert dataset.image_shape == (size, size, 3)
     kept = {path.name for path in (tmp_path / "other").glob("decoded*")}
     assert kept == {"decoded-1.0.0-4.npz", "decoded-1.0.0-6.npz"}
@@ -313,7 +313,7 @@ def test_images_of_one_size_need_none(tmp_path):
     other(tmp_path, {"train": 5, "test": 5}, (6, 7, 1), [(6, 7)])
     dataset = open_dataset(config(tmp_path))
     assert dataset.image_shape == describe(config(tmp_path)).image_shape == (6, 7, 1)
-    assert open_dataset(config(tmp_path, size=5)).image_shape == (5, 5, 1)
+    assert open_dataset(config(tmp_path, image_size=5)).image_shape == (5, 5, 1)
 
 
 def test_images_of_many_sizes_need_a_size(tmp_path):
@@ -327,7 +327,7 @@ def test_images_of_many_sizes_need_a_size(tmp_path):
 def test_a_set_without_training_images_is_named(tmp_path):
     other(tmp_path, {"corrupted": 5})
     with pytest.raises(UsageError, match="no split 'train'; it has 'corrupted'"):
-        open_dataset(config(tmp_path, size=4))
+        open_dataset(config(tmp_path, image_size=4))
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ FIELDS = {
         "archive": either(NONE, TEXT),
         "url": either(NONE, TEXT),
         "accept_checksum": FLAG,
-        "size": either(NONE, whole(1, 1024)),
+        "image_size": either(NONE, whole(1, 1024)),
         "validation": whole(0, 2**31),
         "stream": either(NONE, FLAG),
         "workers": whole(0, 1024),
