@@ -1,1 +1,1 @@
-"""The commands: words in, exit codes out."""
+"""The commands: arguments in, text and exit codes out."""

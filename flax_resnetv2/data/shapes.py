@@ -181,3 +181,4 @@ _SHAPES: dict[str, Callable[[Field, Field, Field], Field]] = {
 """Signed distance in pixels to each shape's edge, negative inside."""
 
 SHAPE_CLASSES = tuple(_SHAPES)
+"""Class names of the drawn shapes, in the order of their labels."""
