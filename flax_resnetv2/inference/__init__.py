@@ -1,1 +1,1 @@
-"""A trained net in use: predictions, exports and the local page."""
+"""A trained net in use: predictions, exported files and a local web page."""

@@ -1,13 +1,14 @@
-"""A trained net for other programs: one file, in the format that its suffix names.
+"""A trained net for other programs, in the format that the file's suffix names.
 
-- ``.safetensors``: for this package, ``Predictor.from_file`` and ``predict.py``; the
-  arrays under their paths, for whatever else.
-- ``.stablehlo``: a program that ``jax.export.deserialize`` reads where only JAX is
+- ``.safetensors``: the arrays under their paths; ``Predictor.find`` and ``predict.py``
+  read it.
+- ``.stablehlo``: a program that ``jax.export.deserialize`` loads where only JAX is
   installed, for CPU, GPU and TPU.
-- ``.onnx``: a graph for ONNX runtimes (made by jax2onnx: see ``INSTALL``).
+- ``.onnx``: a graph for ONNX runtimes, made by jax2onnx (see ``INSTALL``).
 
-Programs take stored images, uint8 [N, H, W, C] of any N, normalize them as in training
-and give probabilities float [N, classes]; of an encoder, its vectors [N, K].
+Programs take stored images, uint8 [N, H, W, C] with any N, and normalize them as in
+training. They return probabilities float [N, classes], or an encoder's latent vectors
+[N, K].
 """
 
 import logging
@@ -24,13 +25,13 @@ from flax_resnetv2.run.trained import CheckpointChoice, TrainedNet
 from flax_resnetv2.system.files import write_whole
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-"""For which a StableHLO program is made."""
+"""Platforms of a StableHLO program."""
 INSTALL = (
     "pip install 'onnx>=1.20' 'onnx-ir>=1.1' && "
     "pip install --no-deps 'jax2onnx>=0.17.1,<0.18'"
 )
-"""For ONNX. With its dependencies jax2onnx would replace Orbax by one too old, which it
-needs for examples only."""
+"""Installs what ``.onnx`` needs. The dependencies of jax2onnx would downgrade Orbax,
+which only its examples use."""
 
 
 def export(
@@ -40,30 +41,29 @@ def export(
     checkpoint: CheckpointChoice = "newest",
     card: bool = False,
 ) -> None:
-    """Write a trained net as the suffix of ``path`` says.
+    """Write a trained net in the format that the suffix of ``path`` names.
 
     Args:
-        source: a run's directory, a file of ``modelfile``, or a net of the package.
+        source: a run directory, an exported file, or a net that the package ships.
         path: ends in one of ``FORMATS``.
-        checkpoint: which one of a run.
-        card: write a card beside it, with the suffix ``.md``.
+        checkpoint: which checkpoint of a run.
+        card: also write a model card next to it, with the suffix ``.md``.
 
     Raises:
-        UsageError: another suffix, no such net, the file cannot be written, or what
-            writes this format is not installed.
+        UsageError: the suffix is unknown, there is no such net, the file is not
+            writable, or the package that writes this format is not installed.
     """
     path = Path(path)
     if path.suffix not in FORMATS:
         raise UsageError(
-            f"to={path} must end in one of {', '.join(FORMATS)}, which says the format"
+            f"to={path} must end in one of {', '.join(FORMATS)}, which names the format"
         )
     net = modelfile.open_net(source, checkpoint)
     content = FORMATS[path.suffix](net)
     try:
         write_whole(path, content)
         if card:
-            text = modelcard.card(net, path.stem)
-            write_whole(path.with_suffix(".md"), text)
+            write_whole(path.with_suffix(".md"), modelcard.card(net, path.stem))
     except OSError as error:
         raise UsageError(
             f"to={path} cannot be written ({error.strerror}); choose another place"
@@ -71,25 +71,24 @@ def export(
 
 
 def to_stablehlo(net: TrainedNet) -> bytes:
-    """Serialize the net's program, with its variables inside.
+    """Serialize the net's program, with its variables as constants.
 
     >>> program = jax.export.deserialize(bytearray(content))
     >>> program.call(images)  # uint8 [N, H, W, C], any N
     """
-    answer, shape = _program(net)
-    (count,) = jax.export.symbolic_shape("n")
-    images = jax.ShapeDtypeStruct((count, *shape), "uint8")
-    made = jax.export.export(jax.jit(answer), platforms=PLATFORMS)(images)
-    return bytes(made.serialize())
+    program, shape = _program(net)
+    images = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), *shape), "uint8")
+    exported = jax.export.export(jax.jit(program), platforms=PLATFORMS)(images)
+    return bytes(exported.serialize())
 
 
 def to_onnx(net: TrainedNet) -> bytes:
-    """Write the net as an ONNX graph of the input ``images``, of any N.
+    """Convert the net to an ONNX graph from ``images`` to ``answer``, with any N.
 
     Raises:
         UsageError: jax2onnx is not installed.
     """
-    # It looks for converters of packages that are not needed here.
+    # It warns about converters for packages that are not needed here.
     logging.getLogger("jax2onnx.plugins.plugin_system").setLevel(logging.CRITICAL)
     try:
         from jax2onnx import to_onnx
@@ -98,9 +97,9 @@ def to_onnx(net: TrainedNet) -> bytes:
             f".onnx needs the package {error.name}, which is not installed; run "
             f"{INSTALL}, or choose .stablehlo"
         ) from error
-    answer, shape = _program(net)
+    program, shape = _program(net)
     graph = to_onnx(
-        answer,
+        program,
         [jax.ShapeDtypeStruct(("n", *shape), "uint8")],
         input_names=["images"],
         output_names=["answer"],
@@ -109,19 +108,18 @@ def to_onnx(net: TrainedNet) -> bytes:
 
 
 def _program(net: TrainedNet) -> tuple[Callable, tuple[int, ...]]:
-    """A function of stored images alone, and the shape of one.
+    """Return a function of stored images, and the shape of one image.
 
-    By the textbook operations: those that are fast here choose by the platform, which
-    has no meaning elsewhere.
+    It uses standard operations, because the fast kernels depend on this platform.
     """
     plain = replace(net.model.execution, backward="automatic", remat="nothing")
-    predictor = Predictor.of(net._replace(model=net.model.clone(execution=plain)))
+    predictor = Predictor.from_net(net._replace(model=net.model.clone(execution=plain)))
 
-    def answer(images: jax.Array) -> jax.Array:
-        probabilities, latents = predictor.traced(images)
+    def program(images: jax.Array) -> jax.Array:
+        probabilities, latents = predictor.forward(predictor.variables, images)
         return latents if probabilities is None else probabilities
 
-    return answer, predictor.image_shape
+    return program, predictor.image_shape
 
 
 FORMATS: dict[str, Callable[[TrainedNet], bytes]] = {
@@ -129,4 +127,4 @@ FORMATS: dict[str, Callable[[TrainedNet], bytes]] = {
     ".stablehlo": to_stablehlo,
     ".onnx": to_onnx,
 }
-"""What writes a suffix."""
+"""The function that encodes a net for each suffix."""

@@ -1,96 +1,94 @@
-"""A trained net in one file, with all that is needed to use it.
+"""A trained net in one ``.safetensors`` file, with everything needed to use it.
 
-A ``.safetensors`` file: the variables under their paths ("params/stem/conv/kernel"),
-and as metadata the run's configuration, what it knew of its data, its last test, and
-where it was trained. Reading one executes nothing.
+The tensors are the variables under their paths ("params/stem/conv/kernel"). The
+metadata hold the run's configuration, data set summary, last test metrics and
+environment. Reading a file executes none of its content.
 """
 
 import json
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_resnetv2.data.datasets import DataConfig
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.run.build import create_net
 from flax_resnetv2.run.config import check_config, from_json, to_json
 from flax_resnetv2.run.trained import CheckpointChoice, TrainedNet, restore
 
 KEY = "flax_resnetv2"
-"""Of the metadata."""
+"""Key of the metadata."""
+SUMMARY = ("name", "image_shape", "class_names", "multi_label", "num_images")
+"""Fields of ``dataset.json`` that a file keeps."""
 TRAINED = Path(__file__).with_name("trained")
-"""Nets that come with the package, each with its card."""
+"""Directory of the nets that the package ships, each with its model card."""
 
 
 def shipped() -> list[str]:
-    """Names of the nets that come with the package."""
+    """Return the names of the nets that the package ships."""
     return sorted(path.stem for path in TRAINED.glob("*.safetensors"))
 
 
-def find(name: str | Path) -> Path:
-    """The file of an exported net: its path, or that of a net of the package.
+def locate(name: str | Path) -> Path:
+    """Return the file of an exported net, given its path or the name of a shipped net.
 
     Raises:
         UsageError: there is neither.
     """
-    if os.path.isfile(name):  # also of a name that is too long
+    if os.path.isfile(name):  # unlike Path.is_file, False for a name that is too long
         return Path(name)
     if str(name) in shipped():
         return TRAINED / f"{name}.safetensors"
     raise UsageError(
-        f"{name} is not a run directory, an exported net (.safetensors) or a net of "
-        f"the package ({', '.join(shipped())}); give one of these, as runs/quickstart-1"
+        f"{name} is not a run directory, an exported net (.safetensors) or a net that "
+        f"the package ships ({', '.join(shipped())}); give one of these, for example "
+        "runs/quickstart-1"
     )
 
 
 def pack(net: TrainedNet) -> bytes:
-    """Write a net as the content of a file."""
+    """Return the content of a ``.safetensors`` file that holds the net."""
     from safetensors.numpy import save
 
-    # Where the images lay is nobody's concern.
-    nowhere = {name: getattr(DataConfig(), name) for name in ("dir", "archive", "url")}
-    data = replace(net.config.data, **nowhere)
+    # The file may be published, so it says nothing about places on this machine.
+    data = replace(net.config.data, dir=None, archive=None, url=None)
     config = replace(net.config, data=data, weights=None)
     record = {
         "config": json.loads(to_json(config)),
-        "dataset": {k: v for k, v in net.facts.items() if k != "checksums"},
+        "dataset": {name: net.summary[name] for name in SUMMARY},
         "step": net.step,
         "test": net.test,
         "environment": net.environment,
     }
-    tensors = {
-        "/".join(leaf): np.ascontiguousarray(array)
-        for leaf, array in flatten_dict(net.variables).items()
-    }
+    tensors = flatten_dict(net.variables, sep="/")
+    tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     return save(tensors, {KEY: json.dumps(record, sort_keys=True)})
 
 
 def open_net(name: str | Path, checkpoint: CheckpointChoice = "newest") -> TrainedNet:
-    """Load a run's checkpoint, an exported file, or a net of the package.
+    """Load a trained net from a run directory, an exported file or the package.
 
     Args:
         name: a directory, a file, or one of ``shipped()``.
-        checkpoint: which one of a run.
+        checkpoint: which checkpoint of a run.
 
     Raises:
-        UsageError: there is no such thing, or it cannot be used.
+        UsageError: there is no such net, or it is unusable.
         RunError: the checkpoints are damaged.
     """
-    if os.path.isdir(name):  # also of a name that is too long
-        return restore(name, checkpoint)
-    return load(find(name))
+    return restore(name, checkpoint) if os.path.isdir(name) else load(locate(name))
 
 
 def load(path: str | Path) -> TrainedNet:
-    """Read what ``pack`` wrote, all of it or nothing.
+    """Read a file that ``pack`` made, either completely or not at all.
 
     Raises:
-        UsageError: the file cannot be read, is no net of this package or of another
-            version, or its tensors are not those of its configuration.
+        UsageError: the file is unreadable, does not hold a net of this version of the
+            package, or its tensors do not match its configuration.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -106,38 +104,32 @@ def load(path: str | Path) -> TrainedNet:
         ) from error
     if KEY not in metadata:
         raise UsageError(
-            f"{path} was not written by python -m flax_resnetv2 export; weights that "
-            "others published are read by from_timm, from_keras and from_bit"
+            f"{path} was not written by python -m flax_resnetv2 export; read weights "
+            "published by others with from_timm, from_keras or from_bit"
         )
     try:
         record = json.loads(metadata[KEY])
         config = from_json(json.dumps(record["config"]))
         check_config(config)
-        facts = record["dataset"]
-        shape = tuple(facts["image_shape"])
+        summary = {name: record["dataset"][name] for name in SUMMARY}
+        shape = tuple(summary["image_shape"])
         model = create_net(config, shape)
-        rest = record["step"], record["test"], record["environment"]
+        step, test, environment = (record[k] for k in ("step", "test", "environment"))
     except (ValueError, TypeError, KeyError) as error:  # UsageError is a ValueError
         raise UsageError(f"{path} cannot be used ({error}); export it again") from error
     images = jax.ShapeDtypeStruct(
         (1, *config.augment.input_shape(shape)), model.execution.param_dtype
     )
-    wanted = jax.eval_shape(
-        lambda x: model.init(jax.random.key(0), x, train=False), images
-    )
-    wanted = {"/".join(k): (v.shape, v.dtype) for k, v in flatten_dict(wanted).items()}
-    found = {k: (v.shape, v.dtype) for k, v in tensors.items()}
-    if wanted != found:
-        missing = sorted(set(wanted.items()) - set(found.items()))[:3]
-        other = sorted(set(found.items()) - set(wanted.items()))[:3]
+    shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
+    shapes = flatten_dict(shapes, sep="/")
+    expected = {name: (x.shape, x.dtype) for name, x in shapes.items()}
+    found = {name: (x.shape, x.dtype) for name, x in tensors.items()}
+    if expected != found:
+        missing = sorted(expected.items() - found.items())[:3]
+        unknown = sorted(found.items() - expected.items())[:3]
         raise UsageError(
             f"{path} does not hold the tensors of its configuration; missing: "
-            f"{missing}; unknown: {other}; export it again"
+            f"{missing}; unknown: {unknown}; export it again"
         )
-    variables = unflatten_dict(
-        {tuple(name.split("/")): value for name, value in tensors.items()}
-    )
-    step, test, environment = rest
-    return TrainedNet(
-        config, facts, step, model, jax.device_put(variables), test, environment
-    )
+    variables = jax.device_put(unflatten_dict(tensors, sep="/"))
+    return TrainedNet(config, summary, step, model, variables, test, environment)

@@ -1,23 +1,24 @@
-"""What ``predict.py`` does: files, folders or a stream of images in, lines out."""
+"""The work of ``predict.py``: predictions of image files, as lines of text or JSON."""
 
 import io
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Annotated
 
 import numpy as np
 
 from flax_resnetv2.data.folder import SUFFIXES
 from flax_resnetv2.errors import RunError, UsageError
-from flax_resnetv2.inference.predictor import Answer, Predictor
+from flax_resnetv2.inference.predictor import Prediction, Predictor
 from flax_resnetv2.run.trained import CheckpointChoice
 from flax_resnetv2.system.files import write_whole
 from flax_resnetv2.validation import Count, Range, check_arguments
 
-BatchSize = Annotated[int, Range(1, 65_536)]
+_logger = logging.getLogger(__name__)
 
 
 def predict(
@@ -27,15 +28,15 @@ def predict(
     top: Count = 3,
     as_json: bool = False,
     latents: str | None = None,
-    batch_size: BatchSize = 64,
+    batch_size: Annotated[int, Range(1, 65_536)] = 64,
     test_flip: bool | None = None,
     checkpoint: CheckpointChoice = "newest",
-) -> None:
-    """Print what a net says of images; arguments are those of ``predict.py``.
+) -> Iterator[str]:
+    """Yield one line per image; arguments as of ``predict.py``.
 
     Raises:
-        UsageError: the net or no image could be read, or a value is out of its range.
-        RunError: some images could not be read; what was said of the others stays.
+        UsageError: the net or all images are unreadable, or a value is out of range.
+        RunError: some images are unreadable, after the lines of the others.
     """
     check_arguments(predict, {"top": top, "batch_size": batch_size})
     if not images:
@@ -45,65 +46,65 @@ def predict(
     ):
         raise UsageError(
             f"latents={latents} must be an .npz file in a directory that can be "
-            "written, as latents.npz"
+            "written, for example latents.npz"
         )
-    files = list(_files(images))
+    files = list(_image_files(images))
     predictor = Predictor.find(net, checkpoint, test_flip)
-    names, vectors, failed = [], [], []
-    for paths, answer, errors in predictor.read(files, batch_size):
-        if len(files) == 1 and errors:
-            raise errors[0]
-        for error in errors:
-            print(f"left out: {error}", file=sys.stderr)
-        failed += errors
-        for line in _lines(predictor, paths, answer, top, as_json):
-            print(line)
+    all_names, vectors, failed = [], [], 0
+    for first in range(0, len(files), batch_size):
+        names, pixels = [], []
+        for file in files[first : first + batch_size]:
+            try:
+                pixels.append(predictor.load(file))
+                names.append(getattr(file, "name", file))
+            except UsageError as error:
+                if len(files) == 1:
+                    raise
+                _logger.warning("left out: %s", error)
+                failed += 1
+        batch = np.array(pixels, np.uint8).reshape(-1, *predictor.image_shape)
+        prediction = predictor.predict(batch, batch_size)
+        yield from _lines(predictor, names, prediction, top, as_json)
         if latents is not None:
-            names += paths
-            vectors.append(answer.latents)
-    if len(failed) == len(files):
+            all_names += names
+            vectors.append(prediction.latents)
+    if failed == len(files):
         raise UsageError(
             f"none of the {len(files)} images could be read; give whole PNG or JPEG "
             "files"
         )
     if latents is not None:
-        file = io.BytesIO()
-        np.savez(file, path=np.array(names), latent=np.concatenate(vectors))
+        file, vectors = io.BytesIO(), np.concatenate(vectors)
+        np.savez(file, path=np.array(all_names), latent=vectors)
         write_whole(Path(latents), file.getvalue())
-        shape = " x ".join(map(str, (len(names), vectors[0].shape[1])))
-        print(f"{shape} numbers written to {latents}", file=sys.stderr)
+        shape = " x ".join(map(str, vectors.shape))
+        _logger.info("%s numbers written to %s", shape, latents)
     if failed:
         raise RunError(
-            f"{len(failed)} of {len(files)} images could not be read; what is above "
-            "stands without them"
+            f"{failed} of {len(files)} images could not be read; the lines above are "
+            "complete for the others"
         )
 
 
 def _lines(
-    predictor: Predictor, paths: list[str], answer: Answer, top: int, as_json: bool
+    predictor: Predictor, names: list[str], found: Prediction, top: int, as_json: bool
 ) -> Iterator[str]:
-    """A line for each image."""
-    for k, path in enumerate(paths):
-        said: dict[str, Any] = {"path": path}
-        if answer.probabilities is None:
-            said["latent"] = [float(x) for x in answer.latents[k]]
+    """Yield one line per image, of its best classes or of an encoder's latents."""
+    for k, path in enumerate(names):
+        if found.probabilities is None:
+            vector = [float(x) for x in found.latents[k]]
+            record = {"path": path, "latent": vector}
+            text = " ".join(f"{x:.4g}" for x in vector)
         else:
-            row = answer.probabilities[k]
-            said["classes"] = [
-                {"class": predictor.class_names[c], "probability": float(row[c])}
-                for c in np.argsort(-row, kind="stable")[:top]
-            ]
-        if as_json:
-            yield json.dumps(said)
-        elif "latent" in said:
-            yield f"{path}: " + " ".join(f"{x:.4g}" for x in said["latent"])
-        else:
-            best = (f"{c['class']} {c['probability']:.1%}" for c in said["classes"])
-            yield f"{path}: " + ", ".join(best)
+            best = predictor.top_classes(found.probabilities[k], top)
+            classes = [{"class": name, "probability": p} for name, p in best]
+            record = {"path": path, "classes": classes}
+            text = ", ".join(f"{name} {p:.1%}" for name, p in best)
+        yield json.dumps(record) if as_json else f"{path}: {text}"
 
 
-def _files(images: Sequence[str]) -> Iterator[str | IO[bytes]]:
-    """The files that are meant; those of a folder in the order of their names."""
+def _image_files(images: Sequence[str]) -> Iterator[str | IO[bytes]]:
+    """Yield the image files, with those of a folder in the order of their paths."""
     for image in images:
         if image == "-":
             stream = io.BytesIO(sys.stdin.buffer.read())
@@ -118,7 +119,7 @@ def _files(images: Sequence[str]) -> Iterator[str | IO[bytes]]:
             if not found:
                 raise UsageError(
                     f"{image} holds no image ({' '.join(sorted(SUFFIXES))}); name a "
-                    "folder that does, or files"
+                    "folder that holds some, or files"
                 )
             yield from map(str, found)
         else:

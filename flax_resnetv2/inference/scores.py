@@ -1,4 +1,4 @@
-"""What can be said of answers to labeled images; pure numbers.
+"""Statistics of predictions on labeled images, as pure functions of arrays.
 
 Probabilities are float [N, K], labels int [N].
 """
@@ -10,27 +10,22 @@ from typing import NamedTuple
 import numpy as np
 
 
-def wilson(correct: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Give the interval in which the true share lies, as Wilson 1927 has it.
-
-    Args:
-        correct, count: successes of so many independent trials.
-        z: how many standard deviations; 1.96 is 95 %.
-    """
+def wilson(correct: float, count: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval (1927) of ``correct`` out of ``count``."""
+    z = 1.959964  # standard deviations
     share, extra = correct / count, z * z / count
     middle = (share + extra / 2) / (1 + extra)
     half = z * math.sqrt(share * (1 - share) / count + extra / count / 4) / (1 + extra)
-    # Rounding aside, no share is outside of [0, 1].
+    # Rounding can leave [0, 1].
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def interval(
     line: Mapping[str, float], multi_label: bool
 ) -> tuple[float, float] | None:
-    """Give Wilson's interval of a line of metrics (``accuracy``, ``count``).
+    """Return the 95 % Wilson interval of the accuracy in a line of metrics.
 
-    Returns:
-        None: an image has no answer, or several, which are not independent.
+    None if there is no accuracy, or several labels per image: not independent trials.
     """
     if "accuracy" not in line or multi_label:
         return None
@@ -38,44 +33,44 @@ def interval(
 
 
 def confusion(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Count images by class and answer, int [K, K]: a row for each true class."""
+    """Count images by true class (rows) and predicted class (columns), int [K, K]."""
     classes = probabilities.shape[1]
     cells = labels.astype(np.int64) * classes + probabilities.argmax(1)
     return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
 
 
 class Calibration(NamedTuple):
-    """Whether a net is right as often as it says."""
+    """Confidence and accuracy of predictions, by bins of confidence."""
 
     confidence: np.ndarray
-    """Mean probability of the answer, by bin; NaN where no image is."""
+    """Mean probability of the predicted class in each bin; NaN in an empty bin."""
     accuracy: np.ndarray
-    """Share of right answers."""
+    """Share of correct predictions in each bin; NaN in an empty bin."""
     images: np.ndarray
-    """How many."""
+    """Number of images in each bin."""
     error: float
-    """Expected calibration error: the mean difference of the two over the images."""
+    """Expected calibration error: mean over images of abs(confidence - accuracy)."""
 
 
 def calibration(
     probabilities: np.ndarray, labels: np.ndarray, bins: int = 15
 ) -> Calibration:
     """Compare confidence and accuracy in bins of equal width (Guo et al. 2017)."""
-    sure, answer = probabilities.max(1), probabilities.argmax(1)
-    place = np.minimum((sure * bins).astype(int), bins - 1)
-    count = np.bincount(place, minlength=bins)
+    sure, predicted = probabilities.max(1), probabilities.argmax(1)
+    bin_of = np.minimum((sure * bins).astype(int), bins - 1)
+    count = np.bincount(bin_of, minlength=bins)
     with np.errstate(invalid="ignore"):
-        confidence = np.bincount(place, sure, bins) / count
-        accuracy = np.bincount(place, answer == labels, bins) / count
-    apart = np.abs(np.nan_to_num(confidence) - np.nan_to_num(accuracy))
+        confidence = np.bincount(bin_of, sure, bins) / count
+        accuracy = np.bincount(bin_of, predicted == labels, bins) / count
+    gap = np.abs(np.nan_to_num(confidence) - np.nan_to_num(accuracy))
     return Calibration(
-        confidence, accuracy, count, float((apart * count).sum() / len(labels))
+        confidence, accuracy, count, float((gap * count).sum() / len(labels))
     )
 
 
 def worst(probabilities: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
-    """Places of the wrong answers that the net was surest of, surest first."""
-    answer = probabilities.argmax(1)
-    wrong = np.flatnonzero(answer != labels)
-    order = np.argsort(-probabilities[wrong, answer[wrong]], kind="stable")
+    """Return the indices of the most confident errors, most confident first."""
+    predicted = probabilities.argmax(1)
+    wrong = np.flatnonzero(predicted != labels)
+    order = np.argsort(-probabilities[wrong, predicted[wrong]], kind="stable")
     return wrong[order[:count]]

@@ -1,16 +1,15 @@
-"""A page of one's own machine: drop an image, see the answer and the maps behind it.
+"""A local web page: drop an image, see the predictions and the feature maps.
 
 >>> server = make_server("runs/quickstart-1", port=8000)
 >>> server.serve_forever()
 
-The page asks only this server, which opens no path that it is sent: an image comes as
-bytes. One image is computed at a time, by one compiled program.
+The page contacts only this server. Images arrive as bytes, so the server opens no path
+that a request names. One compiled program processes one image at a time.
 """
 
 import base64
 import io
 import json
-from collections.abc import Callable
 from functools import cached_property
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +21,7 @@ import jax
 import numpy as np
 
 from flax_resnetv2.data import shapes
+from flax_resnetv2.data.images import to_png
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.inference.predictor import Predictor
 from flax_resnetv2.model.intermediates import activations, unit_ratios
@@ -29,81 +29,75 @@ from flax_resnetv2.training.augment import normalize
 from flax_resnetv2.validation import Range, check_arguments
 
 PAGE = Path(__file__).with_name("serve.html")
-LARGEST = 64 * 2**20
-"""Bytes of an image that are accepted."""
-TOP, MAPS = 10, 16
-"""Classes and maps of a part that are shown."""
-Port = Annotated[int, Range(0, 65_535)]
+MAX_BYTES = 64 * 2**20
+"""Size limit of an image file."""
+CLASSES, MAPS = 10, 16
+"""Number of classes, and of feature maps per part of the net, that the page shows."""
+NO_PAGE = {"error": "there is no such page"}
 
 
 class Inspector:
-    """What the page says of an image."""
+    """Computes what the page shows, for any thread of the server."""
 
     def __init__(self, predictor: Predictor, name: str) -> None:
         self._predictor, self._lock, self.name = predictor, Lock(), name
-        self._look = jax.jit(self._traced)
+        self._compiled = jax.jit(self._maps_and_ratios)
 
-    def about(self) -> dict[str, str]:
-        """The page's head."""
+    def describe(self) -> dict[str, str]:
+        """Return the name and a description of the net."""
         p = self._predictor
         parameters = sum(x.size for x in jax.tree.leaves(p.variables["params"]))
         units = sum(len(stack.units) for stack in p.model.plan.stacks)
-        said = f"{len(p.class_names)} classes" if p.class_names else "an encoder"
+        kind = f"{len(p.class_names)} classes" if p.class_names else "an encoder"
         return {
             "name": self.name,
-            "text": f"{parameters:,} parameters in {units} residual units; {said}; "
+            "text": f"{parameters:,} parameters in {units} residual units; {kind}; "
             f"trained on images of {' x '.join(map(str, p.image_shape))}",
         }
 
-    def answer(self, content: bytes) -> dict[str, Any]:
-        """Answer the bytes of an image file.
+    def inspect(self, content: bytes) -> dict[str, Any]:
+        """Return predictions and feature maps for the content of an image file.
 
         Raises:
-            UsageError: they are no image.
+            UsageError: the content is not an image.
         """
-        file = io.BytesIO(content)
+        predictor, file = self._predictor, io.BytesIO(content)
         file.name = "the file"
-        pixels = self._predictor.load(file)
+        pixels = predictor.load(file)
         with self._lock:
-            answer = self._predictor.answer(pixels[None])
-            maps, ratios = jax.device_get(
-                self._look(self._predictor.variables, pixels[None])
-            )
+            probabilities = predictor.predict(pixels[None]).probabilities
+            found = self._compiled(predictor.variables, pixels[None])
+            maps, ratios = jax.device_get(found)
         classes = []
-        if answer.probabilities is not None:
-            row = answer.probabilities[0]
-            classes = [
-                {"name": self._predictor.class_names[k], "probability": float(row[k])}
-                for k in np.argsort(-row, kind="stable")[:TOP]
-            ]
+        if probabilities is not None:
+            classes = predictor.top_classes(probabilities[0], CLASSES)
         return {
-            "image": _png(pixels),
+            "image": _data_url(pixels),
             "shape": list(pixels.shape),
-            "classes": classes,
+            "classes": [{"name": name, "probability": p} for name, p in classes],
             "parts": [
                 {
                     "name": part,
                     "shape": list(value.shape[1:]),
                     "ratios": [float(x[0]) for x in ratios.get(part, [])],
-                    "maps": _strongest(value[0]),
+                    "maps": _strongest_maps(value[0]),
                 }
-                # Through ``jit`` a dict comes out sorted; the stem comes first.
+                # jit sorts the keys of a dict; the stem comes first.
                 for part, value in sorted(maps.items(), key=lambda x: x[0] != "stem")
             ],
         }
 
     def example(self, number: int) -> bytes:
-        """One of the drawn shapes, as a PNG."""
-        return _png_bytes(self._examples[number % len(self._examples)])
+        """Return an image of the data set embedded_shapes as PNG."""
+        return to_png(self._examples[number % len(self._examples)])
 
     @cached_property
     def _examples(self) -> np.ndarray:
+        """The first image of each class; drawing the data set takes a second."""
         images, labels = shapes.draw_shapes("test")
-        return np.stack(
-            [images[labels == k][0] for k in range(len(shapes.SHAPE_CLASSES))]
-        )
+        return images[[np.argmax(labels == k) for k in np.unique(labels)]]
 
-    def _traced(self, variables: Any, images: jax.Array) -> tuple[dict, dict]:
+    def _maps_and_ratios(self, variables: Any, images: jax.Array) -> tuple[dict, dict]:
         p = self._predictor
         x = normalize(images, p.normalization, p.model.execution.param_dtype)
         found = activations(p.model, variables, x)
@@ -112,77 +106,72 @@ class Inspector:
 
 
 def make_server(
-    net: str, *, host: str = "127.0.0.1", port: Port = 8000
+    net: str, *, host: str = "127.0.0.1", port: Annotated[int, Range(0, 65_535)] = 8000
 ) -> ThreadingHTTPServer:
-    """Load a net and take the port.
+    """Load a net and open the port.
 
     Args:
         net: as of ``Predictor.find``.
-        host: the address to listen at; of this machine alone by itself.
-        port: 0: any that is free.
+        host: the address to listen on; the default accepts only this machine.
+        port: 0 chooses a free one.
 
     Raises:
         UsageError: there is no such net, or the port is taken.
         RunError: the net's checkpoints are damaged.
     """
     check_arguments(make_server, {"port": port})
-    looking = Inspector(Predictor.find(net), Path(net).name)
-
-    class Handler(_Handler):
-        looked_into = looking
-
+    inspector = Inspector(Predictor.find(net), Path(net).name)
     try:
-        return ThreadingHTTPServer((host, port), Handler)
+        server = ThreadingHTTPServer((host, port), _Handler)
     except OSError as error:
         raise UsageError(
-            f"port={port} of host={host} cannot be had ({error.strerror}); choose "
-            "another --port, as 8001"
+            f"port={port} of host={host} cannot be opened ({error.strerror}); choose "
+            "another --port, for example 8001"
         ) from error
+    server.inspector = inspector
+    return server
 
 
 class _Handler(BaseHTTPRequestHandler):
-    looked_into: Inspector
-
     def do_GET(self) -> None:
-        """The page, its head, or an example."""
+        """Send the page, the description of the net, or an example."""
         if self.path == "/":
-            self._send(HTTPStatus.OK, "text/html; charset=utf-8", PAGE.read_bytes())
+            self._send(HTTPStatus.OK, PAGE.read_bytes(), "text/html; charset=utf-8")
         elif self.path == "/about":
-            self._json(HTTPStatus.OK, self.looked_into.about())
+            self._send_json(HTTPStatus.OK, self.server.inspector.describe())
         elif self.path.startswith("/example/") and self.path[9:].isdecimal():
-            content = self.looked_into.example(int(self.path[9:][:9]))
-            self._send(HTTPStatus.OK, "image/png", content)
+            content = self.server.inspector.example(int(self.path[9:][:9]))
+            self._send(HTTPStatus.OK, content, "image/png")
         else:
-            self._json(HTTPStatus.NOT_FOUND, {"error": "there is no such page"})
+            self._send_json(HTTPStatus.NOT_FOUND, NO_PAGE)
 
     def do_POST(self) -> None:
-        """An image."""
+        """Inspect an image."""
         length = self.headers.get("Content-Length", "")
-        if self.path != "/answer":
-            self._json(HTTPStatus.NOT_FOUND, {"error": "there is no such page"})
+        if self.path != "/inspect":
+            self._send_json(HTTPStatus.NOT_FOUND, NO_PAGE)
         elif not length.isdecimal():
-            text = "the length of the image was not said"
-            self._json(HTTPStatus.LENGTH_REQUIRED, {"error": text})
-        elif int(length) > LARGEST:
-            text = f"the image is larger than {LARGEST // 2**20} MB; scale it down"
+            error = {"error": "the request has no valid Content-Length"}
+            self._send_json(HTTPStatus.LENGTH_REQUIRED, error)
+        elif int(length) > MAX_BYTES:
+            limit = f"{MAX_BYTES // 2**20} MB"
+            error = {"error": f"the image is larger than {limit}; scale it down"}
             self.close_connection = True
-            self._json(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, {"error": text})
+            self._send_json(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, error)
         else:
-            self._answered(lambda: self.rfile.read(int(length)))
+            try:
+                found = self.server.inspector.inspect(self.rfile.read(int(length)))
+                self._send_json(HTTPStatus.OK, found)
+            except UsageError as error:
+                self._send_json(HTTPStatus.BAD_REQUEST, {"error": str(error)})
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing of requests."""
+        """Log no requests."""
 
-    def _answered(self, read: Callable[[], bytes]) -> None:
-        try:
-            self._json(HTTPStatus.OK, self.looked_into.answer(read()))
-        except UsageError as error:
-            self._json(HTTPStatus.BAD_REQUEST, {"error": str(error)})
+    def _send_json(self, status: HTTPStatus, value: Any) -> None:
+        self._send(status, json.dumps(value).encode(), "application/json")
 
-    def _json(self, status: HTTPStatus, value: Any) -> None:
-        self._send(status, "application/json", json.dumps(value).encode())
-
-    def _send(self, status: HTTPStatus, kind: str, content: bytes) -> None:
+    def _send(self, status: HTTPStatus, content: bytes, kind: str) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
@@ -190,32 +179,23 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
 
-def _strongest(maps: np.ndarray) -> list[dict[str, Any]]:
-    """The maps [h, w, C] that vary most, blue below zero and red above, from 1."""
+def _strongest_maps(maps: np.ndarray) -> list[dict[str, Any]]:
+    """Draw the maps [h, w, C] of largest standard deviation; numbers count from 1."""
     order = np.argsort(-maps.std((0, 1)), kind="stable")[:MAPS]
     return [
-        {"number": int(k) + 1, "image": _png(_colored(maps[..., k]))} for k in order
+        {"number": int(k) + 1, "image": _data_url(_colored(maps[..., k]))}
+        for k in order
     ]
 
 
 def _colored(values: np.ndarray) -> np.ndarray:
-    """float [h, w] -> uint8 [h, w, 3]: white is 0."""
+    """Color a map [h, w] as uint8 [h, w, 3]: blue below zero, white, red above zero."""
     share = values / max(float(np.abs(values).max()), 1e-12)
     high, low = np.clip(share, 0, 1), np.clip(-share, 0, 1)
     colors = np.stack([1 - low, 1 - 0.75 * (low + high), 1 - high], axis=-1)
     return (255 * colors).round().astype(np.uint8)
 
 
-def _png_bytes(pixels: np.ndarray) -> bytes:
-    from PIL import Image
-
-    file = io.BytesIO()
-    gray = pixels.shape[-1] == 1
-    Image.fromarray(pixels[..., 0] if gray else pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-def _png(pixels: np.ndarray) -> str:
-    """uint8 [H, W, C] as a data address."""
-    content = base64.b64encode(_png_bytes(pixels)).decode()
-    return f"data:image/png;base64,{content}"
+def _data_url(pixels: np.ndarray) -> str:
+    """Return an image, uint8 [H, W, C], as a PNG data URL."""
+    return f"data:image/png;base64,{base64.b64encode(to_png(pixels)).decode()}"

@@ -1,4 +1,4 @@
-"""A run's net, with the variables of one of its checkpoints."""
+"""A trained net, restored from a checkpoint of its run."""
 
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,41 +21,42 @@ from flax_resnetv2.training.step import train_state_shapes
 from flax_resnetv2.validation import check_choice
 
 CheckpointChoice = Literal["newest", "best"]
-"""Which checkpoint: the newest whole one, or the best on the split "validation"."""
+"""The newest whole checkpoint, or the best one on the split "validation"."""
 
 
 class TrainedNet(NamedTuple):
-    """What a run has come to."""
+    """A net with its variables and the records of the run that trained it."""
 
     config: Config
-    facts: dict[str, Any]
-    """Of its data set: ``class_names``, ``image_shape``, ..."""
+    summary: dict[str, Any]
+    """Summary of the data set, as ``load_dataset_summary`` returns it."""
     step: int
+    """Number of training steps."""
     model: ResNetV2 | Autoencoder
     variables: dict[str, Any]
-    """What is evaluated: averages where they are kept."""
+    """Parameters and batch statistics; their moving averages, if the run keeps them."""
     test: dict[str, Any] | None
-    """The last line of metrics on "test" up to this step; None: there is none."""
+    """The last metrics on the split "test" up to this step; None before the first."""
     environment: dict[str, Any]
-    """Where it was trained last: commit, versions, devices."""
+    """Commit, versions and devices of the run's last start."""
 
 
 def restore(workdir: str | Path, checkpoint: CheckpointChoice = "newest") -> TrainedNet:
-    """Load a checkpoint of a run that ``train.py`` made, or is making, on one device.
+    """Load a checkpoint of a run, finished or still training, on one device.
 
     Raises:
-        UsageError: ``workdir`` is no run directory, or has no such checkpoint.
+        UsageError: ``workdir`` is not a run directory, or has no such checkpoint.
         RunError: the checkpoints are damaged.
     """
     check_choice("checkpoint", checkpoint, ("newest", "best"))
-    config, facts = load_config(workdir), load_dataset_summary(workdir)
-    classes, asked = len(facts["class_names"]), config.architecture.num_classes
+    config, summary = load_config(workdir), load_dataset_summary(workdir)
+    classes, asked = len(summary["class_names"]), config.architecture.num_classes
     if config.architecture.head == "classifier" and classes != asked:
         raise UsageError(
             f"{workdir}/dataset.json names {classes} classes, but the net has {asked}; "
             "bring back the file of this run"
         )
-    image_shape = tuple(facts["image_shape"])
+    image_shape = tuple(summary["image_shape"])
     model = create_net(config, image_shape)
     input_shape = config.augment.input_shape(image_shape)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -74,7 +75,7 @@ def restore(workdir: str | Path, checkpoint: CheckpointChoice = "newest") -> Tra
             step = best_step(scores, steps)
             if step is None:
                 raise UsageError(
-                    f"{workdir} has no best checkpoint, as it had no split "
+                    f"{workdir} has no best checkpoint, because it has no split "
                     "'validation'; choose the newest, or train with --data.validation"
                 )
             state, _ = checkpoints.restore(step, like)
@@ -89,7 +90,7 @@ def restore(workdir: str | Path, checkpoint: CheckpointChoice = "newest") -> Tra
     ]
     return TrainedNet(
         config,
-        facts,
+        summary,
         step,
         model,
         state.variables(),

@@ -72,7 +72,7 @@ def test_celeba_as_tfds_prepared_it(home, capsys):
     assert all(0 <= json.loads(line)["accuracy"] <= 1 for line in lines)
     train("celeba-article", where)
     Image.new("RGB", (178, 218), (200, 100, 50)).save("a.png")
-    predictor = Predictor.from_run("run")
+    predictor = Predictor.find("run")
     [row] = predictor(predictor.load("a.png")[None])
     assert row.shape == (40,)
     # Not shares of one: each attribute is there or not, as far as one can know.
@@ -137,7 +137,7 @@ def test_a_folder_of_images_of_many_kinds(home, capsys):
         for k, (path, _) in enumerate(list_folder("pets").files["train"])
         if path.name == "1.png"
     )
-    loaded = Predictor.from_run("run").load(path)
+    loaded = Predictor.find("run").load(path)
     np.testing.assert_array_equal(loaded, arrays["train"][0][place])
     # Another image in the folder is another data set.
     noise(home / "pets" / "dog" / "new.png", (9, 9), "RGB", 99)

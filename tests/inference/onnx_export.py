@@ -15,13 +15,13 @@ from tests.support import tiny
 
 
 @pytest.mark.parametrize("kind", ["run", "encoder"])
-def test_a_graph_gives_what_the_net_gives(kind, request, tmp_path):
+def test_a_graph_computes_what_the_net_computes(kind, request, tmp_path):
     directory = request.getfixturevalue(kind)
     path = tmp_path / "net.onnx"
     assert tools.main(["export", str(directory), "--to", str(path)]) == 0
     session = onnxruntime.InferenceSession(path)
     images = tiny.dataset().splits["test"].image[:6]
-    probabilities, latents = Predictor.from_run(directory).answer(images)
+    probabilities, latents = Predictor.find(directory).predict(images)
     expected = latents if probabilities is None else probabilities
     for part in (slice(0, 1), slice(0, 6)):
         (found,) = session.run(None, {"images": images[part]})

@@ -17,7 +17,7 @@ from flax_resnetv2 import Predictor, UsageError
 from flax_resnetv2.cli import predict as predict_command, tools
 from flax_resnetv2.inference import modelcard, modelfile
 from flax_resnetv2.inference.export import to_stablehlo
-from flax_resnetv2.run import loop, validate
+from flax_resnetv2.run import loop
 from flax_resnetv2.run.trained import restore
 from flax_resnetv2.training.augment import AugmentConfig
 from tests.support import tiny
@@ -25,7 +25,7 @@ from tests.support import tiny
 
 def train(directory, **changes):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validate, "open_dataset", lambda *_: tiny.dataset())
+        tiny.patch_dataset(patch, tiny.dataset())
         config = tiny.replace(tiny.config(epochs=1), log_every=100, **changes)
         loop.fit(config, directory, devices=jax.devices()[:1])
     return directory
@@ -57,19 +57,19 @@ def pictures(tmp_path):
     return folder
 
 
-def said(capsys, words):
+def run_predict(capsys, words):
     code = predict_command.main([str(word) for word in words])
     out, err = capsys.readouterr()
     return code, out.splitlines(), err
 
 
 def test_a_folder_is_answered_with_all_below_it(run, pictures, capsys):
-    code, lines, _ = said(capsys, [run, pictures, "--json", "--top", 4])
+    code, lines, _ = run_predict(capsys, [run, pictures, "--json", "--top", 4])
     assert code == 0
     answers = [json.loads(line) for line in lines]
     paths = [pictures / name for name in ("a.png", "b.PNG", "more/c.png")]
     assert [a["path"] for a in answers] == [str(path) for path in paths]
-    predictor = Predictor.from_run(run)
+    predictor = Predictor.find(run)
     expected = predictor(np.stack([predictor.load(path) for path in paths]))
     for answer, row in zip(answers, expected, strict=True):
         found = {c["class"]: c["probability"] for c in answer["classes"]}
@@ -79,8 +79,8 @@ def test_a_folder_is_answered_with_all_below_it(run, pictures, capsys):
 
 @pytest.mark.parametrize("size", [1, 2, 64])
 def test_answers_do_not_depend_on_the_batches(run, pictures, capsys, size):
-    _, expected, _ = said(capsys, [run, pictures])
-    assert said(capsys, [run, pictures, "--batch-size", size])[1] == expected
+    _, expected, _ = run_predict(capsys, [run, pictures])
+    assert run_predict(capsys, [run, pictures, "--batch-size", size])[1] == expected
     assert len(expected) == 3
 
 
@@ -88,30 +88,34 @@ def test_an_image_on_standard_input_is_answered(run, pictures, capsys, monkeypat
     path = pictures / "a.png"
     stream = SimpleNamespace(buffer=io.BytesIO(path.read_bytes()))
     monkeypatch.setattr(sys, "stdin", stream)
-    _, (line,), _ = said(capsys, [run, "-"])
-    _, (expected,), _ = said(capsys, [run, path])
+    _, (line,), _ = run_predict(capsys, [run, "-"])
+    _, (expected,), _ = run_predict(capsys, [run, path])
     assert line == expected.replace(str(path), "standard input")
 
 
 def test_a_damaged_file_loses_none_of_the_others(run, pictures, capsys):
     damaged = pictures.parent / "damaged.png"
-    code, lines, err = said(capsys, [run, damaged, pictures])
+    code, lines, err = run_predict(capsys, [run, damaged, pictures])
     assert (code, len(lines)) == (1, 3)
     assert f"left out: {damaged} cannot be read" in err
-    assert "failed: 1 of 4 images could not be read; what is above stands" in err
-    code, lines, err = said(capsys, [run, damaged, damaged])
+    assert (
+        "failed: 1 of 4 images could not be read; the lines above are complete" in err
+    )
+    code, lines, err = run_predict(capsys, [run, damaged, damaged])
     assert (code, lines) == (2, [])
     assert "none of the 2 images could be read" in err
 
 
 def test_latents_are_what_the_classifier_reads(run, pictures, tmp_path, capsys):
     path = tmp_path / "latents.npz"
-    code, _, err = said(capsys, [run, pictures, "--latents", path, "--batch-size", 2])
+    code, _, err = run_predict(
+        capsys, [run, pictures, "--latents", path, "--batch-size", 2]
+    )
     assert code == 0
     assert f"3 x 6 numbers written to {path}" in err
     written = np.load(path)
     assert [p.rsplit("/", 1)[1] for p in written["path"]] == ["a.png", "b.PNG", "c.png"]
-    predictor = Predictor.from_run(run)
+    predictor = Predictor.find(run)
     layer = predictor.variables["params"]["head"]["classifier"]
     logits = written["latent"] @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])
     pixels = np.stack([predictor.load(p) for p in written["path"]])
@@ -120,20 +124,22 @@ def test_latents_are_what_the_classifier_reads(run, pictures, tmp_path, capsys):
 
 def test_an_encoder_gives_its_vectors(encoder, pictures, tmp_path, capsys):
     path = tmp_path / "latents.npz"
-    code, lines, _ = said(capsys, [encoder, pictures, "--json", "--latents", path])
+    code, lines, _ = run_predict(
+        capsys, [encoder, pictures, "--json", "--latents", path]
+    )
     assert code == 0
     written = np.load(path)["latent"]
     np.testing.assert_array_equal(
         [np.float32(json.loads(line)["latent"]) for line in lines], written
     )
-    predictor = Predictor.from_run(encoder)
+    predictor = Predictor.find(encoder)
     pixels = np.stack([predictor.load(json.loads(line)["path"]) for line in lines])
     a = predictor.normalization
     normalized = ((pixels / 255 - np.array(a.mean)) / np.array(a.std)).astype("float32")
     net = restore(encoder)
     outputs = net.model.apply(net.variables, normalized, train=False)
     np.testing.assert_allclose(outputs.latent.mean, written, rtol=1e-4, atol=1e-5)
-    with pytest.raises(UsageError, match="encoder, which knows no classes"):
+    with pytest.raises(UsageError, match="encoder, which has no classes"):
         predictor(pixels)
 
 
@@ -162,8 +168,10 @@ def test_a_file_has_the_bits_of_its_run(run, exported, pictures, capsys):
     assert new.config == old.config
     assert new.test == old.test
     assert new.environment == old.environment
-    assert new.facts["class_names"] == ["a", "b", "c", "d"]
-    assert said(capsys, [exported, pictures]) == said(capsys, [run, pictures])
+    assert new.summary["class_names"] == ["a", "b", "c", "d"]
+    assert run_predict(capsys, [exported, pictures]) == run_predict(
+        capsys, [run, pictures]
+    )
 
 
 def test_a_file_does_not_say_where_the_images_lay(run):
@@ -233,12 +241,12 @@ def test_a_truncated_file_is_refused(exported, tmp_path, length):
 
 @pytest.mark.parametrize("name", modelfile.shipped())
 def test_a_net_of_the_package_answers_and_its_card_is_its_own(name, tmp_path, capsys):
-    path = modelfile.find(name)
+    path = modelfile.locate(name)
     assert path.stat().st_size < 2**20
     card = path.with_suffix(".md").read_text()
     assert card == modelcard.card(modelfile.load(path), name)
     Image.new("RGB", (40, 30), (90, 140, 250)).save(tmp_path / "sky.png")
-    code, (line,), _ = said(capsys, [name, tmp_path / "sky.png", "--json"])
+    code, (line,), _ = run_predict(capsys, [name, tmp_path / "sky.png", "--json"])
     assert code == 0
     assert json.loads(line)["classes"][0]["class"] in Predictor.find(name).class_names
 
@@ -288,7 +296,7 @@ def test_a_program_runs_where_the_package_is_not(kind, request, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["cpu", "cuda", "rocm", "tpu"]
-    probabilities, latents = Predictor.from_run(directory).answer(images)
+    probabilities, latents = Predictor.find(directory).predict(images)
     expected = latents if probabilities is None else probabilities
     np.testing.assert_allclose(np.load(files[2]), expected, rtol=1e-4, atol=1e-5)
 
@@ -300,5 +308,5 @@ def test_an_image_is_scaled_inside_the_program_too(tmp_path, run):
     content = to_stablehlo(net._replace(config=config))
     program = jax.export.deserialize(bytearray(content))
     images = tiny.dataset().splits["test"].image[:3]
-    expected = Predictor.of(net._replace(config=config))(images)
+    expected = Predictor.from_net(net._replace(config=config))(images)
     np.testing.assert_allclose(program.call(images), expected, rtol=1e-4, atol=1e-5)

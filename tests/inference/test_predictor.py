@@ -9,7 +9,7 @@ from PIL import Image
 from flax_resnetv2 import Checkpointer, Predictor, UsageError, create_model
 from flax_resnetv2.cli import predict as predict_command
 from flax_resnetv2.data.images import square
-from flax_resnetv2.run import loop, validate
+from flax_resnetv2.run import loop
 from flax_resnetv2.run.run_directory import load_config
 from flax_resnetv2.training.augment import AugmentConfig
 from tests.support import tiny
@@ -20,7 +20,7 @@ def run(tmp_path_factory):
     """The directory of a run with moving averages, trained for one epoch."""
     directory = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validate, "open_dataset", lambda *_: tiny.dataset())
+        tiny.patch_dataset(patch, tiny.dataset())
         config = tiny.replace(
             tiny.config(epochs=1, ema_decay=0.5), architecture=tiny.SMALL, log_every=100
         )
@@ -32,7 +32,7 @@ def test_probabilities_are_those_of_the_averaged_net(run):
     images = tiny.dataset().splits["test"].image[:5]
     config = load_config(run)
     model = create_model(config.architecture)
-    predictor = Predictor.from_run(run)
+    predictor = Predictor.find(run)
     probabilities = predictor(images)
     assert probabilities.shape == (5, 4)
     np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
@@ -48,7 +48,7 @@ def test_probabilities_are_those_of_the_averaged_net(run):
 def test_labels_that_exclude_no_other_have_a_probability_each(run):
     images = tiny.dataset().splits["test"].image[:5]
     config = load_config(run)
-    one = Predictor.from_run(run)
+    one = Predictor.find(run)
     several = Predictor(
         create_model(config.architecture),
         one.variables,
@@ -95,7 +95,7 @@ def test_bad_use_is_one_line_and_exit_code_2(run, tmp_path, capsys, words, messa
 
 
 def test_images_of_another_shape_are_refused(run):
-    predictor = Predictor.from_run(run)
+    predictor = Predictor.find(run)
     with pytest.raises(UsageError, match=r"uint8 \['N', 8, 8, 3\]; got float32"):
         predictor(np.zeros((1, 9, 8, 3), np.float32))
 
@@ -233,7 +233,7 @@ def test_a_run_without_a_checkpoint_is_refused(run, tmp_path):
     for name in ("config.json", "dataset.json"):
         (tmp_path / name).write_bytes((run / name).read_bytes())
     with pytest.raises(UsageError, match="holds no checkpoint yet"):
-        Predictor.from_run(tmp_path)
+        Predictor.find(tmp_path)
 
 
 def test_an_image_is_cut_as_in_evaluation(run, tmp_path):

@@ -1,4 +1,4 @@
-"""The local page's server: what it answers, and what it refuses."""
+"""The server of the local page: its responses and refusals."""
 
 import base64
 import io
@@ -50,11 +50,11 @@ def pixels_of(address):
     return np.asarray(Image.open(io.BytesIO(content)))
 
 
-def test_an_image_is_answered_as_by_the_predictor(server, run, picture):  # noqa: F811
-    status, kind, content = ask(server, "POST", "/answer", picture)
+def test_an_image_is_classified_as_by_the_predictor(server, run, picture):  # noqa: F811
+    status, kind, content = ask(server, "POST", "/inspect", picture)
     assert (status, kind) == (200, "application/json")
     found = json.loads(content)
-    predictor = Predictor.from_run(run)
+    predictor = Predictor.find(run)
     seen = predictor.load(io.BytesIO(picture))
     np.testing.assert_array_equal(pixels_of(found["image"]), seen)
     expected = dict(zip("abcd", predictor(seen[None])[0], strict=True))
@@ -99,13 +99,20 @@ def test_the_page_asks_nobody_else(server):
 @pytest.mark.parametrize(
     ("method", "path", "body", "headers", "status", "words"),
     [
-        ("POST", "/answer", b"hello", {}, 400, "is not an image"),
-        ("POST", "/answer", b"", {}, 400, "is not an image"),
+        ("POST", "/inspect", b"hello", {}, 400, "is not an image"),
+        ("POST", "/inspect", b"", {}, 400, "is not an image"),
         (
-            *("POST", "/answer", b"x", {"Content-Length": str(2**40)}),
+            *("POST", "/inspect", b"x", {"Content-Length": str(2**40)}),
             *(413, "larger than 64 MB"),
         ),
-        ("POST", "/answer", b"x", {"Content-Length": "-1"}, 411, "was not said"),
+        (
+            "POST",
+            "/inspect",
+            b"x",
+            {"Content-Length": "-1"},
+            411,
+            "no valid Content-Length",
+        ),
         ("POST", "/other", b"x", {}, 404, "no such page"),
         ("GET", "/../config.json", None, {}, 404, "no such page"),
         ("GET", "/example/one", None, {}, 404, "no such page"),
@@ -122,16 +129,16 @@ def test_a_taken_port_is_refused(server, run, capsys):  # noqa: F811
     port = server.server_address[1]
     assert tools.main(["serve", str(run), "--port", str(port)]) == 2
     said = capsys.readouterr().err
-    assert f"port={port} of host=127.0.0.1 cannot be had (Address already" in said
+    assert f"port={port} of host=127.0.0.1 cannot be opened (Address already" in said
     with pytest.raises(UsageError, match="port=70000"):
         serve.make_server(str(run), port=70_000)
 
 
 def test_an_encoder_has_maps_and_no_classes(encoder, picture):  # noqa: F811
-    looking = serve.Inspector(Predictor.from_run(encoder), "it")
-    found = looking.answer(picture)
+    inspector = serve.Inspector(Predictor.find(encoder), "it")
+    found = inspector.inspect(picture)
     assert found["classes"] == []
-    assert "an encoder" in looking.about()["text"]
+    assert "an encoder" in inspector.describe()["text"]
     assert len(found["parts"]) == 3
 
 

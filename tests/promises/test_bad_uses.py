@@ -1139,8 +1139,8 @@ CASES = {
         predict(
             "best, never evaluated",
             "r a.png --checkpoint best",
-            "r has no best checkpoint, as it had no split 'validation'; choose the "
-            "newest, or train with --data.validation",
+            "r has no best checkpoint, because it has no split 'validation'; "
+            "choose the newest, or train with --data.validation",
         ),
         predict(
             "checkpoint",
@@ -1288,7 +1288,7 @@ CASES = {
         package(
             "rates into a run",
             "find-rate quickstart --workdir {run}",
-            *("holds a run, which find-rate leaves alone", "another --workdir"),
+            *("holds a run, which find-rate does not change", "another --workdir"),
         ),
         package("nowhere for rates", "find-rate quickstart --workdir ''", "workdir=''"),
         package("doctor's recipe", "doctor nope", "nope", *RECIPES, box=True),

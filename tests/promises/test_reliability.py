@@ -397,10 +397,10 @@ def test_without_a_whole_checkpoint_a_run_stops_and_touches_nothing(go_on, copie
 
 @damaging
 def test_a_predictor_reads_the_newest_whole_checkpoint_and_changes_nothing(copied):
-    whole = Predictor.from_run(copied)
+    whole = Predictor.find(copied)
     flip(heaviest(copied / "checkpoints" / "12" / "state"))
     before = sorted(copied.rglob("*"))
-    older = Predictor.from_run(copied)
+    older = Predictor.find(copied)
     assert sorted(copied.rglob("*")) == before
     images = VALIDATED.splits["test"].image
     assert (older(images) != whole(images)).any()
@@ -443,7 +443,7 @@ def test_the_best_can_be_asked_for(copied):
     }
     best = checkpoint.best_step(scores, [5, 6, 10, 12])
     (copied / "metrics.jsonl").unlink()
-    predictor = Predictor.from_run(copied, "best")
+    predictor = Predictor.find(copied, "best")
     saved = stored(copied, best)
     kernel = predictor.variables["params"]["head"]["classifier"]["kernel"]
     assert np.asarray(kernel).tobytes() in saved.values()
@@ -452,7 +452,7 @@ def test_the_best_can_be_asked_for(copied):
 def test_without_a_validation_split_there_is_no_best(go_on, tmp_path):
     go_on(configuration(epochs=1), data(), devices=1, create=ready_state)
     with pytest.raises(UsageError, match=r"no best checkpoint.*--data\.validation"):
-        Predictor.from_run(tmp_path / "run", "best")
+        Predictor.find(tmp_path / "run", "best")
 
 
 # Numbers that are not finite

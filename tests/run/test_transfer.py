@@ -95,7 +95,7 @@ def test_the_images_are_those_of_the_weights(start, monkeypatch, tmp_path):
     fit(monkeypatch, run, tmp_path / "a")
     stored = load_config(tmp_path / "a").augment
     assert (stored.mean, stored.std) == (NORMALIZATION.mean, NORMALIZATION.std)
-    predictor = Predictor.from_run(tmp_path / "a")
+    predictor = Predictor.find(tmp_path / "a")
     images = tiny.dataset().splits["test"].image
     assert predictor(images).shape == (len(images), 4)
 

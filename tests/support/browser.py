@@ -54,8 +54,7 @@ def main(net: str, chromium: str, directory: str = ".") -> None:
     Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_address[1]}/"
     place = Path(directory)
-    looking = server.RequestHandlerClass.looked_into
-    (place / "example.png").write_bytes(looking.example(7))
+    (place / "example.png").write_bytes(server.inspector.example(7))
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=FLAGS)
         for kind in SIZES:
