@@ -1,10 +1,12 @@
-"""The pages: what is generated is current, what is quoted exists, links lead somewhere.
+"""The pages: generated ones are current, quoted messages exist, links resolve.
 
-``python -m tests.repository.test_docs`` writes ``docs/recipes.md`` and ``docs/api.md``.
+``python -m tests.repository.test_docs`` writes the generated files, ``GENERATED``.
 """
 
 import ast
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import flax_resnetv2
 from benchmarks import studies
 from flax_resnetv2 import RECIPES
 from flax_resnetv2.cli.tools import COMMANDS
+from tests.repository import structure
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -21,17 +24,19 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 
 def recipes():
-    """The page on recipes, from themselves."""
+    """Return the page on recipes."""
     lines = [
         "# Recipes",
         "",
-        "What `python train.py RECIPE` can be told to do; every field is a flag, and",
+        "The recipes of `python train.py RECIPE`. Every field of a recipe is a flag;",
         "`python train.py RECIPE --help` lists them. Test accuracies are those of the",
-        "final epoch, ± over n seeds, or with the interval of the images; seconds,",
-        "versions and commits stand in `results/README.md`. *Not run*: not to its end.",
-        "(This page is written by `python -m tests.repository.test_docs`.)",
+        "final epoch: mean ± standard deviation over n seeds, or for a single run its",
+        "accuracy with the 95 % interval that the number of test images leaves.",
+        "`results/README.md` has seconds, versions and commits. *Not run* means not run",
+        "to its end.",
+        "(`python -m tests.repository.test_docs` writes this page.)",
         "",
-        "| recipe | what it is | data | epochs | batch | optimizer, rate, schedule "
+        "| recipe | description | data | epochs | batch | optimizer, rate, schedule "
         "| test accuracy |",
         "|---|---|---|---:|---:|---|---|",
     ]
@@ -48,28 +53,62 @@ def recipes():
 
 
 def reference():
-    """The page on the public names, module by module."""
+    """Return the page on the public names, module by module."""
     lines = [
         "# Reference",
         "",
-        "Every public name of `flax_resnetv2`, from its docstring. (Written by",
-        "`python -m tests.repository.test_docs`.)",
+        "All public names of `flax_resnetv2`, by the module that defines them. Import",
+        "them from the package: `from flax_resnetv2 import Architecture`.",
+        "(`python -m tests.repository.test_docs` writes this page.)",
     ]
     for module, names in flax_resnetv2._HOME.items():
         lines += ["", f"## {module}", "", f"::: flax_resnetv2.{module}", "    options:"]
         lines += ["      show_root_heading: false", "      show_root_toc_entry: false"]
-        lines += ["      members:", *(f"        - {name}" for name in names)]
+        lines += ["      members:"]
+        lines += [f"        - {name}" for name in names.split()]
     return "\n".join(lines) + "\n"
 
 
-GENERATED = {"recipes.md": recipes, "api.md": reference}
+GENERATED = {
+    "recipes.md": recipes,
+    "api.md": reference,
+    "structure.svg": structure.draw,
+}
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_a_generated_page_is_current(name):
+def test_a_generated_file_is_current(name):
     assert (DOCS / name).read_text() == GENERATED[name](), (
-        "python -m tests.repository.test_docs"
+        "run python -m tests.repository.test_docs"
     )
+
+
+def test_the_page_on_architecture_names_every_file_of_the_package():
+    text = (DOCS / "architecture.md").read_text()
+    table = text.split("## Folders")[1].split("\n## ")[0]
+    names = {path.stem for path in structure.FILES} - {"__init__", "__main__"}
+    assert {name for name in names if f"`{name}`" not in table} == set()
+
+
+def python_blocks(path):
+    return re.findall(r"```python\n(.*?)```", path.read_text(), re.S)
+
+
+@pytest.mark.slow
+def test_the_python_code_of_the_readme_runs(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (40, 30), "gray").save(tmp_path / "image.png")
+    code = "\n".join(python_blocks(ROOT / "README.md"))
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_every_page_has_its_place_in_the_order():
@@ -79,7 +118,7 @@ def test_every_page_has_its_place_in_the_order():
 
 def strings_of_the_package():
     found = []
-    for path in (ROOT / "flax_resnetv2").glob("*.py"):
+    for path in structure.FILES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
@@ -102,7 +141,7 @@ def test_the_messages_that_troubleshooting_quotes_are_printed():
 
 
 def anchors(path):
-    """Those of a page's headings, as GitHub and MkDocs make them."""
+    """Return the anchors of a page's headings, as GitHub and MkDocs make them."""
     titles = re.findall(r"^#+ (.+)$", path.read_text(), re.M)
     return {
         re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")

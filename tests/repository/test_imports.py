@@ -4,29 +4,19 @@ import ast
 import inspect
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import flax_resnetv2
-
-PACKAGE = Path(flax_resnetv2.__file__).parent
-FILES = sorted(PACKAGE.rglob("*.py"))
-
-FOLDERS = {
-    "errors": "",
-    "validation": "",
-    "system": "jax numpy absl",
-    "model": "jax flax numpy h5py safetensors",
-    "data": "jax numpy tensorflow_datasets array_record grain PIL rich absl",
-    "training": "jax flax optax",
-    "run": "jax numpy orbax rich tensorboardX matplotlib",
-    "inference": "jax flax numpy safetensors PIL jax2onnx",
-    "reports": "jax numpy matplotlib PIL",
-    "cli": "jax numpy tyro",
-}
-"""Folders and files of the package from bottom to top, each with the packages of others
-that it may import. A folder imports itself and what stands above it in this list."""
+from tests.repository.structure import (
+    FILES,
+    FOLDERS,
+    PACKAGE,
+    folder_of,
+    imports,
+    is_type_checking,
+    tree_of,
+)
 
 APART = {("model", "data"), ("data", "model")}
 """Neighbors that do not know each other."""
@@ -36,32 +26,6 @@ LAZY = {
     *("h5py", "safetensors", "grain", "jax2onnx", "tensorboardX"),
 }
 """Never at the top of a module."""
-
-
-def room_of(path):
-    """The folder of a file, or the file itself where it stands in no folder."""
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
-
-
-def tree_of(path):
-    return ast.parse(path.read_text())
-
-
-def is_type_checking(node):
-    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-
-
-def imports(node):
-    """Yield the dotted name of everything imported below ``node`` at run time."""
-    for child in ast.iter_child_nodes(node):
-        if is_type_checking(child):
-            continue
-        if isinstance(child, ast.Import):
-            yield from (alias.name for alias in child.names)
-        elif isinstance(child, ast.ImportFrom):
-            assert child.level == 0, "relative import"
-            yield child.module
-        yield from imports(child)
 
 
 def top_level(tree):
@@ -75,31 +39,33 @@ def packages(names):
     return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("room", FOLDERS)
-def test_a_folder_imports_only_what_its_row_allows(room):
-    rooms = list(FOLDERS)
-    allowed = set(rooms[: rooms.index(room) + 1])
-    allowed -= {other for one, other in APART if one == room}
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_imports_only_what_its_row_allows(folder):
+    folders = list(FOLDERS)
+    allowed = set(folders[: folders.index(folder) + 1])
+    allowed -= {other for one, other in APART if one == folder}
     names = {
-        path: list(imports(tree_of(path))) for path in FILES if room_of(path) == room
+        path: list(imports(tree_of(path)))
+        for path in FILES
+        if folder_of(path) == folder
     }
-    assert names, f"nothing is there: {room}"
+    assert names, f"nothing is there: {folder}"
     for path, found in names.items():
         ours = {n.split(".")[1] for n in found if n.startswith("flax_resnetv2.")}
         assert ours <= allowed, path
         theirs = packages(found) - {"flax_resnetv2"}
-        assert theirs <= set(FOLDERS[room].split()), path
+        assert theirs <= set(FOLDERS[folder].split()), path
 
 
 def test_every_file_is_in_a_folder_of_the_list():
-    rooms = {room_of(path) for path in FILES} - {"__init__", "__main__"}
-    assert rooms == set(FOLDERS)
+    folders = {folder_of(path) for path in FILES} - {"__init__", "__main__"}
+    assert folders == set(FOLDERS)
 
 
-@pytest.mark.parametrize("room", FOLDERS)
-def test_heavy_packages_are_imported_where_they_are_used(room):
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_heavy_packages_are_imported_where_they_are_used(folder):
     for path in FILES:
-        if room_of(path) == room:
+        if folder_of(path) == folder:
             found = packages(imports(top_level(tree_of(path))))
             assert not found & LAZY, path
 

@@ -1,7 +1,7 @@
-"""Every notebook runs from top to bottom, as a person would run it, and shows results.
+"""Every notebook runs from top to bottom and is stored with its outputs.
 
-The code cells run in one fresh interpreter, without a notebook server: the project's
-users need none to run the tests. The numbers of the first cell are made small.
+The code cells run in one fresh interpreter, so the tests need no notebook server. The
+settings of the first cell are replaced by smaller ones.
 """
 
 import json
@@ -13,10 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from flax_resnetv2 import DataConfig
+from flax_resnetv2.data.datasets import find
+
+HAS_CIFAR10 = find(DataConfig(name="cifar10")) is not None
 SMOKE = {
     "01_first_network": {"STEPS": 40},
     "02_inside_a_residual_unit": {"STEPS": 24, "EVERY": 8, "UNITS": 2},
     "03_train_cifar10": {
+        "DATA": "cifar10" if HAS_CIFAR10 else "embedded_shapes",
         "TRAIN_IMAGES": 1_024,
         "TEST_IMAGES": 300,
         "EPOCHS": 1,
@@ -25,7 +30,7 @@ SMOKE = {
     "04_latents_and_transfer": {"STEPS": 30, "ENCODER_STEPS": 15, "FEW": 10},
     "05_many_devices": {"STEPS": 2, "DEVICES": 4},
 }
-"""In place of what stands in the first cell."""
+"""Settings that replace those of the first cell."""
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 

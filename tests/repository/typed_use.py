@@ -1,6 +1,6 @@
-"""The public names as a typed program uses them: ``mypy`` reads it, nothing runs it.
+"""A typed program that uses every public name; ``mypy`` checks it, nothing runs it.
 
-``tests/repository/test_api.py`` holds that every public name stands here.
+``tests/repository/test_api.py`` tests that no public name is missing.
 """
 
 from pathlib import Path
@@ -18,14 +18,17 @@ from flax_resnetv2 import (
     NORMALIZATION,
     PRESETS,
     RECIPES,
+    SHAPE_CLASSES,
     TIMM,
     Architecture,
     AugmentConfig,
     AutoencoderConfig,
+    Autoencoding,
     Batch,
     Checkpointer,
     Config,
     DataConfig,
+    Dataset,
     Execution,
     Head,
     Predictor,
@@ -35,6 +38,7 @@ from flax_resnetv2 import (
     ResNetV2,
     RunError,
     Semantics,
+    Split,
     Stem,
     TrainConfig,
     TrainState,
@@ -43,14 +47,21 @@ from flax_resnetv2 import (
     create_autoencoder,
     create_model,
     create_train_state,
+    draw_net,
+    draw_shapes,
+    epoch_order,
+    evaluation_order,
     fit,
     from_bit,
     from_file,
     from_keras,
     from_timm,
+    gather_batch,
+    init_in_one_draw,
     layer_table,
     make_eval_step,
     make_train_step,
+    normalize,
     open_dataset,
     plan,
     plan_stack,
@@ -60,22 +71,22 @@ from flax_resnetv2 import (
     to_bit,
     to_keras,
     to_timm,
+    tune,
 )
 from flax_resnetv2.model.autoencoder import Autoencoder
-from flax_resnetv2.model.initial import init_in_one_draw
 from flax_resnetv2.model.layer_table import Field, LayerRow
 from flax_resnetv2.model.planning import NetPlan, StackPlan, UnitPlan
 
 
 def nets(images: jax.Array) -> None:
-    """What a net is, and how it is made."""
+    """Plan, build and inspect nets."""
     rows: list[Semantics] = [ARTICLE, ATIENZA, BIT, HE2016, KERAS, TIMM]
     architecture = Architecture(units=(1, 1), widths=(8, 16), semantics=rows[0])
-    assert_type(plan(architecture, (32, 32, 3)), NetPlan)
-    assert_type(
-        layer_table(plan(architecture, (32, 32, 3)), (32, 32, 3)), list[LayerRow]
-    )
-    assert_type(receptive_field(plan(architecture)), dict[str, Field])
+    net = plan(architecture, (32, 32, 3))
+    assert_type(net, NetPlan)
+    assert_type(layer_table(net, (32, 32, 3)), list[LayerRow])
+    assert_type(receptive_field(net), dict[str, Field])
+    assert_type(draw_net(net, (32, 32, 3)), str)
     unit = plan_unit(in_width=8, width=8, reduction="previous")
     assert_type(unit, UnitPlan)
     stack = plan_stack(in_width=8, width=16, units=2, stride=2)
@@ -95,17 +106,25 @@ def nets(images: jax.Array) -> None:
 
 
 def training(config: Config, workdir: Path) -> dict[str, float]:
-    """What trains it."""
+    """Train a net: data, states, steps and runs."""
+    tune()
+    splits = {"train": Split(*draw_shapes("train"))}
+    shapes = Dataset("shapes", SHAPE_CLASSES, splits)
+    mean, std = shapes.channel_statistics()
+    order = evaluation_order(splits["train"].num_images, 64)
+    assert_type(epoch_order(100, 10, seed=0, epoch=0), np.ndarray)
     model = create_model(config.architecture)
     state = create_train_state(
         model, config.train, jax.random.key(config.seed), (32, 32, 3), 10
     )
     assert_type(state, TrainState)
-    pixels = AugmentConfig(mean=(0.5,), std=(0.5,))
+    pixels = AugmentConfig(mean=mean, std=std)
     step = make_train_step(
         model, TrainConfig(epochs=1), pixels, seed=0, steps_per_epoch=10
     )
-    batch = Batch(*map(jax.numpy.asarray, ([0], [0], [True])))
+    batch = gather_batch(splits["train"], jax.numpy.asarray(order), jax.numpy.arange(8))
+    assert_type(batch, Batch)
+    assert_type(normalize(batch.image, pixels, "float32"), jax.Array)
     after, _ = step(state, batch)
     assert_type(after, TrainState)
     make_eval_step(model, pixels)(after.variables(), batch)
@@ -114,6 +133,10 @@ def training(config: Config, workdir: Path) -> dict[str, float]:
     )
     assert_type(encoder, Autoencoder)
     create_train_state(encoder, config.train, jax.random.key(0), (32, 32, 3), 10)
+    task = Autoencoding(latent=64, dtype="float32", kl_weight=None)
+    make_train_step(
+        encoder, TrainConfig(), pixels, seed=0, steps_per_epoch=10, objective=task
+    )
     dataset = open_dataset(DataConfig(name="cifar10"))
     assert_type(dataset.class_names, tuple[str, ...])
     with Checkpointer(workdir / "checkpoints") as checkpoints:
@@ -125,7 +148,7 @@ def training(config: Config, workdir: Path) -> dict[str, float]:
 
 
 def using(workdir: Path, images: np.ndarray[Any, Any]) -> None:
-    """What is done with it."""
+    """Use a trained net, and published weights."""
     predictor = Predictor.find(workdir)
     assert_type(predictor, Predictor)
     predictor(images).argmax(-1)
