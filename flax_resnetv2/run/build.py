@@ -1,6 +1,6 @@
-"""What a run trains, built from its configuration: a classifier or an autoencoder.
+"""The net and objective of a run, as a classifier or as an autoencoder.
 
-This is the one place where ``architecture.head`` decides between the two.
+Only this module decides between the two, by ``architecture.head``.
 """
 
 from flax_resnetv2.model.autoencoder import Autoencoder, create_autoencoder
@@ -15,10 +15,10 @@ from flax_resnetv2.training.step import classification
 def create_net(
     config: Config, image_shape: tuple[int, int, int]
 ) -> ResNetV2 | Autoencoder:
-    """Plan and create what the run trains.
+    """Plan and create the net, or the autoencoder, that a run trains.
 
     Args:
-        config: of the run, with ``architecture.num_classes`` filled in.
+        config: the run, with ``architecture.num_classes`` filled in.
         image_shape: (height, width, channels) of stored images.
 
     Raises:
@@ -31,7 +31,7 @@ def create_net(
 
 
 def create_objective(config: Config, model: ResNetV2 | Autoencoder) -> Objective:
-    """Create what ``model``, of ``create_net``, is trained for."""
+    """Create the objective of ``model``, which ``create_net`` returned."""
     a = config.architecture
     if a.head == "latent":
         weight = config.autoencoder.kl_weight if a.latent_variance else None
@@ -42,12 +42,7 @@ def create_objective(config: Config, model: ResNetV2 | Autoencoder) -> Objective
 def net_layers(
     model: ResNetV2 | Autoencoder, input_shape: tuple[int, int, int]
 ) -> list[LayerRow]:
-    """List all layers of what is trained, a decoder's included.
-
-    Args:
-        model: of ``create_net``.
-        input_shape: (height, width, channels) of the net's input.
-    """
+    """List all layers, a decoder's included, for an input (height, width, channels)."""
     rows = layer_table(model.plan, input_shape)
     if isinstance(model, Autoencoder):
         rows += decoder_table(model.decoder_plan, model.plan.head.features)
@@ -55,9 +50,7 @@ def net_layers(
 
 
 def count_parameters(config: Config, image_shape: tuple[int, int, int]) -> int:
-    """Count the parameters of what a run trains; arguments as of ``create_net``."""
-    model, shape = (
-        create_net(config, image_shape),
-        config.augment.input_shape(image_shape),
-    )
-    return sum(row.parameters for row in net_layers(model, shape))
+    """Count the parameters that a run trains; arguments as of ``create_net``."""
+    shape = config.augment.input_shape(image_shape)
+    rows = net_layers(create_net(config, image_shape), shape)
+    return sum(row.parameters for row in rows)

@@ -1,7 +1,7 @@
-"""What a training step costs a device, predicted before anything is compiled.
+"""The memory and FLOPs of a training step, predicted before anything is compiled.
 
 Parameters, FLOPs and the memory kept for the backward pass are counted from the plan.
-``StepCost.check`` refuses a run that cannot fit, and says what would.
+``StepCost.check`` refuses a run that cannot fit, and names what would fit.
 """
 
 import math
@@ -33,16 +33,16 @@ PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v3": 61.5e12,
 }
-"""Dense half-precision FLOP/s, keyed by a part of the device kind; the first match
-counts. From the makers' data sheets: SXM variants in bfloat16 (V100: float16), and TPU
-chips (v3: per core, half a chip, which is one JAX device)."""
+"""Dense half-precision FLOP/s by a part of the device kind; the first match counts.
+From the data sheets: SXM variants in bfloat16 (V100: float16), and TPU chips (v3: per
+core, half a chip, which is one JAX device)."""
 
 _BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one training step costs."""
+    """Size, FLOPs and memory of one training step."""
 
     parameters: int
     """Number of trainable parameters."""
@@ -51,8 +51,7 @@ class StepCost:
     image_bytes: int
     """Memory per image, kept until the backward pass has used it."""
     fixed_bytes: int
-    """Memory on each device whatever the batch: gradients, and what ``plus_resident``
-    added."""
+    """Memory on each device that does not depend on the batch."""
     execution: Execution
     """The execution that this was counted for."""
     parts: int = 1
@@ -65,7 +64,7 @@ class StepCost:
     def bytes(self, share: int) -> int:
         """Predict the memory of a device that computes ``share`` images of a batch.
 
-        This is a lower bound: the compiler's work space comes on top.
+        This is a lower bound, because the compiler also needs work space.
         """
         return self.fixed_bytes + share // self.parts * self.image_bytes
 
@@ -78,37 +77,34 @@ class StepCost:
             limit: memory of one device in bytes; None: unknown, nothing is refused.
 
         Raises:
-            UsageError: names the largest batch that would fit, and other ways.
+            UsageError: names the largest batch that would fit, and alternatives.
         """
-        needed = self.bytes(batch // devices)
+        share = batch // devices
+        needed = self.bytes(share)
         if limit is None or needed <= limit:
             return
+        ways = ["a smaller net, or a device with more memory"]
+        if limit > self.fixed_bytes:
+            ways = []
+            if fits := (limit - self.fixed_bytes) // self.image_bytes:
+                images = fits * devices * self.parts
+                ways.append(f"--train.batch-size {images} or less")
+                divisors = (n for n in range(1, share + 1) if share % n == 0)
+                parts = next(n for n in divisors if share // n <= fits)
+                ways.append(f"--train.accumulation-steps {parts}")
+            ways.append("more devices")
+            if self.execution.dtype != "bfloat16":
+                ways.append("--execution.dtype bfloat16")
+            if self.execution.remat != "units":
+                ways.append("--execution.remat units")
         raise UsageError(
             f"train.batch_size={batch} needs at least {amount(needed, 'B')} on each of "
             f"{devices} devices, which have {amount(limit, 'B')}; choose "
-            f"{self._repair(batch // devices, devices, limit)}"
+            + ", or ".join(ways)
         )
 
-    def _repair(self, share: int, devices: int, limit: int) -> str:
-        """Say what would make it fit."""
-        if limit <= self.fixed_bytes:
-            return "a smaller net, or a device with more memory"
-        ways = []
-        if fits := (limit - self.fixed_bytes) // self.image_bytes:
-            images = fits * devices * self.parts
-            ways.append(f"--train.batch-size {images} or less")
-            enough = (n for n in range(1, share + 1) if share % n == 0)
-            parts = next(n for n in enough if share // n <= fits)
-            ways.append(f"--train.accumulation-steps {parts}")
-        ways.append("more devices")
-        if self.execution.dtype != "bfloat16":
-            ways.append("--execution.dtype bfloat16")
-        if self.execution.remat != "units":
-            ways.append("--execution.remat units")
-        return ", or ".join(ways)
-
     def describe(self, batch: int, devices: int, limit: int | None) -> str:
-        """Return one line about what a step costs; arguments as of ``check``."""
+        """Return one line about a step; arguments as of ``check``."""
         needed = self.bytes(batch // devices)
         return (
             f"a step: {amount(self.flops * batch, 'FLOP')}, at least "
@@ -120,10 +116,10 @@ class StepCost:
 def step_cost(
     model: ResNetV2 | Autoencoder, input_shape: tuple[int, int, int], parts: int = 1
 ) -> StepCost:
-    """Count what a training step costs, without the state and data on the device.
+    """Predict what a training step costs, without the state and data on the device.
 
     Args:
-        model: what is trained.
+        model: the net, or autoencoder, that is trained.
         input_shape: (height, width, channels) of its input.
         parts: parts of a batch, computed one after the other.
     """
@@ -135,7 +131,7 @@ def step_cost(
         parameters=parameters,
         flops=6.0 * sum(row.multiply_adds for row in rows),
         image_bytes=sum(math.prod(row.shape) for row in kept) * _BYTES[execution.dtype],
-        # The gradients are as large as the parameters; so is the sum over parts.
+        # Gradients are as large as the parameters, and so is their sum over parts.
         fixed_bytes=parameters * _BYTES[execution.param_dtype] * min(parts, 2),
         execution=execution,
         parts=parts,
@@ -147,7 +143,7 @@ def _is_kept(row: LayerRow, execution: Execution, last_layer: str) -> bool:
 
     The outputs of convolutions are. Those of shortcuts and bridges go into a sum that
     replaces the output of the unit's last layer. The output of BN-ReLU is kept unless
-    it is recomputed; a unit that is recomputed keeps only its own output.
+    it is recomputed. A unit that is recomputed keeps only its own output.
     """
     *parents, last = row.name.split("/")
     if last in ("shortcut", "bridge"):
@@ -161,7 +157,7 @@ def _is_kept(row: LayerRow, execution: Execution, last_layer: str) -> bool:
 
 
 def size_of(tree: Any) -> int:
-    """Return the bytes of all arrays, or jax.ShapeDtypeStructs, of a tree."""
+    """Return the bytes of all arrays, or jax.ShapeDtypeStructs, in a tree."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
@@ -184,42 +180,15 @@ def machine_memory() -> int | None:
         return None
 
 
-def check_images(name: str, images: int, size: int, device: jax.Device) -> None:
-    """Refuse a data set that does not fit into host and device memory.
-
-    Args:
-        name: of the data set.
-        images: their number.
-        size: bytes of all images, decoded.
-        device: one of those that train.
-
-    Raises:
-        UsageError: says what would help.
-    """
-    for place, limit in (
-        ("this machine", machine_memory()),
-        (f"each device ({device.device_kind})", memory_limit(device)),
-    ):
-        if limit is not None and size > limit:
-            raise UsageError(
-                f"data.name={name} has {images:,} images, which need "
-                f"{amount(size, 'B')} of memory, and {place} has {amount(limit, 'B')}; "
-                "add --data.stream True, or choose a smaller --data.image-size"
-            )
-
-
 def peak_flops(device: jax.Device) -> float | None:
     """Return a device's half-precision FLOP/s; None if its kind is unknown."""
-    for part, flops in PEAK_FLOPS.items():
-        if part in device.device_kind:
-            return flops
-    return None
+    found = (flops for part, flops in PEAK_FLOPS.items() if part in device.device_kind)
+    return next(found, None)
 
 
 def amount(value: float, unit: str) -> str:
     """Format with three digits and an SI prefix: 1,610,612,736 "B" -> "1.61 GB"."""
-    prefixes = ["", "k", "M", "G", "T", "P"]
     power = 0
-    while value >= 999.5 and power < len(prefixes) - 1:
+    while value >= 999.5 and power < 5:
         value, power = value / 1000, power + 1
-    return f"{value:.3g} {prefixes[power]}{unit}"
+    return f"{value:.3g} {('', 'k', 'M', 'G', 'T', 'P')[power]}{unit}"

@@ -1,4 +1,4 @@
-"""The one impure loop: ``fit`` trains what a ``Config`` says, with clock and files."""
+"""``fit``: the training loop and everything impure around it: clock, files, signals."""
 
 import contextlib
 import errno
@@ -15,13 +15,13 @@ from flax_resnetv2.errors import RunError, Stopped, UsageError
 from flax_resnetv2.run import run_directory
 from flax_resnetv2.run.checkpoint import Checkpointer, best_step
 from flax_resnetv2.run.config import Config
-from flax_resnetv2.run.cost import memory_limit, peak_flops, step_cost
+from flax_resnetv2.run.cost import memory_limit, peak_flops
 from flax_resnetv2.run.metrics_log import Reporter
 from flax_resnetv2.run.placement import Executor, Placement, sum_on_host
 from flax_resnetv2.run.tracing import Tracer, check_steps
 from flax_resnetv2.run.trainer import Trainer
 from flax_resnetv2.run.validate import validate
-from flax_resnetv2.system.distributed import any_process, broadcast_from_first
+from flax_resnetv2.system import distributed
 from flax_resnetv2.system.runtime import touch_memory
 from flax_resnetv2.system.signals import Stop
 from flax_resnetv2.training.step import Metrics, TrainState
@@ -37,7 +37,7 @@ def fit(
     executor: Executor = "pmap",
     tensorboard: bool = False,
 ) -> dict[str, float]:
-    """Train as ``config`` says, or resume the run in ``workdir``.
+    """Start a run, or resume the one in ``workdir``, and train to its end.
 
     With several processes (``jax.distributed``), all call ``fit`` with the same
     arguments on a shared directory.
@@ -58,9 +58,8 @@ def fit(
         ``epochs_to`` if the run ended at ``config.target_accuracy``.
 
     Raises:
-        UsageError: configuration, data set and devices do not fit together, the run
-            does not fit into the devices' memory, or ``workdir`` is in use or holds a
-            run of another configuration.
+        UsageError: configuration, data set, devices and their memory do not fit
+            together, or ``workdir`` is in use or holds another run.
         RunError: the data set could not be downloaded, the loss became infinite or
             NaN, a file cannot be written, or another process died.
         Stopped: SIGTERM or SIGINT came; the same call resumes the run.
@@ -70,32 +69,28 @@ def fit(
     if jax.process_count() > 1 and len(devices) < jax.local_device_count():
         raise UsageError(
             f"devices={devices} are not all devices of this process; with several "
-            "processes, each gives all of its own"
+            "processes, each must use all of its own"
         )
     check_choice("executor", executor, get_args(Executor))
     placement = Placement(devices, executor)
     batch, limit = config.train.batch_size, memory_limit(devices[0])
     config, dataset, model = validate(config, workdir, placement.count, limit)
-    shape = config.augment.input_shape(dataset.image_shape)
-    cost = step_cost(model, shape, config.train.accumulation_steps)
+    trainer = Trainer(config, dataset, model, placement)
+    cost = trainer.cost()
     cost.check(batch, placement.count, limit)
     touch_memory(cost.image_bytes * (batch // cost.parts))
-    trainer = Trainer(config, dataset, model, placement)
-    cost = cost.plus_resident(trainer.state_shapes(), dataset.in_memory())
-    cost.check(batch, placement.count, limit)
-    begun = run_directory.has_begun(workdir)
     total = config.train.epochs * trainer.steps_per_epoch
-    first, peak = jax.process_index() == 0, peak_flops(devices[0])
+    first, peak = distributed.is_first_process(), peak_flops(devices[0])
     with _explained(workdir):
         training = None
-        if not begun:
-            # Whatever can be refused is refused before the directory exists.
+        if not run_directory.has_begun(workdir):
+            # Everything that can be refused is refused before the directory exists.
             check_steps(profile, 0, total)
             training = _Training(trainer, trainer.initial_state())
         run_directory.make_directory(workdir)
         with (
             run_directory.locked(workdir) if first else contextlib.nullcontext(),
-            # Outside the checkpoints, so that a signal does not cut the last one off.
+            # Before the checkpoints, so that no signal interrupts writing the last one.
             Stop() as stop,
             Checkpointer(workdir / "checkpoints", config.keep_checkpoints) as kept,
             contextlib.closing(trainer),
@@ -135,21 +130,21 @@ def fit(
                 for text in [*notes, cost.describe(batch, placement.count, limit)]:
                     report.say(text)
                 training.run(kept, report, tracer, stop)
-                if training.epochs_to is None:
-                    return report.last["test"]
-                return {**report.last["test"], "epochs_to": training.epochs_to}
+                result = report.last["test"]
+                ended = training.epochs_to
+                return result if ended is None else {**result, "epochs_to": ended}
 
 
 @contextlib.contextmanager
 def _explained(workdir: Path) -> Iterator[None]:
-    """Turn errors of the system, of XLA and of other processes into a ``RunError``."""
+    """Turn errors of files, of XLA and of other processes into a ``RunError``."""
     try:
         yield
-    except OSError as error:  # data are in memory: this is about the run's own files
-        room = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise RunError(
             f"{error.filename or workdir} cannot be used ({error.strerror or error}); "
-            + ("free some space" if room else "repair that")
+            + ("free some space" if full else "repair that")
             + ", and give the same command to resume from the newest checkpoint"
         ) from error
     except jax.errors.JaxRuntimeError as error:
@@ -171,7 +166,7 @@ def _explained(workdir: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class EventSchedule:
-    """After how many steps the loop does something else; nothing happens in between."""
+    """After which numbers of steps something besides training is due."""
 
     config: Config
     per_epoch: int
@@ -198,10 +193,8 @@ class EventSchedule:
 
     def next_event(self, done: int) -> int:
         """Return the next number of steps after which something is due."""
-        every = [self.config.log_every, self.per_epoch]
-        if self.config.checkpoint_steps is not None:
-            every.append(self.config.checkpoint_steps)
-        return min((done // n + 1) * n for n in every)
+        every = self.config.log_every, self.per_epoch, self.config.checkpoint_steps
+        return min((done // n + 1) * n for n in every if n is not None)
 
     def _epoch_ended(self, done: int, every: int) -> bool:
         epoch, rest = divmod(done, self.per_epoch)
@@ -209,7 +202,7 @@ class EventSchedule:
 
 
 class _Training:
-    """A run in progress: its state, and the notes that a checkpoint stores with it."""
+    """A run in progress: its state, and the notes that are saved with it."""
 
     def __init__(self, trainer: Trainer, state: TrainState, notes: Any = None) -> None:
         self.trainer, self.state, self.done = trainer, state, int(state.step)
@@ -228,13 +221,13 @@ class _Training:
     def run(
         self, checkpoints: Checkpointer, report: Reporter, tracer: Tracer, stop: Stop
     ) -> None:
-        """Run to the end.
+        """Train to the end.
 
-        What happens after a step depends on the step number and on what exists already,
+        What is due after a step depends on the step number and on what exists already,
         so a resumed run makes up for what the interrupted one could not do.
         """
         while True:
-            stopping = any_process(stop.requested is not None)
+            stopping = distributed.any_process(stop.requested is not None)
             if not stopping and self.due.evaluation(self.done):
                 stopping = not self._evaluate(checkpoints, report, stop)
             ended = not stopping and self._at_target(report)
@@ -248,7 +241,7 @@ class _Training:
                     "the same command resumes the run"
                 )
             if ended:
-                self.epochs_to = self.done / self.trainer.steps_per_epoch
+                self.epochs_to = self._epoch
                 report.say(
                     f"target_accuracy={self.trainer.config.target_accuracy} is reached "
                     f"on {self._target_split!r}: the run ends; epochs_to "
@@ -264,8 +257,12 @@ class _Training:
                 report.progress(self.done)
 
     @property
+    def _epoch(self) -> float:
+        return self.done / self.trainer.steps_per_epoch
+
+    @property
     def _target_split(self) -> str:
-        """The split whose accuracy may end the run."""
+        """The split on which a target accuracy ends the run."""
         splits = self.trainer.dataset.splits
         return "validation" if "validation" in splits else "test"
 
@@ -274,19 +271,18 @@ class _Training:
         return target is not None and split == self._target_split and accuracy >= target
 
     def _at_target(self, report: Reporter) -> bool:
-        """Whether the evaluation after this step ends the run."""
-        target = self.trainer.config.target_accuracy
-        if target is None or not self.due.evaluation(self.done):
+        """Whether an evaluation after this step ends the run."""
+        if not self.due.evaluation(self.done):
             return False
         line = report.last.get(self._target_split, {})
-        reached = line.get("step") == self.done and line["accuracy"] >= target
-        return broadcast_from_first(reached)
+        reached = self._reaches(self._target_split, line.get("accuracy", 0.0))
+        return distributed.broadcast_from_first(reached and line["step"] == self.done)
 
     def _step(self, report: Reporter, tracer: Tracer) -> None:
         """Do one step, or all steps up to the next event."""
         tracer.before(self.done)
-        border = tracer.next_event(self.done, self.due.next_event(self.done))
-        steps = 1 if self.trainer.one_by_one else border - self.done
+        event = tracer.next_event(self.done, self.due.next_event(self.done))
+        steps = 1 if self.trainer.one_by_one else event - self.done
         self.state, metrics = self.trainer.train(self.state, self.done, steps)
         report.dispatched()
         self._pending.append(metrics)
@@ -297,12 +293,12 @@ class _Training:
             report.say(note)
 
     def _training_sums(self, checkpoints: Checkpointer) -> Metrics | None:
-        """Training metrics since the last line; waits for the devices."""
+        """Return the training metrics since the last line; wait for the devices."""
         if self._pending:
             self._sums, self._pending = sum_on_host(self._pending, self._sums), []
         sums = self._sums
         if sums is not None and sums["finite_steps"] < sums["steps"]:
-            # Once a step is not finite, none after it is.
+            # After a step that is not finite, none is.
             bad = self.done - int(sums["steps"]) + int(sums["finite_steps"]) + 1
             raise _diverged(f"the loss or its gradient at step {bad:,}", checkpoints)
         return sums
@@ -313,20 +309,18 @@ class _Training:
         norms, steps = sums.pop("gradient_norm"), sums["steps"]
         report.training(
             self.done,
-            self.done / self.trainer.steps_per_epoch,
+            self._epoch,
             sums,
             learning_rate=float(self.trainer.schedule(self.done - 1)),
             gradient_norm={k: v / steps for k, v in norms.items()},
         )
 
     def _save(self, checkpoints: Checkpointer, report: Reporter) -> None:
-        """Save, unless that is done; a state that is not finite is never saved."""
+        """Save, unless this step is saved; a state that is not finite never is."""
         if checkpoints.latest() == self.done:
             return
-        notes = {
-            "metrics": self._training_sums(checkpoints),
-            "validation": self._validation,
-        }
+        sums = self._training_sums(checkpoints)
+        notes = {"metrics": sums, "validation": self._validation}
         report.sync()
         best = best_step(self._validation, [*checkpoints.steps(), self.done])
         state = self.trainer.placement.as_global(self.state)
@@ -335,53 +329,46 @@ class _Training:
     def _evaluate(
         self, checkpoints: Checkpointer, report: Reporter, stop: Stop
     ) -> bool:
-        """Evaluate every split except the training one, unless that is done.
+        """Evaluate each split but the training one, unless this step is evaluated.
 
         Returns:
-            False: a signal came midway.
+            False if a signal interrupted it.
         """
-
-        def stopping() -> bool:
-            # Several processes would have to agree on every batch.
-            return stop.requested is not None and jax.process_count() == 1
-
+        # Several processes would have to agree after every batch.
+        single = jax.process_count() == 1
         for split in ("validation", "test"):
             is_done = report.last.get(split, {}).get("step") == self.done
-            if split not in self.trainer.dataset.splits or broadcast_from_first(
-                is_done
-            ):
+            missing = split not in self.trainer.dataset.splits
+            if missing or distributed.broadcast_from_first(is_done):
                 continue
-            sums = self.trainer.evaluate(self.state, split, stopping)
+            sums = self.trainer.evaluate(
+                self.state, split, lambda: single and stop.requested is not None
+            )
             if sums is None:
                 return False
             if not math.isfinite(sums["loss"]):
                 what = f"the {split} loss after step {self.done:,}"
                 raise _diverged(what, checkpoints)
-            line = self._report_evaluation(report, split, sums)
+            more = {}
+            correct = sums.get("correct", 0.0)
+            if self._reaches(split, correct / sums["count"]):
+                more["epochs_to"] = self._epoch
+            more["residual_ratio"] = {
+                stack: [
+                    float(units[f"unit{k}"] / sums["count"])
+                    for k in range(1, len(units) + 1)
+                ]
+                for stack, units in sums.pop("residual_ratio").items()
+            }
+            line = report.evaluation(split, self.done, self._epoch, sums, **more)
             if split == "validation":
                 score = line.get("accuracy", -line["loss"])
                 self._validation[str(self.done)] = score
         return True
 
-    def _report_evaluation(
-        self, report: Reporter, split: str, sums: Metrics
-    ) -> dict[str, Any]:
-        ratios, more = sums.pop("residual_ratio"), {}
-        epochs = self.done / self.trainer.steps_per_epoch
-        if "correct" in sums and self._reaches(split, sums["correct"] / sums["count"]):
-            more["epochs_to"] = epochs
-        more["residual_ratio"] = {
-            stack: [
-                float(units[f"unit{k}"] / sums["count"])
-                for k in range(1, len(units) + 1)
-            ]
-            for stack, units in ratios.items()
-        }
-        return report.evaluation(split, self.done, epochs, sums, **more)
-
 
 def _resumed(trainer: Trainer, checkpoints: Checkpointer) -> _Training:
-    """Continue from the newest whole checkpoint, or start anew if there is none yet."""
+    """Resume from the newest whole checkpoint, or start if there is none yet."""
     found = checkpoints.restore_newest(like=trainer.state_shapes())
     if found is None:
         return _Training(trainer, trainer.initial_state())

@@ -1,8 +1,8 @@
 """Arrays and functions on the devices of a run: the only file with ``pmap``.
 
-State and in-memory data are replicated; each device reads its share of every batch (see
-``augment.positions``). Streamed batches are sharded. With several processes each places
-arrays on its own devices, and the mapped axis spans the devices of all.
+State and in-memory data are replicated, and each device gathers its share of every
+batch (see ``augment.positions``). Streamed batches are sharded. Each of several
+processes places arrays on its own devices; the mapped axis spans the devices of all.
 """
 
 import operator
@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 AXIS = "devices"
 """Name of the mapped axis."""
 Executor = Literal["pmap", "jit"]
-"""What maps a step over the devices: ``jax.pmap``, or ``jax.jit`` of ``shard_map`` over
+"""What runs a step on all devices: ``jax.pmap``, or ``jax.jit`` of ``shard_map`` over
 arrays with a ``NamedSharding``. Both compute the same bits."""
 
 
@@ -47,16 +47,16 @@ class Placement:
         )
 
     def replicate(self, tree: Any) -> Any:
-        """Copy arrays to every device, placed as the mapped functions return them."""
+        """Copy arrays to every device, with the sharding that ``map`` returns."""
         tree = jax.device_put(tree, self._local_sharding)
         return self.as_global(tree) if self.executor == "jit" else tree
 
     def as_global(self, tree: Any) -> Any:
-        """View replicated arrays as replicated over all processes; copies nothing."""
+        """View replicated arrays as replicated over all processes, without a copy."""
         return _with_sharding(tree, self.global_sharding)
 
     def as_local(self, tree: Any) -> Any:
-        """Undo ``as_global``: view arrays as the mapped functions return them."""
+        """Undo ``as_global``: view arrays with the sharding of ``replicate``."""
         if self.executor == "jit":
             return tree
         return _with_sharding(tree, self._local_sharding)
@@ -83,7 +83,7 @@ class Placement:
         Args:
             function: pure; its results must be equal on all devices.
             donate: let the compiled function reuse the memory of ``first``.
-            sharded: the rest is sharded (``shard``), else replicated like ``first``.
+            sharded: whether the rest is sharded, or replicated like ``first``.
         """
         if self.executor == "jit":
             whole = PartitionSpec()
@@ -92,11 +92,11 @@ class Placement:
                 mesh=self._mesh,
                 in_specs=(whole, PartitionSpec(AXIS)) if sharded else whole,
                 out_specs=whole,
-                check_vma=False,  # like pmap: the function's own sums make them equal
+                check_vma=False,  # like pmap, which does not check that outputs agree
             )
             return jax.jit(mapped, donate_argnums=(0,) if donate else ())
         mapped = jax.pmap(
-            # pmap needs one argument with a mapped axis: each device gets its number.
+            # pmap needs one argument with a mapped axis, hence the device's number.
             lambda number, first, rest: function(first, *rest),
             axis_name=AXIS,
             in_axes=(0, None, 0 if sharded else None),
@@ -111,7 +111,7 @@ class Placement:
 def sum_on_host(metrics: list[Any], before: Any = None) -> Any:
     """Sum trees of device scalars on the host, in float64; waits for the devices.
 
-    Adds one after the other, starting from ``before``, so that a run that was stopped
+    Adds one tree after the other to ``before``, so that a run that was interrupted
     between two of them gets the same bits.
     """
     return jax.tree.map(

@@ -1,4 +1,4 @@
-"""The recipes: what ``train.py`` can be told to do, by name."""
+"""The recipes that ``train.py`` knows by name."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,13 +13,13 @@ from flax_resnetv2.training.optimizers import TrainConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """A configuration under a name, and what it is for in one line."""
+    """A configuration with a name, and its purpose in one line."""
 
     config: Config
     description: str
     published: str | None = None
-    """The test accuracy that others report of this training; None: nobody trained it
-    so before."""
+    """Test accuracy that others report for this training; None: no one has trained it
+    before."""
 
 
 _ONE_CYCLE = TrainConfig(
@@ -29,18 +29,25 @@ _ONE_CYCLE = TrainConfig(
     schedule="one_cycle",
     label_smoothing=0.1,
 )
-# Basic units at half the resolution from stack 1 on, as nets for the clock have it.
-_AT_16X16 = Architecture(
-    units=(2, 2, 2),
-    widths=(128, 384, 512),
-    strides=(2, 2, 2),
-    unit="basic",
-    reduction=1,
-    stem_width=64,
+_QUICKSTART = Config(
+    # Half the resolution from the stem on: a minute on two CPU cores.
+    architecture=Architecture(
+        units=(2, 2, 2), widths=(32, 64, 128), stem_width=32, stem_stride=2
+    ),
+    data=DataConfig(name="embedded_shapes"),
+    train=replace(_ONE_CYCLE, epochs=8, batch_size=64, learning_rate=0.2),
 )
+# Basic units at half the resolution from stack 1 on, as is usual for fast training.
 _FAST = Config(
-    _AT_16X16,
-    Execution(dtype="bfloat16"),
+    architecture=Architecture(
+        units=(2, 2, 2),
+        widths=(128, 384, 512),
+        strides=(2, 2, 2),
+        unit="basic",
+        reduction=1,
+        stem_width=64,
+    ),
+    execution=Execution(dtype="bfloat16"),
     augment=AugmentConfig(cutout=8, test_flip=True),
     train=replace(
         _ONE_CYCLE,
@@ -55,34 +62,33 @@ _FAST = Config(
     evaluate_every=1000,
     checkpoint_every=1000,
 )
-_CPU_HOUR = Config(
-    replace(_AT_16X16, widths=(64, 128, 256), stem_width=32),
-    augment=AugmentConfig(test_flip=True),
-    train=replace(_ONE_CYCLE, epochs=24, learning_rate=0.2),
-    evaluate_every=8,
-)
-# 18 layers at full resolution: what 96 % is known to ask for.
+# 18 layers at full resolution, which 96 % is known to need.
 _ACCURATE = replace(
     _FAST,
-    architecture=Architecture(
+    architecture=replace(
+        _FAST.architecture,
         units=(2, 2, 2, 2),
         widths=(64, 128, 256, 512),
         strides=(1, 2, 2, 2),
-        unit="basic",
-        reduction=1,
-        stem_width=64,
     ),
     augment=AugmentConfig(cutout=12, test_flip=True),
     train=replace(_FAST.train, epochs=80),
 )
-# He et al. 2016, as long as their code trains (resnet-1k-layers: 200 epochs, in which
+_CPU_HOUR = Config(
+    architecture=replace(_FAST.architecture, widths=(64, 128, 256), stem_width=32),
+    augment=AugmentConfig(test_flip=True),
+    train=replace(_ONE_CYCLE, epochs=24, learning_rate=0.2),
+    evaluate_every=8,
+)
+# He et al. 2016 for as long as their code trains (resnet-1k-layers: 200 epochs, and
 # fb.resnet.torch drops the rate after 80 and 121); the paper's 64,000 steps are 164.
 _PAPER = Config(
     train=TrainConfig(nesterov=False, warmup_epochs=1.0, lr_drops=(80 / 200, 121 / 200))
 )
-# Atienza's script, but for what is not a number here: it shifts images by 10 % and
-# repeats their border, takes the mean of each pixel off, lets the classifier's kernel
-# alone, and halves the rate at its last drop. Keras's l2(1e-4) is a decay of 2e-4.
+# Atienza's script, except for what has no field here: it shifts images by 10 % and
+# repeats their border, subtracts the mean of each pixel, does not decay the
+# classifier's kernel, and halves the rate at its last drop. Keras's l2(1e-4) is a decay
+# of 2e-4.
 _BOOK = Config(
     augment=AugmentConfig(crop_padding=3),
     train=TrainConfig(
@@ -93,10 +99,9 @@ _BOOK = Config(
         lr_drops=(81 / 200, 121 / 200, 161 / 200, 181 / 200),
     ),
 )
-# The article's author, in his posts of 2024 on this net; the rate is Atienza's, the
-# decay the least of those by which he saw the test loss swing.
-_ADAMW = replace(
-    _BOOK,
+# The article's author on this net in his posts of 2024; the rate is Atienza's, and the
+# decay the lowest for which he saw the test loss oscillate.
+_ADAMW = Config(
     augment=AugmentConfig(crop_padding=2),
     train=TrainConfig(
         epochs=30,
@@ -117,31 +122,25 @@ _REPORTED = (
     ("atienza-resnet164v2", "book", "left open"),
     ("atienza-resnet56v2", "adamw", "92 % within 21 epochs, on the way"),
 )
-"""Nets, how they are trained, and the test accuracy that is reported of it."""
-
-_QUICKSTART = Config(
-    # Half the resolution from the stem on: a minute on two CPU cores.
-    architecture=Architecture(
-        units=(2, 2, 2), widths=(32, 64, 128), stem_width=32, stem_stride=2
+"""Nets, their training, and the test accuracy that is reported for it."""
+_TRAININGS = {
+    "paper": (_PAPER, "as He et al. train"),
+    "book": (_BOOK, "as Atienza trains"),
+    "adamw": (_ADAMW, "as the article's author trains it, AdamW and cosine"),
+}
+"""The trainings of these nets, and what their descriptions say."""
+_SMALL_SETS = (
+    ("cifar100", "CIFAR-100", ("article", "he2016-resnet164"), {}, {}),
+    ("cifar100_coarse", "the 20 coarse classes of CIFAR-100", ("article",), {}, {}),
+    (
+        *("mnist", "MNIST", ("article",)),
+        {"crop_padding": 2, "flip": False},  # a mirrored digit is another or none
+        {"epochs": 15, "learning_rate": 0.2},
     ),
-    data=DataConfig(name="embedded_shapes"),
-    train=replace(_ONE_CYCLE, epochs=8, batch_size=64, learning_rate=0.2),
+    ("fashion_mnist", "Fashion-MNIST", ("article",), {"crop_padding": 2}, {}),
 )
-
-# Big Transfer's recipe in small: a low rate, no decay, images scaled up (its 128 crops
-# of 160), and few epochs.
-_TRANSFER = Config(
-    augment=AugmentConfig(resize=128, crop_padding=16),
-    train=TrainConfig(
-        epochs=10,
-        learning_rate=0.01,
-        weight_decay=0.0,
-        schedule="cosine",
-        warmup_epochs=0.5,
-        nesterov=False,
-    ),
-)
-# Goyal et al. 2017, arXiv 1706.02677, without their batches of 8192.
+"""Data sets, titles, nets, augmentation, and changes of the one-cycle training."""
+# Goyal et al. 2017, arXiv 1706.02677, but with batches of 256 instead of 8192.
 _IMAGENET = Config(
     execution=Execution(dtype="bfloat16"),
     data=DataConfig(name="imagenet2012", image_size=224, stream=True),
@@ -149,7 +148,7 @@ _IMAGENET = Config(
         crop_padding=0,
         crop_scale=(0.08, 1.0),
         test_crop=0.875,
-        # As everybody has them; counted over the whole of it once.
+        # The usual values, which were computed once over the whole data set.
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
     ),
@@ -161,162 +160,117 @@ _IMAGENET = Config(
         lr_drops=(1 / 3, 2 / 3, 8 / 9),
     ),
 )
+# Big Transfer's recipe on a smaller scale: a low rate, no decay, images scaled up (its
+# crops of 128 come from 160), and few epochs.
+_TRANSFER = Config(
+    augment=AugmentConfig(resize=128, crop_padding=16),
+    train=TrainConfig(
+        epochs=10,
+        learning_rate=0.01,
+        weight_decay=0.0,
+        schedule="cosine",
+        warmup_epochs=0.5,
+        nesterov=False,
+    ),
+)
 _PUBLISHED = {
     "keras-resnet50v2": "resnet50v2_weights_tf_dim_ordering_tf_kernels_notop.h5",
     "timm-resnetv2-50": "model.safetensors",
     "bit-r50x1": "BiT-M-R50x1.npz",
 }
-"""Names under which the weights are published."""
+"""File names of the published weights of presets."""
 
 
-def _recipes() -> dict[str, Recipe]:
-    recipes = {
-        "quickstart": Recipe(
-            _QUICKSTART, "a small net of the article on ten drawn shapes; no download"
-        )
-    }
-    recipes["cifar10-fast"] = Recipe(
-        _FAST, "14 layers of basic units, bfloat16, Muon; CIFAR-10 on one large GPU"
-    )
-    recipes["cifar10-accurate"] = Recipe(
-        _ACCURATE,
+def _net(preset: str, **changes: object) -> Architecture:
+    return replace(PRESETS[preset].architecture, **changes)
+
+
+def _recipes() -> Iterator[tuple[str, Config, str] | tuple[str, Config, str, str]]:
+    """Yield name, configuration, description and reported accuracy of each recipe."""
+    about = "a small net of the article on ten drawn shapes; no download"
+    yield "quickstart", _QUICKSTART, about
+    about = "14 layers of basic units, bfloat16, Muon; CIFAR-10 on one large GPU"
+    yield "cifar10-fast", _FAST, about
+    about = (
         "18 layers of basic units at full resolution, bfloat16, Muon; CIFAR-10 on one "
-        "large GPU, for 96 %",
+        "large GPU, for 96 %"
     )
-    recipes["cifar10-cpu-hour"] = Recipe(
-        _CPU_HOUR, "14 layers of basic units; CIFAR-10 in an hour on two CPU cores"
-    )
+    yield "cifar10-accurate", _ACCURATE, about
+    about = "14 layers of basic units; CIFAR-10 in an hour on two CPU cores"
+    yield "cifar10-cpu-hour", _CPU_HOUR, about
     for name, preset in PRESETS.items():
-        if preset.architecture.num_classes != 10:
-            continue  # a net for ImageNet
-        about = f"{preset.architecture.depth} layers, {preset.parameters:,} parameters"
-        config = Config(architecture=preset.architecture, train=_ONE_CYCLE)
-        recipes[f"cifar10-{name}"] = Recipe(config, f"{about}; CIFAR-10, one cycle")
-    trainings = {
-        "paper": (_PAPER, "as He et al. train"),
-        "book": (_BOOK, "as Atienza trains"),
-        "adamw": (_ADAMW, "as the article's author trains it, AdamW and cosine"),
-    }
-    for name, kind, published in _REPORTED:
-        config, about = trainings[kind]
-        architecture = PRESETS[name].architecture
-        recipes[f"cifar10-{name}-{kind}"] = Recipe(
-            replace(config, architecture=architecture),
-            f"{architecture.depth} layers; CIFAR-10, {about}",
-            published,
+        if preset.architecture.num_classes == 10:
+            config = Config(architecture=preset.architecture, train=_ONE_CYCLE)
+            size = (
+                f"{preset.architecture.depth} layers, {preset.parameters:,} parameters"
+            )
+            yield f"cifar10-{name}", config, f"{size}; CIFAR-10, one cycle"
+    for name, kind, reported in _REPORTED:
+        config, about = _TRAININGS[kind]
+        net = _net(name)
+        about = f"{net.depth} layers; CIFAR-10, {about}"
+        yield (
+            f"cifar10-{name}-{kind}",
+            replace(config, architecture=net),
+            about,
+            reported,
         )
-    recipes |= _others()
-    for name in ("keras-resnet50v2", "timm-resnetv2-50", "bit-r50x1"):
-        preset = PRESETS[name]
-        recipes[f"cifar10-transfer-{name}"] = Recipe(
-            replace(
-                _TRANSFER,
-                architecture=replace(preset.architecture, num_classes=10),
-                weights=_PUBLISHED[name],
-            ),
-            "from published weights (--weights FILE) to CIFAR-10, scaled to 128x128",
-        )
-    return recipes | dict(_autoencoders(recipes))
-
-
-def _others() -> dict[str, Recipe]:
-    """The recipes of the data sets beside CIFAR-10."""
-    recipes = {}
-    short = replace(_ONE_CYCLE, epochs=15, learning_rate=0.2)
-    # Digits are not themselves when mirrored.
-    digits = AugmentConfig(crop_padding=2, flip=False)
-    for data, title, names, augment, train in (
-        (
-            "cifar100",
-            "CIFAR-100",
-            ("article", "he2016-resnet164"),
-            AugmentConfig(),
-            _ONE_CYCLE,
-        ),
-        (
-            "cifar100_coarse",
-            "the 20 coarse classes of CIFAR-100",
-            ("article",),
-            AugmentConfig(),
-            _ONE_CYCLE,
-        ),
-        ("mnist", "MNIST", ("article",), digits, short),
-        (
-            "fashion_mnist",
-            "Fashion-MNIST",
-            ("article",),
-            replace(digits, flip=True),
-            _ONE_CYCLE,
-        ),
-    ):
+    for data, title, names, augment, train in _SMALL_SETS:
         for name in names:
-            architecture = replace(PRESETS[name].architecture, num_classes=None)
+            net = _net(name, num_classes=None)
             config = Config(
-                architecture, data=DataConfig(name=data), augment=augment, train=train
+                architecture=net,
+                data=DataConfig(name=data),
+                augment=AugmentConfig(**augment),
+                train=replace(_ONE_CYCLE, **train),
             )
-            recipes[f"{data.replace('_', '-')}-{name}"] = Recipe(
-                config, f"{architecture.depth} layers; {title}, one cycle"
-            )
-    recipes["celeba-article"] = Recipe(
-        Config(
-            # Half the resolution from the stem on: 64x64 -> 8x8.
-            replace(PRESETS["article"].architecture, num_classes=None, stem_stride=2),
-            data=DataConfig(name="celeba", image_size=64),
-            train=replace(
-                _ONE_CYCLE, epochs=15, learning_rate=0.2, label_smoothing=0.0
-            ),
-        ),
-        "29 layers; the 40 attributes of CelebA, which TFDS prepared; one cycle",
-    )
+            about = f"{net.depth} layers; {title}, one cycle"
+            yield f"{data.replace('_', '-')}-{name}", config, about
+    # Half the resolution from the stem on: 64x64 -> 8x8.
+    net = _net("article", num_classes=None, stem_stride=2)
+    train = replace(_ONE_CYCLE, epochs=15, learning_rate=0.2, label_smoothing=0.0)
+    about = "29 layers; the 40 attributes of CelebA, which TFDS prepared; one cycle"
+    celeba = DataConfig(name="celeba", image_size=64)
+    yield "celeba-article", Config(architecture=net, data=celeba, train=train), about
     for name in ("he2016-resnet200", "keras-resnet50v2", "timm-resnetv2-50"):
-        preset = PRESETS[name]
-        recipes[f"imagenet-{name}"] = Recipe(
-            replace(_IMAGENET, architecture=preset.architecture),
-            f"{preset.architecture.depth} layers; ImageNet 2012, which TFDS prepared, "
-            "90 epochs",
-        )
-    recipes["folder"] = Recipe(
-        Config(
-            replace(PRESETS["article"].architecture, num_classes=None, stem_stride=2),
-            data=DataConfig(name="folder:images", image_size=64),
-            train=replace(_ONE_CYCLE, learning_rate=0.1, batch_size=64),
-        ),
-        "29 layers; your own images: --data.name folder:PATH, a class a sub-folder",
-    )
-    return recipes
-
-
-def _autoencoders(recipes: dict[str, Recipe]) -> Iterator[tuple[str, Recipe]]:
-    """Nets of other recipes, as encoders."""
-    for name, start, data in (
-        ("quickstart", "quickstart", "drawn shapes"),
-        ("cifar10", "cifar10-article", "CIFAR-10"),
+        config = replace(_IMAGENET, architecture=_net(name))
+        about = "ImageNet 2012, which TFDS prepared, 90 epochs"
+        yield f"imagenet-{name}", config, f"{_net(name).depth} layers; {about}"
+    train = replace(_ONE_CYCLE, learning_rate=0.1, batch_size=64)
+    folder = DataConfig(name="folder:images", image_size=64)
+    about = "29 layers; your own images: --data.name folder:PATH, a class a sub-folder"
+    yield "folder", Config(architecture=net, data=folder, train=train), about
+    for name, file in _PUBLISHED.items():
+        net = _net(name, num_classes=10)
+        config = replace(_TRANSFER, architecture=net, weights=file)
+        about = "from published weights (--weights FILE) to CIFAR-10, scaled to 128x128"
+        yield f"cifar10-transfer-{name}", config, about
+    article = Config(architecture=_net("article"), train=_ONE_CYCLE)
+    for name, start, base, data in (
+        ("quickstart", "quickstart", _QUICKSTART, "drawn shapes"),
+        ("cifar10", "cifar10-article", article, "CIFAR-10"),
     ):
-        for kind, about in (
+        about = f"the net of {start} as the encoder of"
+        for kind, title in (
             ("autoencoder", "an autoencoder"),
             ("vae", "a variational autoencoder"),
         ):
-            yield (
-                f"{name}-{kind}",
-                Recipe(
-                    _encoding(recipes[start].config, variance=kind == "vae"),
-                    f"the net of {start} as the encoder of {about}; {data}",
-                ),
-            )
+            config = _encoder(base, variational=kind == "vae")
+            yield f"{name}-{kind}", config, f"{about} {title}; {data}"
 
 
-def _encoding(config: Config, variance: bool) -> Config:
-    """The net of a recipe with a latent head, trained as an encoder."""
+def _encoder(config: Config, variational: bool) -> Config:
+    """Turn a classifier's configuration into that of an autoencoder."""
     return replace(
         config,
-        # Averages would not tell where in the image something is.
+        # Averages over a map would lose where in the image something is.
         architecture=replace(
             config.architecture,
             head="latent",
             head_input="flattened",
-            latent_variance=variance,
+            latent_variance=variational,
         ),
-        # A shifted image has a border that nobody needs to remember.
+        # A shifted image has a border that the latent vector need not store.
         augment=replace(config.augment, crop_padding=0),
         train=replace(
             config.train,
@@ -328,5 +282,5 @@ def _encoding(config: Config, variance: bool) -> Config:
     )
 
 
-RECIPES: dict[str, Recipe] = _recipes()
-"""What ``train.py`` can be told to do, by name."""
+RECIPES: dict[str, Recipe] = {name: Recipe(*rest) for name, *rest in _recipes()}
+"""All recipes, by the names that ``train.py`` takes."""

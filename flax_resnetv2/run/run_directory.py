@@ -1,8 +1,8 @@
-"""The directory of a run: what lies in it, written whole, and read again.
+"""The directory of a run: its records, its lock, and what a resumed run may change.
 
-``config.json``, ``dataset.json``, ``environment.json`` (each start of the run),
-``.lock``, ``metrics.jsonl`` (``report``),
-``checkpoints/`` (``checkpoint``) and, if asked for, ``profile/`` (``tracing``).
+It holds ``config.json``, ``dataset.json``, ``environment.json`` (an entry per start),
+``.lock``, ``metrics.jsonl`` (see ``metrics_log``), ``checkpoints/`` and, if asked for,
+``profile/`` and ``tensorboard/``.
 """
 
 import contextlib
@@ -25,15 +25,22 @@ from flax_resnetv2.errors import UsageError
 from flax_resnetv2.run.config import Config, differences, from_json, to_json
 from flax_resnetv2.system.files import write_whole
 
+MAY_CHANGE = {
+    *("data.dir", "data.archive", "data.url", "data.accept_checksum", "data.workers"),
+    *("log_every", "evaluate_every", "target_accuracy", "train.eval_batch_size"),
+    *("checkpoint_every", "checkpoint_steps", "keep_checkpoints"),
+}
+"""Fields of ``Config`` that do not affect what a run learns."""
+
 
 @contextlib.contextmanager
 def new_workdir(recipe: str) -> Iterator[Path]:
-    """Make the first runs/RECIPE-N that does not exist; left empty, it goes again.
+    """Create the first runs/RECIPE-N that does not exist; remove it if it stays empty.
 
-    Made at once, so that two runs that start together get two directories.
+    It is created at once, so two runs that start together get two directories.
 
     Raises:
-        UsageError: it cannot be made.
+        UsageError: it cannot be created.
     """
     number, path = 1, Path("runs") / f"{recipe}-1"
     while not make_directory(path, new=True):
@@ -48,13 +55,13 @@ def new_workdir(recipe: str) -> Iterator[Path]:
 
 
 def make_directory(path: Path, new: bool = False) -> bool:
-    """Make a run's directory.
+    """Create a run's directory, and check that it can be written.
 
     Returns:
-        False: ``new`` was asked for, and it exists.
+        False if it should be ``new`` and exists.
 
     Raises:
-        UsageError: it cannot be made, or not be written.
+        UsageError: it cannot be created or written.
     """
     reason = None
     try:
@@ -74,14 +81,51 @@ def make_directory(path: Path, new: bool = False) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[int]:
+    """Lock the directory of a run or sweep; yield the lock's file descriptor.
+
+    Raises:
+        UsageError: another process has locked it.
+    """
+    # The kernel releases the lock of a process that is killed.
+    with (workdir / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise UsageError(
+                f"workdir={workdir} is in use by {owner}; wait for it, or choose "
+                "another --workdir"
+            ) from error
+        except OSError:  # some network file systems have no locks
+            pass
+        with contextlib.suppress(OSError):  # on a full disk the lock still holds
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+        yield file.fileno()
+
+
+def has_begun(workdir: Path) -> bool:
+    """Whether a run there may have checkpoints to resume from."""
+    return os.path.exists(workdir / "checkpoints")
+
+
+def is_run(workdir: Path) -> bool:
+    """Whether a run has written its configuration there; False for invalid names."""
+    return os.path.exists(workdir / "config.json")
+
+
 def load_config(workdir: str | Path) -> Config:
     """Read ``config.json`` of a run directory.
 
     Raises:
-        UsageError: there is none, or it is none.
+        UsageError: it is missing or damaged.
     """
     path = Path(workdir) / "config.json"
-    if not os.path.isfile(path):  # also of a name that is too long
+    if not os.path.isfile(path):  # False for a name that is too long, too
         raise UsageError(
             f"{workdir} is not a run directory (no config.json); give one that "
             "train.py made, as runs/quickstart-1"
@@ -90,8 +134,8 @@ def load_config(workdir: str | Path) -> Config:
         return from_json(path.read_text())
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(
-            f"{path} cannot be used ({error}); bring back a copy of it, or "
-            "give another directory"
+            f"{path} cannot be used ({error}); restore it from a copy, or give another "
+            "directory"
         ) from error
 
 
@@ -105,68 +149,55 @@ def load_environment(workdir: str | Path) -> list[dict[str, Any]]:
 
 
 def load_dataset_summary(workdir: str | Path) -> dict[str, Any]:
-    """Read ``dataset.json`` of a run: name, class_names, image_shape, images, ...
+    """Read ``dataset.json`` of a run: name, class_names, image_shape, num_images, ...
 
     Raises:
-        UsageError: the run has none.
+        UsageError: it is missing or damaged.
     """
     path = Path(workdir) / "dataset.json"
     if not path.is_file():
-        raise UsageError(f"{workdir} has no dataset.json; train there once more")
-    facts = _load(path, dict)
-    names, shape = facts.get("class_names"), facts.get("image_shape")
+        raise UsageError(f"{workdir} has no dataset.json; resume the run to write it")
+    summary = _load(path, dict)
+    names, shape = summary.get("class_names"), summary.get("image_shape")
     if not isinstance(names, list) or not isinstance(shape, list) or len(shape) != 3:
         raise _damaged(path, f"class_names={names!r}, image_shape={shape!r}")
-    return facts
+    return summary
 
 
 def _load(path: Path, kind: type) -> Any:
-    """Read a record of a run, or say that it is damaged."""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise _damaged(path, str(error)) from error
     if not isinstance(value, kind):
-        raise _damaged(path, f"a {type(value).__name__} in place of a {kind.__name__}")
+        raise _damaged(path, f"a {type(value).__name__} instead of a {kind.__name__}")
     return value
 
 
 def _damaged(path: Path, reason: str) -> UsageError:
-    return UsageError(
-        f"{path} is damaged ({reason}); remove it and train there once more"
-    )
-
-
-def has_begun(workdir: Path) -> bool:
-    """Whether a run has something there to go on with, or began to have."""
-    return os.path.exists(workdir / "checkpoints")
-
-
-def is_run(workdir: Path) -> bool:
-    """Whether a run wrote down there what it is; False of what cannot be a name."""
-    return os.path.exists(workdir / "config.json")
+    return UsageError(f"{path} is damaged ({reason}); remove it and resume the run")
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
-    """Read the lines of ``metrics.jsonl``; a damaged one is left out.
+    """Read the lines of ``metrics.jsonl``, without damaged ones.
 
-    The last is when its writing was cut off.
+    The last line is damaged if the run was killed while it wrote it.
     """
     path, lines = Path(workdir) / "metrics.jsonl", []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, TypeError, KeyError):
             line = json.loads(text)
-            # What a run that goes on reads of it.
+            # The fields that a resumed run reads.
             int(line["step"]), str(line["split"]), float(line["seconds"])
             lines.append(line)
     return lines
 
 
 def check_data(workdir: Path, dataset: Dataset) -> None:
-    """Refuse to go on with other images, or the same in another order.
+    """Refuse to resume with other images, or with the same images in another order.
 
     Raises:
-        UsageError: with the splits that differ.
+        UsageError: names the splits that differ.
     """
     if not (workdir / "dataset.json").exists():
         return
@@ -175,22 +206,13 @@ def check_data(workdir: Path, dataset: Dataset) -> None:
     if other := [split for split, value in now.items() if before.get(split) != value]:
         raise UsageError(
             f"the images of {dataset.name} are not those that {workdir} began with "
-            f"(the splits {', '.join(other)}); give the --data.dir of then, or another "
+            f"(the splits {', '.join(other)}); give the previous --data.dir or another "
             "--workdir"
         )
 
 
 def _checksums(dataset: Dataset) -> dict[str, str]:
-    """Of each split."""
     return {name: f"{s.checksum():08x}" for name, s in dataset.splits.items()}
-
-
-MAY_CHANGE = {
-    *("data.dir", "data.archive", "data.url", "data.accept_checksum", "data.workers"),
-    *("log_every", "evaluate_every", "target_accuracy", "train.eval_batch_size"),
-    *("checkpoint_every", "checkpoint_steps", "keep_checkpoints"),
-}
-"""Fields of ``Config`` that decide no number that a run learns."""
 
 
 def as_begun(workdir: Path, config: Config) -> Config:
@@ -207,58 +229,26 @@ def as_begun(workdir: Path, config: Config) -> Config:
 
 
 def check_same(workdir: Path, config: Config) -> list[str]:
-    """Refuse to go on with a run as another, but for what ``as_begun`` fills in.
+    """Refuse to resume a run with another configuration.
 
     Returns:
-        What differs and may.
+        The differences that are allowed.
 
     Raises:
-        UsageError: with every field that differs and must not.
+        UsageError: names every field that differs and must not.
     """
     if not is_run(workdir):
         return []
-    old, config = load_config(workdir), as_begun(workdir, config)
-    free = MAY_CHANGE | (
-        # The other schedules bend towards the end.
-        {"train.epochs"} if config.train.schedule == "constant" else set()
-    )
-    found = differences(old, config)
-    if changed := [text for field, text in found.items() if field not in free]:
+    found = differences(load_config(workdir), as_begun(workdir, config))
+    # All other schedules depend on the number of epochs.
+    constant = config.train.schedule == "constant"
+    allowed = MAY_CHANGE | ({"train.epochs"} if constant else set())
+    if changed := [text for field, text in found.items() if field not in allowed]:
         raise UsageError(
             f"{workdir} holds a run of another configuration ({'; '.join(changed)}); "
-            "give the same flags to go on with it, or another --workdir"
+            "give the same flags to resume it, or another --workdir"
         )
     return list(found.values())
-
-
-@contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[int]:
-    """Keep other processes out of a run's directory, or a sweep's.
-
-    Yields:
-        The descriptor of the file whose lock does it.
-
-    Raises:
-        UsageError: one is in it.
-    """
-    # The kernel opens the lock of a process that is killed.
-    with (workdir / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            who = file.read().strip() or "another process"
-            raise UsageError(
-                f"workdir={workdir} is in use by {who}; wait for it, or choose another "
-                "--workdir"
-            ) from error
-        except OSError:  # some network file systems have no locks
-            pass
-        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}\n")
-            file.flush()
-        yield file.fileno()
 
 
 def write_records(
@@ -268,8 +258,8 @@ def write_records(
     devices: list[jax.Device],
     done: int,
 ) -> None:
-    """Write what a run is, and that it starts after step ``done``."""
-    facts = {
+    """Write the records of a run that starts after step ``done``."""
+    summary = {
         "name": dataset.name,
         "image_shape": dataset.image_shape,
         "class_names": dataset.class_names,
@@ -281,9 +271,9 @@ def write_records(
     starts = _load(path, list) if path.exists() else []
     starts.append({"step": done, **_environment(devices)})
     records = {
-        "dataset.json": json.dumps(facts, indent=2) + "\n",
+        "dataset.json": json.dumps(summary, indent=2) + "\n",
         "environment.json": json.dumps(starts, indent=2) + "\n",
-        # The last one: where it is, the others are.
+        # The last: if it exists, the others do.
         "config.json": to_json(config),
     }
     for name, text in records.items():
@@ -292,7 +282,7 @@ def write_records(
 
 
 def _environment(devices: list[jax.Device]) -> dict[str, Any]:
-    """Date, commit, versions and devices at the start of a run, or of its rest."""
+    """Describe a start of the run: date, commit, versions and devices."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -306,7 +296,7 @@ def _environment(devices: list[jax.Device]) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of this package, where it runs from its repository."""
+    """Return the commit of this package if it runs from its repository."""
     package = Path(__file__).resolve().parents[1]
 
     def git(*words: str) -> str:
@@ -315,7 +305,7 @@ def _commit() -> str | None:
         return done.stdout.strip()
 
     with contextlib.suppress(OSError):  # no git
-        # Installed, the package may lie in somebody else's repository.
+        # An installed package may lie in another repository.
         if git("rev-parse", "--show-toplevel") == str(package.parent):
             return git("describe", "--always", "--dirty", "--abbrev=40") or None
     return None

@@ -9,7 +9,7 @@ import jax
 from flax_resnetv2.errors import UsageError
 
 Steps = tuple[int, int]
-"""The first step to be seen, and the first that is not seen any more."""
+"""The first step that is traced, and the first after it that is not."""
 
 
 def parse_steps(text: str | None) -> Steps | None:
@@ -20,44 +20,38 @@ def parse_steps(text: str | None) -> Steps | None:
     """
     if text is None:
         return None
-    if not (found := re.fullmatch(r"(\d+):(\d+)", text)):
-        raise UsageError(
-            f"profile={text!r} must be FIRST:END, two step numbers, as 20:30"
-        )
-    first, end = int(found[1]), int(found[2])
-    if first >= end:
-        raise UsageError(
-            f"profile={text!r} must be FIRST:END with FIRST below END, as 20:30"
-        )
-    return first, end
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if not found or int(found[1]) >= int(found[2]):
+        rule = "FIRST below END" if found else "two step numbers"
+        raise UsageError(f"profile={text!r} must be FIRST:END, {rule}, as 20:30")
+    return int(found[1]), int(found[2])
 
 
 def check_steps(steps: Steps | None, done: int, total: int) -> None:
-    """Refuse steps that a run, having done ``done`` of ``total``, does not come to.
+    """Refuse to trace steps that are not among those after ``done`` of ``total``.
 
     Raises:
-        UsageError: with steps that it does come to.
+        UsageError: names the steps that can be traced.
     """
     if steps is None or done <= steps[0] < steps[1] <= total:
         return
     first, end = steps
     if done == total:
         raise UsageError(
-            f"profile={first}:{end}: this run is finished, no step is left to be "
-            "traced; give another --workdir"
+            f"profile={first}:{end}: this run is finished and has no step left to "
+            "trace; give another --workdir"
         )
     raise UsageError(
         f"profile={first}:{end} must be FIRST:END with {done} <= FIRST < END <= "
-        f"{total}, the steps that this run has before it; choose for example "
+        f"{total}, the steps that this run still has to do; choose for example "
         f"{min(done + 20, total - 1)}:{min(done + 30, total)}"
     )
 
 
 class Tracer:
-    """Writes a trace of ``steps`` into ``directory``."""
+    """Writes a trace of ``steps``, if any, to ``directory``."""
 
     def __init__(self, steps: Steps | None, directory: Path) -> None:
-        """See ``steps``; None: nothing."""
         self._first, self._end = steps or (-1, -1)
         self._directory, self._running = directory, False
 
@@ -65,22 +59,21 @@ class Tracer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._running:  # or the next trace of this process could not begin
+        if self._running:  # or this process could not start another trace
             jax.profiler.stop_trace()
 
-    def next_event(self, done: int, border: int) -> int:
-        """The end of the chunk that begins at ``done``, at ``border`` at the latest."""
-        ahead = [step for step in (self._first, self._end) if step > done]
-        return min([border, *ahead])
+    def next_event(self, done: int, limit: int) -> int:
+        """Return the step after ``done`` at which a trace starts or ends, or limit."""
+        return min([limit, *(s for s in (self._first, self._end) if s > done)])
 
     def before(self, done: int) -> None:
-        """Begin, if the step after ``done`` steps is the first to be seen."""
+        """Start the trace, if ``done`` steps come before it."""
         if done == self._first:
             jax.profiler.start_trace(self._directory)
             self._running = True
 
     def after(self, done: int, state: Any) -> str | None:
-        """End, if ``done`` steps are the last to be seen; say where the trace is."""
+        """End the trace, if ``done`` steps complete it; return where it is."""
         if done != self._end or not self._running:
             return None
         jax.block_until_ready(state)

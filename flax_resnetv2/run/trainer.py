@@ -23,6 +23,7 @@ from flax_resnetv2.model.modules import ResNetV2
 from flax_resnetv2.model.weights import from_file
 from flax_resnetv2.run.build import create_objective
 from flax_resnetv2.run.config import Config
+from flax_resnetv2.run.cost import StepCost, step_cost
 from flax_resnetv2.run.placement import Placement, sum_on_host
 from flax_resnetv2.training.augment import positions
 from flax_resnetv2.training.optimizers import make_schedule
@@ -41,8 +42,8 @@ class Trainer:
     """Everything a run holds besides its state: model, compiled steps, placed data.
 
     Args:
-        config, dataset, model: of the run, as ``validate`` returns them.
-        placement: its devices.
+        config, dataset, model: as ``validate`` returns them.
+        placement: the devices.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Trainer:
         model: ResNetV2 | Autoencoder,
         placement: Placement,
     ) -> None:
-        train = config.train
+        train, axis = config.train, placement.axis
         self.config, self.dataset, self.placement = config, dataset, placement
         self.num_images = dataset.splits["train"].num_images
         self.steps_per_epoch = self.num_images // train.batch_size
@@ -62,25 +63,32 @@ class Trainer:
         on_cpu = placement.devices[0].platform == "cpu"
         self.one_by_one = self.streams or on_cpu
         """Dispatch single steps, because XLA's CPU convolutions are slow inside a loop.
-        Elsewhere one dispatch runs all steps up to the next line of metrics."""
-        # Evaluation fills its batches up, so any number of devices divides them.
+        Otherwise one dispatch does all steps up to the next event."""
+        # Evaluation pads its batches, so any number of devices divides them.
         self.eval_batch = -(-train.eval_batch_size // placement.count) * placement.count
-        axis = placement.axis if train.sync_batch_norm else None
-        execution = replace(model.execution, batch_norm_axis=axis)
+        norm_axis = axis if train.sync_batch_norm else None
+        execution = replace(model.execution, batch_norm_axis=norm_axis)
         self.model = model.clone(execution=execution)
-        self.objective = create_objective(config, model)
         self._input_shape = config.augment.input_shape(dataset.image_shape)
         self._splits: dict[str, Split] = {}
         self._order: tuple[int, Any] = (-1, None)
+        """An epoch, and its order on the devices."""
         self._reader: tuple[int, Any] = (-1, None)
         """The next step, and an iterator over the batches from there on."""
-        train_step, eval_step = self._train_step(), self._eval_step()
+        steps = {"axis_name": axis, "objective": create_objective(config, model)}
+        train_step = make_train_step(
+            *(self.model, train, config.augment),
+            seed=config.seed,
+            steps_per_epoch=self.steps_per_epoch,
+            **steps,
+        )
+        eval_step = make_eval_step(self.model, config.augment, **steps)
         if not self.streams:
             train_step = self._gather_train(train_step)
             eval_step = self._gather_eval(eval_step)
         self.train_step = placement.map(train_step, donate=True, sharded=self.streams)
         """Compiled: donates the state; takes a batch, or (split, order, steps)."""
-        self._mapped_eval = placement.map(eval_step, sharded=self.streams)
+        self._eval_step = placement.map(eval_step, sharded=self.streams)
 
     def close(self) -> None:
         """Stop reading batches ahead."""
@@ -96,7 +104,7 @@ class Trainer:
         Args:
             state: donated.
             done: the value of ``state.step``, known without waiting for the device.
-            steps: how many; 1 if ``one_by_one``.
+            steps: their number; 1 if ``one_by_one``.
         """
         if self.streams:
             return self.train_step(state, self._next_batch(done))
@@ -125,15 +133,9 @@ class Trainer:
             variables = from_file(
                 config.weights, self.model, classifier="leave", key=key
             )
+        shape, steps = self._input_shape, self.steps_per_epoch
         return self.placement.replicate(
-            create_train_state(
-                self.model,
-                config.train,
-                key,
-                self._input_shape,
-                self.steps_per_epoch,
-                variables,
-            )
+            create_train_state(self.model, config.train, key, shape, steps, variables)
         )
 
     def state_shapes(self) -> TrainState:
@@ -144,8 +146,14 @@ class Trainer:
             train_state_shapes(self.model, self.config.train, self._input_shape),
         )
 
+    def cost(self) -> StepCost:
+        """Predict what a step costs, with the state and data on each device."""
+        parts = self.config.train.accumulation_steps
+        cost = step_cost(self.model, self._input_shape, parts)
+        return cost.plus_resident(self.state_shapes(), self.dataset.in_memory())
+
     def describe(self, state: TrainState) -> str:
-        """Return one line about what is about to run."""
+        """Return one line about what is going to run."""
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         done, count = int(state.step), self.placement.count
         source = "read from disk" if self.streams else "in memory"
@@ -156,7 +164,7 @@ class Trainer:
         return (
             f"{self.dataset.name}: {self.num_images:,} training images {source}, "
             f"{parameters:,} parameters, {devices}"
-            + (f"; going on after step {done:,}" if done else "")
+            + (f"; resuming after step {done:,}" if done else "")
         )
 
     def evaluate(
@@ -168,7 +176,7 @@ class Trainer:
             for batch in eval_batches:
                 if stop():
                     return None
-                found.append(self._mapped_eval(variables, *batch))
+                found.append(self._eval_step(variables, *batch))
                 # Stay at most two batches ahead of the devices, to notice ``stop``.
                 jax.block_until_ready(found[-2:-1])
         return sum_on_host(found)
@@ -177,13 +185,9 @@ class Trainer:
         """Read the batch of the step after ``done``."""
         if self._reader[0] != done:
             self.close()
-            train, seed = self.config.train, self.config.seed
-            row = TrainingRow(
-                self.dataset.splits["train"],
-                train.batch_size,
-                seed,
-                self.config.augment.crop_scale,
-            )
+            train, split = self.config.train, self.dataset.splits["train"]
+            scale = self.config.augment.crop_scale
+            row = TrainingRow(split, train.batch_size, self.config.seed, scale)
             last = train.epochs * self.steps_per_epoch
             self._reader = done, self._read(row, train.batch_size, done, last)
         _, reader = self._reader
@@ -192,7 +196,7 @@ class Trainer:
         return self.placement.shard(Batch(*rows))
 
     def _eval_batches(self, name: str) -> Iterator[tuple]:
-        """Yield the arguments of one evaluation step after the other."""
+        """Yield the arguments of each evaluation step."""
         split, batch = self.dataset.splits[name], self.eval_batch
         replicate = self.placement.replicate
         if not self.streams:
@@ -210,65 +214,39 @@ class Trainer:
     def _read(self, row: Callable, batch: int, first: int, last: int) -> Any:
         """Read this process's rows of the batches from ``first`` to ``last``."""
         processes = jax.process_count()
-        return batches(
-            row,
-            batch // processes,
-            first,
-            last,
-            workers=self.config.data.workers,
-            part=(jax.process_index(), processes),
-        )
-
-    def _train_step(self) -> Callable:
-        config = self.config
-        return make_train_step(
-            self.model,
-            config.train,
-            config.augment,
-            seed=config.seed,
-            steps_per_epoch=self.steps_per_epoch,
-            axis_name=self.placement.axis,
-            objective=self.objective,
-        )
+        part, workers = (jax.process_index(), processes), self.config.data.workers
+        return batches(row, batch // processes, first, last, workers=workers, part=part)
 
     def _gather_train(self, step: Callable) -> Callable:
         """Make ``step`` gather its batches from memory, and repeat it."""
         batch_size, axis = self.config.train.batch_size, self.placement.axis
         share = batch_size // self.placement.count
 
-        def chunk(state, split, order, steps):
-            def one(state):
-                first = state.step % self.steps_per_epoch * batch_size
-                places = first + positions(share, axis)
-                return step(state, gather_batch(split, order, places))
+        def one(state, split, order):
+            first = state.step % self.steps_per_epoch * batch_size
+            at = first + positions(share, axis)
+            return step(state, gather_batch(split, order, at))
 
+        def several(state, split, order, steps):
             def more(_, carry):
                 state, sums = carry
-                state, metrics = one(state)
+                state, metrics = one(state, split, order)
                 return state, jax.tree.map(jnp.add, sums, metrics)
 
             if self.one_by_one:
-                return one(state)
-            shapes = jax.eval_shape(one, state)[1]
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+                return one(state, split, order)
+            shapes = jax.eval_shape(one, state, split, order)[1]
+            zeros = jax.tree.map(jnp.zeros_like, shapes)
             return lax.fori_loop(0, steps, more, (state, zeros))
 
-        return chunk
-
-    def _eval_step(self) -> Callable:
-        return make_eval_step(
-            self.model,
-            self.config.augment,
-            axis_name=self.placement.axis,
-            objective=self.objective,
-        )
+        return several
 
     def _gather_eval(self, step: Callable) -> Callable:
         """Make ``step`` gather its batch from memory."""
         share, axis = self.eval_batch // self.placement.count, self.placement.axis
 
         def one(variables, split, order, start):
-            places = start + positions(share, axis)
-            return step(variables, gather_batch(split, order, places))
+            at = start + positions(share, axis)
+            return step(variables, gather_batch(split, order, at))
 
         return one

@@ -1,8 +1,8 @@
 """Whether configuration, data set, devices and run directory fit together.
 
 Everything that can be refused is refused here, cheapest checks first, before any array
-exists. What the configuration leaves open is filled in, and the net is planned: this
-plan is the one that the whole run uses.
+exists. What the configuration leaves open is filled in. The net is planned once, and
+the run uses this plan.
 """
 
 from dataclasses import replace
@@ -17,23 +17,21 @@ from flax_resnetv2.errors import UsageError
 from flax_resnetv2.model import weights
 from flax_resnetv2.model.autoencoder import Autoencoder
 from flax_resnetv2.model.modules import ResNetV2
-from flax_resnetv2.run import run_directory
+from flax_resnetv2.run import cost, run_directory
 from flax_resnetv2.run.build import create_net
 from flax_resnetv2.run.config import SMALLEST_STD, Config, check_config, check_shape
-from flax_resnetv2.run.cost import check_images
 from flax_resnetv2.system import files
 from flax_resnetv2.training.augment import NORMALIZATION
 
 IN_MEMORY = 4
-"""Images that need more than one part in this many of a device's memory are streamed.
-"""
+"""Images are streamed if they need more than a device's memory divided by this."""
 
 
 class ValidRun(NamedTuple):
     """A run that can start."""
 
     config: Config
-    """With every field filled in."""
+    """The configuration with every field filled in."""
     dataset: Dataset
     model: ResNetV2 | Autoencoder
     """The planned net; batch statistics are not yet synchronized over devices."""
@@ -45,7 +43,7 @@ def validate(
     """Check everything, fill in the configuration, and open the data set.
 
     Args:
-        config, workdir: of the run.
+        config, workdir: the run and its directory.
         devices: the number of devices that share a batch.
         limit: memory of one device in bytes; None: unknown.
 
@@ -76,37 +74,51 @@ def validate_static(
     config = fill_in_classes(config, summary)
     check_shape(config, summary.image_shape)
     model = create_net(config, summary.image_shape)
-    check_devices(config, devices)
+    _check_devices(config, devices)
     run_directory.check_same(workdir, config)
     config = run_directory.as_begun(workdir, config)
-    config = choose_streaming(config, summary, limit)
-    check_weights(config, summary.image_shape, workdir)
+    config = _choose_streaming(config, summary, limit)
+    _check_weights(config, summary.image_shape, workdir)
     return config, model
 
 
-def choose_streaming(
+def _check_devices(config: Config, count: int) -> None:
+    """Refuse a batch that ``count`` devices cannot share equally, part by part."""
+    batch, parts = config.train.batch_size, config.train.accumulation_steps
+    unit = count * parts
+    if batch % unit:
+        below, above = batch // unit * unit, (batch // unit + 1) * unit
+        choices = f"{below} or {above}" if below else str(above)
+        each = "" if parts == 1 else f" in train.accumulation_steps={parts} parts each"
+        raise UsageError(
+            f"train.batch_size={batch} cannot be shared equally by {count} devices"
+            f"{each}; choose a multiple of {unit}, as {choices}"
+        )
+
+
+def _choose_streaming(
     config: Config, summary: DatasetSummary, limit: int | None
 ) -> Config:
-    """Decide whether images are streamed from disk, if ``data.stream`` leaves it open.
-
-    Args:
-        config: of the run.
-        summary: of its data set.
-        limit: memory of a device in bytes; None: unknown.
-
-    Raises:
-        UsageError: the images are to be in memory, and do not fit.
-    """
-    stream = config.data.stream
+    """Decide whether to stream images if it is open; else refuse what cannot fit."""
+    stream, size, device = config.data.stream, summary.size, jax.local_devices()[0]
     if stream is None:
-        stream = limit is not None and summary.size * IN_MEMORY > limit
-    if not stream:
-        count = sum(summary.num_images.values())
-        check_images(config.data.name, count, summary.size, jax.local_devices()[0])
+        stream = limit is not None and size * IN_MEMORY > limit
+    for where, memory in (
+        ("this machine", cost.machine_memory()),
+        (f"each device ({device.device_kind})", cost.memory_limit(device)),
+    ):
+        if not stream and memory is not None and size > memory:
+            raise UsageError(
+                f"data.name={config.data.name} has "
+                f"{sum(summary.num_images.values()):,} images, which need "
+                f"{cost.amount(size, 'B')} of memory, and {where} has "
+                f"{cost.amount(memory, 'B')}; add --data.stream True, or choose a "
+                "smaller --data.image-size"
+            )
     return replace(config, data=replace(config.data, stream=stream))
 
 
-def check_weights(
+def _check_weights(
     config: Config, image_shape: tuple[int, int, int], workdir: Path
 ) -> None:
     """Refuse ``weights`` that a new run could not open or use."""
@@ -125,7 +137,7 @@ def check_weights(
 
 
 def fill_in_classes(config: Config, data: DatasetSummary | Dataset) -> Config:
-    """Take the number of classes from the data set, if it is left open."""
+    """Take the number of classes from the data set if it is open."""
     if config.architecture.num_classes is not None:
         return config
     classes = len(data.class_names)
@@ -134,17 +146,12 @@ def fill_in_classes(config: Config, data: DatasetSummary | Dataset) -> Config:
 
 
 def fill_in(config: Config, dataset: Dataset) -> Config:
-    """Fill in what only the data set knows, and check that the two fit.
-
-    Raises:
-        UsageError: the number of classes, the crops or the batch do not fit.
-    """
+    """Fill in what only the data set knows; errors as of ``check_fits``."""
     config = fill_in_classes(config, dataset)
     check_fits(config, dataset)
     if config.augment.mean is None:
-        if config.weights is not None:
-            mean, std = NORMALIZATION.mean, NORMALIZATION.std
-        else:
+        mean, std = NORMALIZATION.mean, NORMALIZATION.std
+        if config.weights is None:
             mean, std = dataset.channel_statistics()
             # A constant channel stays 0.
             std = tuple(value if value > SMALLEST_STD else 1.0 for value in std)
@@ -154,10 +161,10 @@ def fill_in(config: Config, dataset: Dataset) -> Config:
 
 
 def check_fits(config: Config, dataset: Dataset) -> None:
-    """Refuse a configuration that the data set does not fit.
+    """Refuse a configuration that does not fit the data set.
 
     Raises:
-        UsageError: names the field, its value and the repair.
+        UsageError: the number of classes, the crops or the batch size do not fit.
     """
     classes, asked = len(dataset.class_names), config.architecture.num_classes
     if config.architecture.head == "classifier" and classes != asked:
@@ -177,18 +184,4 @@ def check_fits(config: Config, dataset: Dataset) -> None:
         raise UsageError(
             f"train.batch_size={batch} is more than the {images} training images of "
             f"{dataset.name}; choose one from 1 to {images}"
-        )
-
-
-def check_devices(config: Config, count: int) -> None:
-    """Refuse a batch that ``count`` devices cannot share equally, part by part."""
-    batch, parts = config.train.batch_size, config.train.accumulation_steps
-    unit = count * parts
-    if batch % unit:
-        below, above = batch // unit * unit, (batch // unit + 1) * unit
-        choices = f"{below} or {above}" if below else str(above)
-        each = "" if parts == 1 else f" in train.accumulation_steps={parts} parts each"
-        raise UsageError(
-            f"train.batch_size={batch} cannot be shared equally by {count} devices"
-            f"{each}; choose a multiple of {unit}, as {choices}"
         )

@@ -19,11 +19,11 @@ def init_distributed(
     """Join the other processes; call it before JAX's backend starts.
 
     When a process dies, the others fail at their next collective, or JAX ends them
-    after ``HEARTBEAT`` seconds.
+    after ``HEARTBEAT`` seconds. With all arguments None, JAX takes them from SLURM,
+    Open MPI, Kubernetes or the TPU pod.
 
     Args:
-        coordinator: HOST:PORT of the first process. None, like the other two: ask
-            SLURM, Open MPI, Kubernetes or the TPU pod.
+        coordinator: HOST:PORT of the first process.
         processes: the number of processes.
         process: the index of this process, from 0.
 
@@ -50,7 +50,7 @@ def init_distributed(
 
 
 def is_first_process() -> bool:
-    """Whether this process writes what is written once per run."""
+    """Whether this process writes the files of a run."""
     return jax.process_index() == 0
 
 
@@ -62,8 +62,7 @@ def is_multi_process() -> bool:
 def exit_without_peers(code: int) -> None:
     """End a process of a multi-process run at once; do nothing in a single process.
 
-    A normal exit would wait for the other processes, which may be dead or may be
-    waiting for this one.
+    A normal exit would wait for the others, which may be dead or waiting for this one.
     """
     if is_multi_process():
         sys.stdout.flush()
@@ -73,13 +72,11 @@ def exit_without_peers(code: int) -> None:
 
 def any_process(flag: bool) -> bool:
     """Whether ``flag`` is true in any process. Every process must call this."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+    if jax.process_count() > 1:
+        flag = bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+    return flag
 
 
 def broadcast_from_first(flag: bool) -> bool:
     """Return the first process's ``flag``. Every process must call this."""
-    if jax.process_count() == 1:
-        return flag
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))

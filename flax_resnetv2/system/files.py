@@ -11,7 +11,7 @@ def user_cache() -> Path:
 
 
 def nearest_existing(path: Path) -> Path:
-    """Return ``path`` itself, or the nearest parent directory that exists."""
+    """Return ``path``, or its nearest parent directory that exists."""
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 

@@ -1,7 +1,6 @@
 """The process and its JAX runtime: memory, XLA flags and the compilation cache.
 
-Only the commands change process-wide settings; importing the package changes none.
-``fit`` itself pre-allocates memory and listens to signals.
+Only the commands call these; importing the package changes no setting of the process.
 """
 
 import ctypes
@@ -12,6 +11,8 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from flax_resnetv2.system.files import user_cache, writable
 
@@ -33,18 +34,18 @@ def keep_memory() -> bool:
 
     XLA allocates all memory of a step anew, often more than a gigabyte. By default the
     C library returns it to the system after the step, and the system clears every page
-    again: a quarter of a step's time.
+    again, which takes a quarter of a step's time.
 
     Returns:
-        Whether it took effect. It needs the GNU C library and a process without an
-        accelerator plugin or TPU, because there the memory lies elsewhere.
+        Whether it took effect: it needs the GNU C library, and no accelerator, because
+        there XLA uses the accelerator's memory.
     """
     if _has_accelerator() or not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    # <malloc.h>: one arena, whose top is never given back, and no blocks outside it.
+    # <malloc.h>: one arena, never trimmed, and no blocks outside it.
     arena_max, mmap_max, trim_threshold = -8, -4, -1
     settings = ((arena_max, 1), (mmap_max, 0), (trim_threshold, -1))
     global _keeps_memory
@@ -55,12 +56,10 @@ def keep_memory() -> bool:
 def touch_memory(size: int) -> threading.Thread | None:
     """Fault in ``size`` bytes of memory in a background thread.
 
-    Otherwise the first step waits for the system to clear its pages one by one, while
-    loading or compiling the program before it leaves a core idle. This brings the
-    first step of he2016-resnet164 from 5 seconds to 3.
-
-    Returns:
-        The thread, or None where ``keep_memory`` did not take effect.
+    Otherwise the first step waits for the system to clear its pages one by one, while a
+    core is idle when the program is loaded or compiled. This brings the first step of
+    he2016-resnet164 from 5 seconds to 3. Return the thread, or None if ``keep_memory``
+    did not take effect.
     """
     if not _keeps_memory:
         return None
@@ -68,7 +67,7 @@ def touch_memory(size: int) -> threading.Thread | None:
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
     libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
-    # The compiler takes its own memory from the same heap meanwhile.
+    # Meanwhile the compiler takes memory from the same heap.
     size = size * 5 // 4
 
     def touch() -> None:
@@ -87,13 +86,13 @@ def touch_memory(size: int) -> threading.Thread | None:
 def choose_convolutions() -> bool:
     """Let XLA's CPU backend run convolutions on Eigen instead of YNNPACK.
 
-    From 32 maps on YNNPACK takes 6.4 ms where Eigen takes 3.4 (3x3, 128 images of
+    From 32 channels on YNNPACK takes 6.4 ms where Eigen takes 3.4 (3x3, 128 images of
     16x16x32, two cores): a tenth of a training step. Reductions and matrix products
     stay on YNNPACK.
 
     Returns:
-        Whether it took effect. It does not where JAX will use an accelerator, or where
-        ``XLA_FLAGS`` already sets YNNPACK fusions.
+        Whether it took effect: not if JAX will use an accelerator, or ``XLA_FLAGS``
+        already selects YNNPACK fusions.
     """
     if _has_accelerator() or "ynn_fusion_type" in os.environ.get("XLA_FLAGS", ""):
         return False
@@ -102,10 +101,7 @@ def choose_convolutions() -> bool:
 
 
 def make_deterministic() -> None:
-    """Make GPU results reproducible bit for bit; call it before the backend starts.
-
-    CPUs and TPUs are deterministic anyway.
-    """
+    """Make GPU results reproducible bit for bit; call it before the backend starts."""
     _add_xla_flag("--xla_gpu_deterministic_ops=true")
 
 
@@ -120,10 +116,10 @@ def silence_orbax() -> None:
     absl.logging.set_verbosity(absl.logging.FATAL)
     show = sys.unraisablehook
 
-    def filtered(about: Any) -> None:
+    def filtered(unraisable: Any) -> None:
         # Reads that orbax started and abandoned when another one failed.
-        if str(about.exc_value) != "Event loop is closed":
-            show(about)
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
 
     sys.unraisablehook = filtered
 
@@ -138,22 +134,18 @@ def _has_accelerator() -> bool:
 
 def program_cache() -> Path:
     """Return the compilation cache: ``JAX_COMPILATION_CACHE_DIR`` or the user's."""
-    import jax
-
     return Path(jax.config.jax_compilation_cache_dir or user_cache() / "xla")
 
 
 def cache_compilations() -> Path | None:
-    """Keep compiled programs in ``program_cache()`` for the next process.
+    """Keep compiled programs for the next process.
 
     Returns:
-        The directory, or None if it is not writable.
+        The directory, ``program_cache()``, or None if it is not writable.
     """
-    import jax
-
     directory = program_cache()
     if jax.config.jax_compilation_cache_dir is None:
-        # JAX creates it with its first program, so a refused run leaves nothing.
+        # JAX creates it with its first program, so a refused run leaves no directory.
         if not writable(directory):
             return None
         jax.config.update("jax_compilation_cache_dir", str(directory))

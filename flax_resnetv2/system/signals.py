@@ -13,15 +13,15 @@ from typing import Any
 
 
 class Stop:
-    """Records that SIGTERM or SIGINT asked this process to stop; a second one ends it.
+    """Records a SIGTERM or SIGINT, so that the process can save; a second one ends it.
 
-    Signals are recorded only after ``listen``: before it, nothing could be lost.
-    Outside the main thread signal handlers stay as they are.
+    Signals are recorded only after ``listen``; before, nothing can be lost. Outside the
+    main thread signal handlers are left alone.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None
-        """The name of the signal that came, or None."""
+        """Name of the signal that came, or None."""
         self._since = 0.0
         self._before: dict[int, Any] = {}
 
@@ -35,12 +35,13 @@ class Stop:
     def _note(self, number: int, _: object) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
         if self.requested is not None:
-            # A cluster signals every process, and a sweep passes its own signal on.
+            # One request may come twice: a cluster signals every process, and a sweep
+            # passes its own signal on.
             if name == self.requested == "SIGTERM" and now < self._since + 1:
                 return
             os._exit(128 + number)
         self.requested, self._since = name, now
-        # Not print or logging: they may be interrupted in mid-line and would deadlock.
+        # Printing or logging here could deadlock, if the signal interrupts either.
         os.write(2, f"\n{name}: saving; a second one ends at once\n".encode())
 
     def __enter__(self) -> "Stop":
@@ -57,37 +58,37 @@ def run_child(command: Sequence[str], log: Path, stop: Stop, keeps: int) -> int:
     Args:
         command: the program and its arguments.
         log: the child's stdout and stderr are appended to this file.
-        stop: listens in this process.
-        keeps: a file descriptor that the child inherits. The lock on that file then
+        stop: this process's.
+        keeps: a file descriptor that the child inherits, so that a lock on the file
             holds until the child has ended, whatever happens to this process.
 
     Returns:
         The exit code; -N if signal N ended the child.
     """
-    with log.open("ab") as said:
+    with log.open("ab") as output:
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
+            stdout=output,
+            stderr=output,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             pass_fds=[keeps],
             process_group=0,  # a terminal's Ctrl-C would be its second signal
         )
-    told = False
+    terminated = False
     while True:
         try:
             return child.wait(timeout=0.1)
         except subprocess.TimeoutExpired:
-            if stop.requested is not None and not told:
+            if stop.requested is not None and not terminated:
                 child.terminate()
-                told = True
+                terminated = True
 
 
 def die_with_parent() -> None:
-    """Make Linux send this process SIGTERM when its parent thread dies.
+    """Make Linux send this process SIGTERM when the thread that started it dies.
 
-    ``run_child`` is called in the parent's main thread.
+    ``run_child`` starts it from the main thread.
     """
     if sys.platform.startswith("linux"):
         pr_set_pdeathsig = 1

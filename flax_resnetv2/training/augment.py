@@ -23,8 +23,7 @@ class AugmentConfig:
     """How images are normalized, and how training images are augmented."""
 
     crop_padding: int = 4
-    """Pad images by this many pixels on each side, then crop them at random to their
-    old size; 0 turns cropping off."""
+    """Pad each side by this many pixels, then crop at random to the old size."""
     flip: bool = True
     """Mirror each image with probability 1/2."""
     color_jitter: Share = 0.0
@@ -37,31 +36,30 @@ class AugmentConfig:
     """Strength of the RandAugment operations; 30 is AutoAugment's strongest (10 in the
     paper)."""
     cutout: int = 0
-    """Side, in pixels, of a square at a random place that is set to the mean color; it
-    may extend over the border (DeVries & Taylor 2017). 0 turns cutout off."""
+    """Side, in pixels, of a square at a random position that is set to the mean color;
+    it may extend over the border (DeVries & Taylor 2017)."""
     mixup: _Beta | None = None
-    """Blend each image and its target with another's; the share is drawn from
-    Beta(mixup, mixup) (Zhang et al. 2018). None turns mixup off."""
+    """Blend each image and its target with another image and its target, with a weight
+    from Beta(mixup, mixup) (Zhang et al. 2018)."""
     cutmix: _Beta | None = None
-    """Replace a box of each image by another's, and the same share of its target; the
-    share kept is drawn from Beta(cutmix, cutmix) (Yun et al. 2019). None turns cutmix
-    off. With mixup set too, each image gets one of the two at random."""
+    """Replace a box of each image by that of another, and the same share of its target;
+    the share kept is drawn from Beta(cutmix, cutmix) (Yun et al. 2019). With mixup set
+    too, each image gets one of the two at random."""
     resize: Annotated[int, Range(1, 1024)] | None = None
-    """Scale images to squares of this side, in pixels, before anything else; None keeps
-    the stored size."""
+    """Scale images to squares of this side, in pixels; None keeps the stored size."""
     crop_scale: tuple[_Part, _Part] | None = None
-    """For streamed images: train on a random part that covers a share of the area
+    """For streamed images: train on a random crop that covers a share of the area
     between these two, with aspect ratio 3:4 to 4:3, scaled to data.image_size (0.08 1
     for ImageNet); None uses the whole central square."""
     test_crop: _Part = 1.0
-    """For streamed images: evaluate on the central square whose side is this share of
-    the shorter side (0.875, 224 of 256, for ImageNet)."""
+    """For streamed images: evaluate on the central square with this share of the
+    shorter side (0.875, 224 of 256, for ImageNet)."""
     test_flip: bool = False
-    """Evaluate and predict with the mean logits of an image and its mirror image, at
-    twice the cost."""
+    """Average the logits of an image and its mirror image when evaluating and
+    predicting, at twice the cost."""
     mean: tuple[float, ...] | None = None
-    """Mean of each channel, in [0, 1]; None takes those of the weights that training
-    starts from, else those of the training split."""
+    """Mean of each channel, in [0, 1]; None takes that of the weights that training
+    starts from, or else of the training split."""
     std: tuple[float, ...] | None = None
     """Standard deviation of each channel, in [0, 1]; None as for mean."""
 
@@ -85,7 +83,7 @@ def normalize(images: jax.Array, config: AugmentConfig, dtype: str) -> jax.Array
     Args:
         images: uint8 [B, H, W, C].
         config: its ``mean``, ``std`` and ``resize``.
-        dtype: of the result; the arithmetic is float32, or float64 for "float64".
+        dtype: dtype of the result; computed in float32, or float64 for "float64".
 
     Returns:
         ``dtype`` [B, *config.input_shape((H, W, C))].
@@ -109,25 +107,24 @@ def positions(size: int, axis_name: str | None) -> jax.Array:
 def augment(images: jax.Array, keys: jax.Array, config: AugmentConfig) -> jax.Array:
     """Crop, mirror and cut out normalized images [B, H, W, C] by their keys [B].
 
-    Padding and cut-out pixels are 0, which after normalization is the mean color.
+    Padding and cut-out pixels are 0, the mean color.
     """
     if config.crop_padding:
         p, shape = config.crop_padding, images.shape[1:]
+
+        def crop(padded: jax.Array, key: jax.Array) -> jax.Array:
+            row, column = jax.random.randint(key, (2,), 0, 2 * p + 1)
+            return lax.dynamic_slice(padded, (row, column, 0), shape)
+
         padded = jnp.pad(images, ((0, 0), (p, p), (p, p), (0, 0)))
-        corners = jax.vmap(lambda k: jax.random.randint(k, (2,), 0, 2 * p + 1))(
-            stream_keys(keys, RandomStream.CROP)
-        )
-        images = jax.vmap(
-            lambda image, at: lax.dynamic_slice(image, (at[0], at[1], 0), shape)
-        )(padded, corners)
+        images = jax.vmap(crop)(padded, stream_keys(keys, RandomStream.CROP))
     if config.flip:
         mirror = jax.vmap(jax.random.bernoulli)(stream_keys(keys, RandomStream.FLIP))
         images = jnp.where(mirror[:, None, None, None], images[:, :, ::-1], images)
     if config.cutout:
-        side = jnp.int32(config.cutout)
-        inside = jax.vmap(lambda key: _random_box(key, images.shape[1:3], side, side))(
-            stream_keys(keys, RandomStream.CUTOUT)
-        )
+        sides = [jnp.int32(config.cutout)] * 2
+        box = partial(_random_box, shape=images.shape[1:3], sides=sides)
+        inside = jax.vmap(box)(stream_keys(keys, RandomStream.CUTOUT))
         images = jnp.where(inside[..., None], 0, images)
     return images
 
@@ -142,15 +139,14 @@ def mix(
 ) -> tuple[jax.Array, jax.Array]:
     """Mix each image and its target with another's, by mixup or cutmix.
 
-    The image at position p of the global batch is mixed with the one at B-1-p; batches
-    are in random order. The partner thus does not depend on the number of devices, and
-    each device exchanges images with one other device only. Partners are unmixed.
+    The image at position p of the global batch is mixed with the unmixed one at B-1-p;
+    batches are in random order. The partner thus does not depend on the number of
+    devices, and each device exchanges images with one other device only.
 
     Args:
-        images: [B, H, W, C], normalized.
-        target: float [B, classes].
-        mask: bool [B]; pairs with a masked image stay as they are.
-        keys: [B].
+        images, target: [B, H, W, C], normalized, and float [B, classes].
+        mask: bool [B]; pairs with a masked image are not mixed.
+        keys: [B], from ``random_streams.image_keys``.
         config: its ``mixup`` and ``cutmix``.
         axis_name: the mapped axis that the batch is sharded over, or None.
     """
@@ -159,14 +155,14 @@ def mix(
     height, width = images.shape[1:3]
 
     def kept_shares(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The share kept of each pixel, [H, W], and of the target, []."""
+        """Return the share kept of each pixel, [H, W], and of the target, []."""
         which, mixup, cutmix, box = jax.random.split(key, 4)
         if config.cutmix is not None:
             kept = jax.random.beta(cutmix, config.cutmix, config.cutmix, dtype=float)
             side = jnp.sqrt(1 - kept)
             sides = [(side * size).astype(jnp.int32) for size in (height, width)]
-            pixels = 1 - _random_box(box, (height, width), *sides).astype(float)
-            cut = pixels, pixels.mean()  # the part over the border was not cut
+            pixels = 1 - _random_box(box, (height, width), sides).astype(float)
+            cut = pixels, pixels.mean()  # the part beyond the border cuts nothing
             if config.mixup is None:
                 return cut
         kept = jax.random.beta(mixup, config.mixup, config.mixup, dtype=float)
@@ -190,21 +186,21 @@ def mix(
 
 
 def _random_box(
-    key: jax.Array, shape: tuple[int, int], height: jax.Array, width: jax.Array
+    key: jax.Array, shape: tuple[int, int], sides: list[jax.Array]
 ) -> jax.Array:
-    """A box with a random center, as a mask bool [H, W]."""
-    inside = []
-    for size, side, at in zip(
-        shape, (height, width), jax.random.split(key), strict=True
-    ):
-        first = jax.random.randint(at, (), 0, size, jnp.int32) - side // 2
+    """Return a box of these sides with a random center, as a mask bool [H, W]."""
+
+    def inside(key: jax.Array, size: int, side: jax.Array) -> jax.Array:
+        first = jax.random.randint(key, (), 0, size, jnp.int32) - side // 2
         index = jnp.arange(size, dtype=jnp.int32)
-        inside.append((index >= first) & (index < first + side))
-    return inside[0][:, None] & inside[1][None, :]
+        return (index >= first) & (index < first + side)
+
+    rows, columns = map(inside, jax.random.split(key), shape, sides)
+    return rows[:, None] & columns[None, :]
 
 
 def _reverse_batch(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """This device's rows [B, ...] -> the rows at positions B-1-p of the global batch."""
+    """Return for this device's rows [B, ...] those at global positions B-1-p."""
     x = x[::-1]
     if axis_name is None:
         return x

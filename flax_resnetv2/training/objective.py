@@ -1,4 +1,4 @@
-"""What a net is trained for: its targets, its loss and the metrics that are counted.
+"""What a net is trained for: its targets, its loss and its metrics.
 
 The training step calls an ``Objective``: ``Classification``, or ``Autoencoding`` for a
 net with a latent head and its decoder.
@@ -27,7 +27,7 @@ TOP5_CLASSES = 100
 
 
 class StepInputs(NamedTuple):
-    """What one training step feeds the net and compares it with; one row per image."""
+    """What a training step feeds the net and compares its outputs with, row by row."""
 
     images: jax.Array
     """[B, H, W, C], the net's input."""
@@ -38,21 +38,17 @@ class StepInputs(NamedTuple):
 
 
 class Objective(Protocol):
-    """What a net is trained for. Pure, and independent of the number of devices."""
+    """What a net is trained for; pure, and independent of the number of devices."""
 
     def inputs(
-        self,
-        images: jax.Array,
-        batch: Batch,
-        keys: jax.Array,
-        axis_name: str | None,
+        self, images: jax.Array, batch: Batch, keys: jax.Array, axis_name: str | None
     ) -> StepInputs:
         """Make the inputs and targets of a training step.
 
         Args:
             images: [B, H, W, C], normalized and augmented.
             batch: their labels and mask.
-            keys: [B], of ``random_streams.image_keys``.
+            keys: [B], from ``random_streams.image_keys``.
             axis_name: the mapped axis that the batch is sharded over, or None.
         """
 
@@ -60,28 +56,32 @@ class Objective(Protocol):
         """Compare the net's outputs with ``target``; ``batch.image`` is None here."""
 
     def eval_metrics(self, outputs: Any, images: jax.Array, batch: Batch) -> Sums:
-        """Compare the net's outputs for normalized images with what is stored."""
+        """Compare the net's outputs for normalized images with images or labels."""
 
 
 @dataclass(frozen=True)
 class Classification:
-    """One class per image, or several independent labels: ``loss`` and ``correct``."""
+    """Classification of images with one class each, or with several labels each.
+
+    One class per image (``batch.label`` [B]): softmax cross-entropy; an image is
+    correct if its likeliest class has the largest share in the target.
+
+    Several labels per image ([B, K]): sigmoid cross-entropy, averaged over the labels;
+    an image counts as the share of its labels that are right, so that dividing by the
+    number of images gives the mean accuracy of the labels.
+    """
 
     classes: int
     dtype: str
-    """Of the targets."""
+    """The dtype of the targets."""
     augmentation: AugmentConfig
-    """Its mixup and cutmix."""
+    """The source of mixup and cutmix."""
     smoothing: float = 0.0
 
     def inputs(
-        self,
-        images: jax.Array,
-        batch: Batch,
-        keys: jax.Array,
-        axis_name: str | None,
+        self, images: jax.Array, batch: Batch, keys: jax.Array, axis_name: str | None
     ) -> StepInputs:
-        """Smooth the targets, and mix images and targets if asked for."""
+        """Make smoothed targets, and mix images and targets by mixup and cutmix."""
         target = targets(batch.label, self.classes, self.smoothing, self.dtype)
         images, target = mix(
             images, target, batch.mask, keys, self.augmentation, axis_name
@@ -91,18 +91,26 @@ class Classification:
     def train_metrics(
         self, outputs: jax.Array, target: jax.Array, batch: Batch
     ) -> Sums:
-        """Sum ``loss`` and ``correct`` (see ``classification_sums``)."""
-        loss, correct = classification_sums(outputs, target, batch)
-        return {"loss": loss, "correct": correct}
+        """Sum ``loss`` and ``correct`` of logits and targets [B, classes]."""
+        if batch.label.ndim == 1:
+            loss = optax.softmax_cross_entropy(outputs, target)
+            right = lax.argmax(outputs, 1, jnp.int32) == lax.argmax(
+                target, 1, jnp.int32
+            )
+            correct = (right & batch.mask).sum()
+        else:
+            loss = optax.sigmoid_binary_cross_entropy(outputs, target).mean(1)
+            right = ((outputs > 0) == (target > 0.5)).mean(1, dtype=outputs.dtype)
+            correct = jnp.where(batch.mask, right, 0).sum()
+        return {"loss": jnp.where(batch.mask, loss, 0).sum(), "correct": correct}
 
     def eval_metrics(self, outputs: jax.Array, images: jax.Array, batch: Batch) -> Sums:
-        """Use unsmoothed targets; add ``correct_top5`` from ``TOP5_CLASSES`` on."""
+        """Compare with unsmoothed targets; many classes also get ``correct_top5``."""
         target = targets(batch.label, self.classes, 0.0, outputs.dtype)
         sums = self.train_metrics(outputs, target, batch)
         if batch.label.ndim == 1 and self.classes >= TOP5_CLASSES:
-            _, best = lax.top_k(outputs, 5)
-            found = (best == batch.label[:, None]).any(1)
-            sums["correct_top5"] = (found & batch.mask).sum()
+            found = lax.top_k(outputs, 5)[1] == batch.label[:, None]
+            sums["correct_top5"] = (found.any(1) & batch.mask).sum()
         return sums
 
 
@@ -111,43 +119,13 @@ def targets(
 ) -> jax.Array:
     """Turn the labels of a ``Batch`` into targets, ``dtype`` [B, classes].
 
-    One class per image gives a distribution over the classes, smoothed towards the
-    uniform one. Several labels per image give the probability of each, smoothed
-    towards 1/2.
+    One class per image becomes a distribution over the classes, smoothed towards the
+    uniform one; several labels become probabilities, each smoothed towards 1/2.
     """
     if label.ndim == 1:
         target = jax.nn.one_hot(label, classes, dtype=dtype)
         return optax.smooth_labels(target, smoothing)
     return (1 - smoothing) * label.astype(dtype) + smoothing / 2
-
-
-def classification_sums(
-    logits: jax.Array, target: jax.Array, batch: Batch
-) -> tuple[jax.Array, jax.Array]:
-    """Sum loss and correct answers over the unmasked images.
-
-    One class per image (``batch.label`` [B]): softmax cross-entropy, and the number of
-    images whose likeliest class has the largest share in the target.
-
-    Several labels ([B, K]): sigmoid cross-entropy, averaged over the labels, and the
-    share of labels that are right, so that dividing by the number of images gives the
-    mean accuracy of the labels.
-
-    Args:
-        logits: float [B, classes].
-        target: [B, classes], of ``targets``, possibly mixed (``augment.mix``).
-        batch: its mask, and its labels for their kind.
-
-    Returns:
-        The two sums, scalars.
-    """
-    if batch.label.ndim == 1:
-        loss = optax.softmax_cross_entropy(logits, target)
-        right = lax.argmax(logits, 1, jnp.int32) == lax.argmax(target, 1, jnp.int32)
-        return jnp.where(batch.mask, loss, 0).sum(), (right & batch.mask).sum()
-    loss = optax.sigmoid_binary_cross_entropy(logits, target).mean(1)
-    right = ((logits > 0) == (target > 0.5)).mean(1, dtype=logits.dtype)
-    return jnp.where(batch.mask, loss, 0).sum(), jnp.where(batch.mask, right, 0).sum()
 
 
 @dataclass(frozen=True)
@@ -164,9 +142,9 @@ class Autoencoding:
     latent: int
     """Size of the latent vector."""
     dtype: str
-    """Of the latent noise."""
+    """The dtype of the latent noise."""
     kl_weight: float | None
-    """None: not variational."""
+    """Weight of ``kl``; None: not variational."""
 
     def inputs(
         self, images: jax.Array, batch: Batch, keys: jax.Array, axis_name: str | None

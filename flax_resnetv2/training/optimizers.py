@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import jax
@@ -10,6 +11,8 @@ import optax
 
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.validation import Count, Range, Share, check_dataclass, shown
+
+Schedule = Literal["steps", "cosine", "one_cycle", "linear", "constant", "exponential"]
 
 
 @dataclass(frozen=True)
@@ -23,14 +26,12 @@ class TrainConfig:
     optimizer: Literal["sgd", "adamw", "adam_l2", "lars", "muon"] = "sgd"
     """sgd: with momentum. adamw: decoupled weight decay. adam_l2: Adam with the L2 term
     weight_decay / 2 * |w|^2 in the loss (Keras's l2(x) is weight_decay = 2x). lars: SGD
-    with a step size per kernel, for large batches and far larger rates (You et al.
-    2017). muon: orthogonalized steps for convolution kernels beyond the stem, AdamW for
+    with a step size per kernel, for large batches and far higher rates (You et al.
+    2017). muon: orthogonalized steps for convolution kernels after the stem, AdamW for
     everything else, at the same rate (Jordan et al. 2024)."""
     learning_rate: Annotated[float, Range(0, 1e6, above=True)] = 0.1
     """Peak learning rate of the schedule."""
-    schedule: Literal[
-        "steps", "cosine", "one_cycle", "linear", "constant", "exponential"
-    ] = "steps"
+    schedule: Schedule = "steps"
     """steps: a tenth of the rate during warm-up, then divided by 10 at each of lr_drops
     (He). cosine, linear, constant: linear warm-up, then the curve, to 0 for cosine and
     linear. one_cycle: up and down along cosines; warm-up is the rising part.
@@ -44,7 +45,7 @@ class TrainConfig:
     """Weight decay as the optimizer defines it: an L2 term for sgd, lars and adam_l2,
     decoupled for adamw and muon."""
     decay: Literal["kernels", "all"] = "kernels"
-    """Which parameters weight decay applies to: kernels, or scales and biases too."""
+    """Parameters that weight decay applies to: kernels, or scales and biases too."""
     momentum: Share = 0.9
     """Momentum of sgd, lars and muon (muon's authors use 0.95)."""
     nesterov: bool = True
@@ -53,8 +54,8 @@ class TrainConfig:
     """Fraction of the target spread evenly over all classes; with several labels per
     image, over yes and no of each label."""
     ema_decay: Share = 0.0
-    """Decay per step of a moving average of parameters and statistics, which is then
-    what is evaluated; 0 keeps none."""
+    """Decay per step of moving averages of parameters and statistics, which are then
+    evaluated in their place; 0 keeps none."""
     clip_norm: Annotated[float, Range(0, 1e6, above=True)] | None = None
     """Clip the global norm of the trainable gradients to this value, before weight
     decay is added; None does not clip."""
@@ -62,8 +63,8 @@ class TrainConfig:
     """Probability p of dropping the last unit's residual branch for an image; unit u of
     L is dropped with p * u / L, survivors are rescaled (Huang et al. 2016)."""
     trainable: Literal["all", "classifier"] = "all"
-    """What is trained: the whole net, or only the classifier on top of a backbone whose
-    parameters and statistics stay fixed."""
+    """What to train: the whole net, or only the classifier, with parameters and
+    statistics of the backbone fixed."""
     accumulation_steps: Count = 1
     """Compute each step's gradient in this many parts, one after the other, which
     divides the memory for activations; batch statistics are per part."""
@@ -75,11 +76,7 @@ class TrainConfig:
 
 
 def check_train(config: TrainConfig) -> None:
-    """Check the fields of ``config``, and the rules between them.
-
-    Raises:
-        UsageError: names the field, its value and its range.
-    """
+    """Check every field, and the rules between them; raise ``UsageError``."""
     c = config
     check_dataclass(c, TrainConfig, "train.")
     if c.warmup_epochs >= c.epochs:
@@ -94,9 +91,8 @@ def check_train(config: TrainConfig) -> None:
         )
     if c.stochastic_depth and c.trainable != "all":
         raise UsageError(
-            f"train.stochastic_depth={c.stochastic_depth} drops units that are trained, "
-            f"and train.trainable={c.trainable!r} trains none; leave it out, or choose "
-            "trainable='all'"
+            f"train.stochastic_depth={c.stochastic_depth} drops units in training, but "
+            f"train.trainable={c.trainable!r} trains none; leave out one of them"
         )
 
 
@@ -165,19 +161,14 @@ def make_optimizer(
     def kernels(params: Any) -> Any:
         return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
-    def decays(params: Any) -> Any:
-        everything = jax.tree.map(lambda _: True, params)
-        return everything if c.decay == "all" else kernels(params)
-
+    decays = kernels if c.decay == "kernels" else None
     if c.optimizer == "adamw":
         return optax.adamw(rate, weight_decay=c.weight_decay, mask=decays)
     if c.optimizer == "lars":
         # As usual, scales and biases keep the plain rate: their norms mean nothing.
+        momentum = {"momentum": c.momentum, "nesterov": c.nesterov}
         return optax.lars(
-            *(rate, c.weight_decay, decays),
-            trust_ratio_mask=kernels,
-            momentum=c.momentum,
-            nesterov=c.nesterov,
+            rate, c.weight_decay, decays, trust_ratio_mask=kernels, **momentum
         )
     if c.optimizer == "muon":
         return optax.chain(
@@ -201,16 +192,8 @@ def _orthogonal_or_adam(config: TrainConfig) -> optax.GradientTransformation:
     """
     matrix = optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)
 
-    def matrices(params: Any) -> Any:
-        return jax.tree.map(lambda _: matrix, params)
-
-    def kinds(params: Any) -> Any:
-        return jax.tree.map_with_path(
-            lambda path, leaf: (
-                "muon" if leaf.ndim == 4 and path[0].key != "stem" else "adam"
-            ),
-            params,
-        )
+    def kind(path: tuple, leaf: jax.Array) -> str:
+        return "muon" if leaf.ndim == 4 and path[0].key != "stem" else "adam"
 
     def lengthen(kernel: jax.Array) -> jax.Array:
         # Scaled to the length of Adam's steps, so one rate fits both (Liu et al. 2025).
@@ -221,10 +204,11 @@ def _orthogonal_or_adam(config: TrainConfig) -> optax.GradientTransformation:
         optax.contrib.scale_by_muon(
             beta=config.momentum,
             nesterov=config.nesterov,
-            weight_dimension_numbers=matrices,
+            weight_dimension_numbers=partial(jax.tree.map, lambda _: matrix),
         ),
         optax.stateless(lambda updates, _: jax.tree.map(lengthen, updates)),
     )
+    kinds = partial(jax.tree.map_with_path, kind)
     return optax.partition({"muon": muon, "adam": optax.scale_by_adam()}, kinds)
 
 

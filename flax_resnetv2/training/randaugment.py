@@ -2,9 +2,9 @@
 
 The operations are PIL's on uint8, with PIL's rounding. Each image draws its own
 operation, and under ``vmap`` a switch would compute all fourteen for every image. But
-they are of only three kinds: pixels are moved, looked up in a table, or blended with
+there are only three kinds: move pixels, look them up in a table, or blend them with
 another image. A ``Change`` describes one operation as one step of each kind, two of
-which change nothing, so every image is computed three times instead of fourteen.
+which change nothing, so each image takes three steps instead of fourteen.
 """
 
 import math
@@ -22,38 +22,38 @@ OPERATIONS = (
     *("posterize", "contrast", "brightness", "sharpness", "shear_x", "shear_y"),
     *("translate_x", "translate_y"),
 )
-"""The fourteen of Cubuk et al. 2020, by PIL's names."""
+"""The fourteen operations of Cubuk et al. 2020, by PIL's names."""
 STRONGEST = 30
-"""Magnitude at which an operation is as strong as AutoAugment's strongest."""
+"""Magnitude of AutoAugment's strongest operations."""
 _DEGREES, _SHEAR, _TRANSLATE, _BLEND, _BITS = 30.0, 0.3, 150 / 331, 0.9, 4
-"""AutoAugment's strongest (Cubuk et al. 2019, table 6): the angle, the shear, the share
-of the image's side, how far a blend goes from 1, and the bits that are cut off."""
+"""AutoAugment's strongest operations (Cubuk et al. 2019, table 6): angle, shear, shift
+as a fraction of the side, distance of a blend's factor from 1, bits removed."""
 _TABLES = ("autocontrast", "equalize", "solarize", "posterize")
 _BLENDS = ("color", "contrast", "brightness", "sharpness")
 
 
 class Change(NamedTuple):
-    """One operation: what it does of each kind."""
+    """One operation, as a step of each kind."""
 
     move: jax.Array
-    """float32 [2, 3]: where the pixel at (x, y, 1) comes from, as PIL's AFFINE."""
+    """float32 [2, 3]: maps (x, y, 1) of a pixel to its source, like PIL's AFFINE."""
     table: jax.Array
-    """int32: 0 for none, or 1 + the place in ``_TABLES``."""
+    """int32: 0 for none, or 1 + the index in ``_TABLES``."""
     blend: jax.Array
-    """int32: the place in ``_BLENDS``."""
+    """int32: the index in ``_BLENDS``."""
     factor: jax.Array
-    """float32: share of the image in the blend; 1 changes nothing."""
+    """float32: weight of the image in the blend; 1 changes nothing."""
     strength: jax.Array
-    """float32 in [0, 1], of the tables."""
+    """float32 in [0, 1]: strength of the tables."""
 
 
 def change_pixels(
     images: jax.Array, keys: jax.Array, config: AugmentConfig
 ) -> jax.Array:
-    """Apply what ``config`` asks for to each image, uint8 [B, H, W, C], by its key.
+    """Apply color jitter and RandAugment to images, uint8 [B, H, W, C], by their keys.
 
-    ``config.mean`` is the color of what is moved in. Gray is PIL's of three channels,
-    and the mean of any other number of them.
+    Pixels moved in from outside have the color ``config.mean``. Gray is PIL's for three
+    channels, and the mean of the channels otherwise.
     """
     if config.color_jitter:
         jitter = jax.vmap(lambda image, key: _jitter(image, key, config.color_jitter))
@@ -82,93 +82,83 @@ def plan_change(
     sign: jax.Array,
     shape: tuple[int, int, int],
 ) -> Change:
-    """Say what an operation does.
+    """Describe an operation as a ``Change``.
 
     Args:
-        operation: int32, a place in ``OPERATIONS``.
-        strength: float32 from 0, nothing, to 1, the strongest.
-        sign: float32, 1 or -1: the direction of a move, and whether a blend goes
-            beyond the image or back from it.
+        operation: int32, an index into ``OPERATIONS``.
+        strength: float32 from 0 (no change) to 1 (the strongest).
+        sign: float32, 1 or -1: the direction of a move, and whether a blend
+            strengthens or weakens.
         shape: (height, width, channels).
     """
     height, width, _ = shape
     amount = strength * sign
 
     def of(name: str, value: jax.Array | float) -> jax.Array:
-        """``value`` if this is the operation, and 0 if not."""
+        """Return ``value`` if this is the operation, else 0."""
         return jnp.where(operation == OPERATIONS.index(name), value, 0.0)
 
     angle = of("rotate", math.radians(_DEGREES) * amount)
     cosine, sine = jnp.cos(angle), jnp.sin(angle)
-    # Turned around the center; sheared from the corner.
+    shear_x, shear_y = of("shear_x", _SHEAR * amount), of("shear_y", _SHEAR * amount)
+    shift_x = of("translate_x", _TRANSLATE * width * amount)
+    shift_y = of("translate_y", _TRANSLATE * height * amount)
+    # Rotation is about the center, shear about the corner.
     x, y = width / 2, height / 2
-    move = jnp.array(
-        [
-            [
-                cosine,
-                of("shear_x", _SHEAR * amount) - sine,
-                of("translate_x", _TRANSLATE * width * amount)
-                + (x - cosine * x + sine * y),
-            ],
-            [
-                of("shear_y", _SHEAR * amount) + sine,
-                cosine,
-                of("translate_y", _TRANSLATE * height * amount)
-                + (y - sine * x - cosine * y),
-            ],
-        ]
+    move = (
+        [cosine, shear_x - sine, shift_x + (x - cosine * x + sine * y)],
+        [shear_y + sine, cosine, shift_y + (y - sine * x - cosine * y)],
     )
-    table = sum(of(name, place + 1.0) for place, name in enumerate(_TABLES))
-    blend = sum(of(name, float(place)) for place, name in enumerate(_BLENDS))
+    table = sum(of(name, index + 1.0) for index, name in enumerate(_TABLES))
+    blend = sum(of(name, float(index)) for index, name in enumerate(_BLENDS))
     factor = 1 + sum(of(name, _BLEND * amount) for name in _BLENDS)
-    return Change(
-        move, table.astype(jnp.int32), blend.astype(jnp.int32), factor, strength
-    )
+    table, blend = table.astype(jnp.int32), blend.astype(jnp.int32)
+    return Change(jnp.array(move), table, blend, factor, strength)
 
 
 def apply_change(image: jax.Array, change: Change, color: jax.Array) -> jax.Array:
-    """Change an image, uint8 [H, W, C]; ``color`` [C] is that of what is moved in."""
-    image = _moved(image, change.move, color)
-    image = _looked_up(image, change.table, change.strength)
-    others = _gray_of(image), _mean_of(image), jnp.zeros_like(image), _smooth_of(image)
+    """Change an image, uint8 [H, W, C]; pixels from outside get ``color`` [C]."""
+    image = _move(image, change.move, color)
+    image = _look_up(image, change.table, change.strength)
+    others = _gray(image), _mean_gray(image), jnp.zeros_like(image), _smooth(image)
     return _blend(lax.select_n(change.blend, *others), image, change.factor)
 
 
 def _jitter(image: jax.Array, key: jax.Array, strength: float) -> jax.Array:
-    """Brightness, contrast and color, each by a factor around 1."""
+    """Scale brightness, contrast and saturation, each by a random factor around 1."""
     draw = jax.random.uniform(key, (3,), jnp.float32, 1 - strength, 1 + strength)
     image = _blend(jnp.zeros_like(image), image, draw[0])
-    image = _blend(_mean_of(image), image, draw[1])
-    return _blend(_gray_of(image), image, draw[2])
+    image = _blend(_mean_gray(image), image, draw[1])
+    return _blend(_gray(image), image, draw[2])
 
 
-def _moved(image: jax.Array, move: jax.Array, color: jax.Array) -> jax.Array:
-    """Each pixel from where ``move`` says, the nearest; ``color`` from outside."""
+def _move(image: jax.Array, move: jax.Array, color: jax.Array) -> jax.Array:
+    """Take each pixel from its nearest source; pixels from outside get ``color``."""
     height, width, _ = image.shape
-    # The centers of pixels are halves.
+    # Pixel centers are at halves.
     y, x = (jnp.arange(n, dtype=jnp.float32) + 0.5 for n in (height, width))
     y, x = jnp.meshgrid(y, x, indexing="ij")
-    places = jnp.stack([x, y, jnp.ones_like(x)])
-    places = jnp.einsum("ij,jhw->ihw", move, places, precision="highest")
-    x, y = jnp.floor(places).astype(jnp.int32)
+    target = jnp.stack([x, y, jnp.ones_like(x)])
+    source = jnp.einsum("ij,jhw->ihw", move, target, precision="highest")
+    x, y = jnp.floor(source).astype(jnp.int32)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     found = image[jnp.clip(y, 0, height - 1), jnp.clip(x, 0, width - 1)]
     return jnp.where(inside[..., None], found, color)
 
 
-def _looked_up(image: jax.Array, table: jax.Array, strength: jax.Array) -> jax.Array:
-    """Each value by the table of its channel."""
+def _look_up(image: jax.Array, table: jax.Array, strength: jax.Array) -> jax.Array:
+    """Replace each value by its entry in the table of its channel."""
     channels = image.shape[-1]
-    place = image.astype(jnp.int32) + 256 * jnp.arange(channels, dtype=jnp.int32)
-    counts = jnp.zeros(256 * channels, jnp.int32).at[place].add(1).reshape(channels, -1)
+    index = image.astype(jnp.int32) + 256 * jnp.arange(channels, dtype=jnp.int32)
+    counts = jnp.zeros(256 * channels, jnp.int32).at[index].add(1).reshape(channels, -1)
     values = jnp.broadcast_to(jnp.arange(256, dtype=jnp.int32), counts.shape)
-    there = counts > 0
-    low = lax.argmax(there, 1, jnp.int32)[:, None]
-    high = 255 - lax.argmax(there[:, ::-1], 1, jnp.int32)[:, None]
-    # All is stretched to 0 .. 255; a single value stays.
+    present = counts > 0
+    low = lax.argmax(present, 1, jnp.int32)[:, None]
+    high = 255 - lax.argmax(present[:, ::-1], 1, jnp.int32)[:, None]
+    # autocontrast: stretch low ... high to 0 ... 255, unless they are equal.
     stretched = (values - low) * 255 // jnp.maximum(high - low, 1)
     stretched = jnp.where(high > low, stretched, values)
-    # As many pixels below each value as its share of 255.
+    # equalize: make the cumulative distribution linear.
     most = jnp.take_along_axis(counts, high, 1)
     step = (image.size // channels - most) // 255
     below = jnp.cumsum(counts, 1, dtype=jnp.int32) - counts + step // 2
@@ -178,34 +168,34 @@ def _looked_up(image: jax.Array, table: jax.Array, strength: jax.Array) -> jax.A
     bits = jnp.round(_BITS * strength).astype(jnp.int32)
     cut = values >> bits << bits
     tables = lax.select_n(table, values, stretched, equal, inverted, cut)
-    return jnp.clip(tables, 0, 255).astype(jnp.uint8).reshape(-1)[place]
+    return jnp.clip(tables, 0, 255).astype(jnp.uint8).reshape(-1)[index]
 
 
 def _blend(other: jax.Array, image: jax.Array, factor: jax.Array) -> jax.Array:
-    """``factor`` of the image, the rest of the other; beyond the image above 1."""
+    """Interpolate from ``other`` (factor 0) to ``image`` (factor 1), and beyond."""
     a, b = other.astype(jnp.float32), image.astype(jnp.float32)
     return jnp.clip(a + factor * (b - a), 0, 255).astype(jnp.uint8)
 
 
-def _gray_of(image: jax.Array) -> jax.Array:
-    """Without color, uint8 [H, W, C]."""
+def _gray(image: jax.Array) -> jax.Array:
+    """Remove the color from an image, uint8 [H, W, C]."""
     wide = image.astype(jnp.int32)
-    if image.shape[-1] == 3:  # ITU-R 601-2, in 16 bits behind the point
-        weighed = wide * jnp.array([19595, 38470, 7471], jnp.int32)
-        gray = (weighed.sum(-1, dtype=jnp.int32, keepdims=True) + 2**15) >> 16
+    if image.shape[-1] == 3:  # ITU-R 601-2, in 16-bit fixed point
+        weighted = wide * jnp.array([19595, 38470, 7471], jnp.int32)
+        gray = (weighted.sum(-1, dtype=jnp.int32, keepdims=True) + 2**15) >> 16
     else:
         gray = wide.sum(-1, dtype=jnp.int32, keepdims=True) // image.shape[-1]
     return jnp.broadcast_to(gray.astype(jnp.uint8), image.shape)
 
 
-def _mean_of(image: jax.Array) -> jax.Array:
-    """The mean gray everywhere."""
-    mean = _gray_of(image)[..., 0].astype(jnp.float32).mean()
+def _mean_gray(image: jax.Array) -> jax.Array:
+    """Fill an image with its mean gray."""
+    mean = _gray(image)[..., 0].astype(jnp.float32).mean()
     return jnp.full_like(image, jnp.floor(mean + 0.5).astype(jnp.uint8))
 
 
-def _smooth_of(image: jax.Array) -> jax.Array:
-    """Means over 3 x 3 pixels, the middle one counted five times; the border stays."""
+def _smooth(image: jax.Array) -> jax.Array:
+    """Average 3 x 3 pixels, the central one with weight 5; keep the border."""
     height, width, _ = image.shape
     wide = image.astype(jnp.int32)
     total = 4 * wide[1:-1, 1:-1]

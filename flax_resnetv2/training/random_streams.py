@@ -1,12 +1,11 @@
-"""Every random stream of a run by its number, so that no two draws share a key.
+"""The numbers of all random streams, so that no two draws of a run share a key.
 
-A run has one key, from its seed. ``fold_in`` with the step, then with an image's
-position in the batch, then with a stream gives the key of one draw for one image:
+A run has one key, made from its seed. The key of one draw for one image is
 
     key(seed) -> fold_in(step) -> fold_in(position) -> fold_in(RandomStream)
 
-so a draw depends on neither the number of devices nor earlier steps. The initial
-parameters have a key of their own beside those of the steps.
+with the image's position in the global batch, so a draw depends on neither the number
+of devices nor earlier steps. The key of the initial parameters is that of no step.
 """
 
 from enum import IntEnum
@@ -15,23 +14,22 @@ import jax
 
 
 class RandomStream(IntEnum):
-    """What an image's key is used for. Numbers are never reused or changed."""
+    """What an image's key is used for. The numbers never change."""
 
     CROP = 0
     FLIP = 1
     CUTOUT = 2
     MIX = 3
-    """mixup and cutmix"""
+    """mixup and cutmix."""
     COLOR_JITTER = 4
     RANDAUGMENT = 5
     STOCHASTIC_DEPTH = 6
     LATENT_NOISE = 7
-    """where in its distribution an image's latent vector is taken"""
+    """Noise that samples the latent vector of a variational autoencoder."""
 
 
 INITIAL = 2**32 - 1
-"""Stands in for a step to derive the initial parameters' key; int32 steps never get
-there."""
+"""Stands for a step in the key of the initial parameters; int32 steps stay below it."""
 
 
 def initial_key(seed: int) -> jax.Array:
@@ -43,7 +41,7 @@ def image_keys(key: jax.Array, step: jax.Array, positions: jax.Array) -> jax.Arr
     """Return the keys [B] of a step's images.
 
     Args:
-        key: of the run, ``jax.random.key(seed)``.
+        key: the run's key, ``jax.random.key(seed)``.
         step: int32 scalar.
         positions: int32 [B], each image's position in the global batch.
     """

@@ -1,6 +1,6 @@
 """The training and evaluation steps: pure functions of state and batch.
 
-They run under anybody's ``jit``. With an ``axis_name`` they also run inside ``pmap`` or
+They run under any ``jit``. With an ``axis_name`` they also run inside ``pmap`` or
 ``shard_map`` and compute the same on any number of devices. Metrics leave a step as
 sums and counts, so they can be added up.
 """
@@ -17,29 +17,15 @@ from jax import lax
 
 from flax_resnetv2.data.batch import Batch
 from flax_resnetv2.model.initial import init_in_one_draw
-from flax_resnetv2.training.augment import (
-    AugmentConfig,
-    augment,
-    normalize,
-    positions,
-)
-from flax_resnetv2.training.objective import (
-    Classification,
-    Objective,
-    StepInputs,
-    Sums,
-)
+from flax_resnetv2.training.augment import AugmentConfig, augment, normalize, positions
+from flax_resnetv2.training.objective import Classification, Objective, StepInputs, Sums
 from flax_resnetv2.training.optimizers import (
     TrainConfig,
     make_optimizer,
     trainable_mask,
 )
 from flax_resnetv2.training.randaugment import change_pixels
-from flax_resnetv2.training.random_streams import (
-    RandomStream,
-    image_keys,
-    stream_keys,
-)
+from flax_resnetv2.training.random_streams import RandomStream, image_keys, stream_keys
 
 if TYPE_CHECKING:
     from flax_resnetv2.model.autoencoder import Autoencoder
@@ -50,7 +36,7 @@ Metrics = dict[str, Any]
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that training changes; with the seed it determines all that follows."""
+    """Everything that training changes; with the seed it determines all later steps."""
 
     step: jax.Array
     """int32, the number of steps done."""
@@ -78,8 +64,7 @@ def create_train_state(
     """Create the initial state. Pure; fastest outside ``jit``.
 
     Args:
-        model: the net.
-        config: how it is trained.
+        model, config: the net, and how it is trained.
         key: random key of the initial parameters.
         image_shape: (height, width, channels) of the net's input.
         steps_per_epoch: the length of an epoch in the schedule.
@@ -87,18 +72,12 @@ def create_train_state(
     """
     if variables is None:
         variables = init_in_one_draw(model, key, image_shape)
-    params = variables["params"]
-    stats = variables.get("batch_stats", {})
-    return TrainState(
-        step=jnp.zeros([], jnp.int32),
-        params=params,
-        batch_stats=stats,
-        opt_state=make_optimizer(config, steps_per_epoch).init(params),
+    params, stats = variables["params"], variables.get("batch_stats", {})
+    opt_state, ema = make_optimizer(config, steps_per_epoch).init(params), None
+    if config.ema_decay:
         # A copy: the state is donated, and no buffer can be donated twice.
-        ema=jax.tree.map(jnp.copy, {"params": params, "batch_stats": stats})
-        if config.ema_decay
-        else None,
-    )
+        ema = jax.tree.map(jnp.copy, {"params": params, "batch_stats": stats})
+    return TrainState(jnp.zeros([], jnp.int32), params, stats, opt_state, ema)
 
 
 def train_state_shapes(
@@ -107,23 +86,19 @@ def train_state_shapes(
     image_shape: tuple[int, int, int],
 ) -> TrainState:
     """Return the state of ``create_train_state`` as jax.ShapeDtypeStructs."""
-
     # Shapes do not depend on the rate, and a warm-up may not fit into one-step epochs.
     config = replace(config, schedule="constant", warmup_epochs=0.0)
-
-    def create() -> TrainState:
-        key = jax.random.key(0)
-        return create_train_state(model, config, key, image_shape, steps_per_epoch=1)
-
-    return jax.eval_shape(create)
+    return jax.eval_shape(
+        lambda: create_train_state(model, config, jax.random.key(0), image_shape, 1)
+    )
 
 
 @dataclass(frozen=True)
 class TrainStep:
     """The pure training step ``step(state, batch) -> (state, metrics)``.
 
-    A batch goes through ``inputs``, ``loss`` and ``update``, which can be called apart.
-    Make one with ``make_train_step``.
+    It consists of ``inputs``, ``loss`` and ``update``, which can also be called one by
+    one. ``make_train_step`` creates it.
 
     Metrics are sums over the images (``loss`` and, for a classifier, ``correct``) with
     their ``count``, and sums over the steps (``gradient_norm`` by part of the net) with
@@ -151,24 +126,17 @@ class TrainStep:
             )
             return stats, (gradient, sums)
 
+        parts = self.train.accumulation_steps
         stats, (gradient, sums) = accumulate_gradients(
-            gradient_of,
-            state.batch_stats,
-            (inputs, labels),
-            self.train.accumulation_steps,
+            gradient_of, state.batch_stats, (inputs, labels), parts
         )
         gradient, sums = self._total((gradient, sums))
         if self.axis_name is not None:
             stats = lax.pmean(stats, self.axis_name)
         norms = {part: optax.tree.norm(g) for part, g in gradient.items()}
         finite = jnp.isfinite(jnp.stack([sums["loss"], *norms.values()])).all()
-        metrics = {
-            **sums,
-            "count": count,
-            "steps": jnp.ones([], jnp.int32),
-            "finite_steps": finite.astype(jnp.int32),
-            "gradient_norm": norms,
-        }
+        steps = {"steps": jnp.int32(1), "finite_steps": finite.astype(jnp.int32)}
+        metrics = {**sums, "count": count, **steps, "gradient_norm": norms}
         return self.update(state, gradient, stats), metrics
 
     def inputs(self, step: jax.Array, batch: Batch) -> StepInputs:
@@ -180,8 +148,8 @@ class TrainStep:
             batch: this device's images.
         """
         dtype = self.model.execution.param_dtype
-        places = positions(batch.label.shape[0], self.axis_name)
-        keys = image_keys(jax.random.key(self.seed), step, places)
+        at = positions(batch.label.shape[0], self.axis_name)
+        keys = image_keys(jax.random.key(self.seed), step, at)
         images = change_pixels(batch.image, keys, self.augmentation)
         images = normalize(images, self.augmentation, dtype)
         images = augment(images, keys, self.augmentation)
@@ -203,8 +171,8 @@ class TrainStep:
         """Apply the net in training mode and sum the loss.
 
         Args:
-            params, batch_stats: of the net.
-            inputs: of ``inputs``, or a part of their rows.
+            params, batch_stats: the net's variables.
+            inputs: what ``inputs`` returned, or a part of its rows.
             batch: the labels and mask of the same rows; its image may be None.
             count: the number of unmasked images in the whole global batch.
 
@@ -229,15 +197,21 @@ class TrainStep:
         return loss / count.astype(loss.dtype), (updated.get("batch_stats", {}), sums)
 
     def update(self, state: TrainState, gradient: Any, batch_stats: Any) -> TrainState:
-        """Apply the optimizer to the global mean gradient; move the averages along."""
+        """Apply the optimizer to the global mean gradient; update moving averages."""
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
             updates, opt_state = self.optimizer.update(
                 gradient, state.opt_state, state.params
             )
-        params = optax.apply_updates(state.params, updates)
-        variables = {"params": params, "batch_stats": batch_stats}
-        averaged = _moving_average(state, variables, self.train.ema_decay)
-        return TrainState(state.step + 1, params, batch_stats, opt_state, averaged)
+        params, ema = optax.apply_updates(state.params, updates), state.ema
+        if ema is not None:
+            # In a run's first steps the average forgets its initial values faster.
+            limit = (1 + state.step) / (10 + state.step)
+            decay = jnp.minimum(self.train.ema_decay, limit)
+            ema = jax.tree.map(
+                lambda old, new: new + decay.astype(old.dtype) * (old - new),
+                *(ema, {"params": params, "batch_stats": batch_stats}),
+            )
+        return TrainState(state.step + 1, params, batch_stats, opt_state, ema)
 
     def _total(self, tree: Any) -> Any:
         """Sum over the devices that share the batch."""
@@ -258,8 +232,7 @@ def make_train_step(
 
     Args:
         model: returns logits [B, classes], or what the objective compares.
-        train: how the net is trained.
-        augmentation: how images are augmented; its ``mean`` and ``std`` are set.
+        train, augmentation: how to train; ``augmentation.mean`` and ``std`` are set.
         seed: with the step number, determines the images' random keys.
         steps_per_epoch: the length of an epoch in the schedule.
         axis_name: the mapped axis that the batch is sharded over; None: not sharded.
@@ -278,9 +251,9 @@ def stochastic_depth_scales(keys: jax.Array, units: int, share: float) -> jax.Ar
     scaled up, so that the expected factor is 1 and evaluation needs none.
     """
     dropped = share * jnp.arange(1, units + 1, dtype=float) / units
-    draw = jax.vmap(lambda key: jax.random.uniform(key, (units,), float))
-    numbers = draw(stream_keys(keys, RandomStream.STOCHASTIC_DEPTH))
-    return jnp.where(numbers < dropped, 0, 1 / (1 - dropped))
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (units,), float))
+    draws = uniform(stream_keys(keys, RandomStream.STOCHASTIC_DEPTH))
+    return jnp.where(draws < dropped, 0, 1 / (1 - dropped))
 
 
 def accumulate_gradients(
@@ -307,22 +280,8 @@ def accumulate_gradients(
         return (carry, jax.tree.map(jnp.add, sums, found)), None
 
     first = jax.tree.map(lambda x: x[0], batch)
-    shapes = jax.eval_shape(function, carry, first)[1]
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, carry, first)[1])
     return lax.scan(more, (carry, zeros), batch)[0]
-
-
-def _moving_average(state: TrainState, variables: dict[str, Any], decay: float) -> Any:
-    """Move the averages towards ``variables``; None if there are none."""
-    if state.ema is None:
-        return None
-    # In a run's first steps the average forgets its initial values faster.
-    decay = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
-    return jax.tree.map(
-        lambda old, new: new + decay.astype(old.dtype) * (old - new),
-        state.ema,
-        variables,
-    )
 
 
 def make_eval_step(
@@ -334,10 +293,9 @@ def make_eval_step(
 ) -> Callable[[dict[str, Any], Batch], Metrics]:
     """Make the pure function ``step(variables, batch) -> metrics``.
 
-    The metrics are sums over the unmasked images: those of the objective (for a
-    classifier ``loss`` and ``correct``, and ``correct_top5`` from ``TOP5_CLASSES``
-    classes on), ``count``, and each unit's ``residual_ratio`` as
-    {"stack1": {"unit1": ...}} (see ``ResidualUnit``).
+    The metrics are sums over the unmasked images: ``Objective.eval_metrics``, their
+    ``count``, and each unit's ``residual_ratio`` as {"stack1": {"unit1": ...}} (see
+    ``ResidualUnit``).
     """
     objective = objective or classification(model, augmentation)
     stacks = [f"stack{k}" for k in range(1, len(model.plan.stacks) + 1)]
@@ -345,17 +303,14 @@ def make_eval_step(
     def step(variables: dict[str, Any], batch: Batch) -> Metrics:
         images = normalize(batch.image, augmentation, model.execution.param_dtype)
         outputs, sown = eval_forward(model, variables, images, augmentation.test_flip)
-        ratios = {
+        metrics = objective.eval_metrics(outputs, images, batch)
+        metrics["count"] = batch.mask.sum()
+        metrics["residual_ratio"] = {
             stack: {
                 unit: jnp.where(batch.mask, values["residual_ratio"][0], 0).sum()
                 for unit, values in sown["intermediates"][stack].items()
             }
             for stack in stacks
-        }
-        metrics = {
-            **objective.eval_metrics(outputs, images, batch),
-            "count": batch.mask.sum(),
-            "residual_ratio": ratios,
         }
         return metrics if axis_name is None else lax.psum(metrics, axis_name)
 
@@ -378,9 +333,8 @@ def eval_forward(
 ) -> tuple[Any, Any]:
     """Apply the net in evaluation mode to normalized images [B, H, W, C].
 
-    With ``flip`` the logits are the means over an image and its mirror image, that is
-    the renormalized geometric mean of the two distributions. Unlike mean probabilities
-    these are still logits, valid for softmax and sigmoid alike.
+    With ``flip`` the logits are means over an image and its mirror image, that is the
+    renormalized geometric mean of the distributions: valid for softmax and sigmoid.
 
     Returns:
         The net's outputs, and the collections that its modules sow.

@@ -18,15 +18,17 @@ from flax_resnetv2.data.tfds_records import Records, label_of, parts
 from flax_resnetv2.errors import Stopped
 from flax_resnetv2.run import run_directory
 from flax_resnetv2.training.augment import AugmentConfig
-from tests.promises.test_reliability import stop_after
-from tests.run.test_loop import (
-    CONFIG,
-    _compiled_once,  # noqa: F401  the fixture
-    run_fit,
-    untimed,
-)
 from tests.support import tiny
 from tests.support.prepared import prepare
+from tests.support.runs import (
+    CONFIG,
+    compiled_once,  # noqa: F401  the fixture
+    run_fit,
+    stop_after,
+    untimed,
+)
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 SHAPE = (8, 8, 3)
 

@@ -40,8 +40,8 @@ from flax_resnetv2.run.config import check_config, to_json
 from flax_resnetv2.run.cost import step_cost
 from flax_resnetv2.training.augment import AugmentConfig
 from flax_resnetv2.training.objective import Autoencoding
-from tests.run.test_loop import data, differing, lines_of, losses, run_fit, untimed
 from tests.support import tiny
+from tests.support.runs import data, differing, lines_of, losses, run_fit, untimed
 
 NET = replace(tiny.SMALL, head="latent", latent=5)
 VARIATIONAL = replace(NET, latent_variance=True)
@@ -330,7 +330,7 @@ def test_the_decoder_counts_in_what_a_run_needs():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"head": "none"}, "gives maps, which nothing is trained on"),
+        ({"head": "none"}, "returns feature maps, which cannot be trained"),
         (
             {"head": "classifier", "latent_variance": True},
             r"architecture.latent_variance=True has no use where .*'classifier'",

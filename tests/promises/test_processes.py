@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.test_streaming import prepare_tiny
-from tests.run.test_loop import lines_of, untimed
+from tests.support.runs import lines_of, untimed
 
 pytestmark = pytest.mark.slow
 
@@ -22,28 +22,30 @@ from pathlib import Path
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_enable_x64", True)
-from flax_resnetv2 import agreement, Execution, UsageError, cli, loop, process
-from flax_resnetv2.process import join
+from flax_resnetv2 import Execution
+from flax_resnetv2.cli.exits import guarded
+from flax_resnetv2.run.loop import fit
+from flax_resnetv2.system.distributed import exit_without_peers, init_distributed
 coordinator, count, number, devices, workdir, executor, records, *more = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", int(devices))
 cache = str(Path(workdir).parent / "compiled")
 jax.config.update("jax_compilation_cache_dir", cache)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 if int(count) > 1:
-    join(coordinator, int(count), int(number))
-from tests.run.test_loop import CONFIG, VALIDATED, run_fit
-from tests.promises.test_reliability import stop_after
+    init_distributed(coordinator, int(count), int(number))
+from tests.support import tiny
+from tests.support.runs import CONFIG, VALIDATED, stop_after
 from tests.data.test_streaming import streamed_from
 import pytest
 data = streamed_from(Path(records)) if records else VALIDATED
 config = replace(CONFIG, execution=Execution(dtype="float64"), checkpoint_steps=5)
 with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(agreement, "open_dataset", lambda *_: data)
+    tiny.patch_dataset(patch, data)
     if more and number == more[1]:
         stop_after(patch, int(more[0]))
-    code = cli.guarded(lambda: loop.fit(config, workdir, executor=executor))
+    code = guarded(lambda: fit(config, workdir, executor=executor) and 0)
 if code not in (0, 75):
-    process.leave_others(code)
+    exit_without_peers(code)
 sys.exit(code)
 """
 """A process of CONFIG in float64; records: the directory of those to read from disk;

@@ -1,6 +1,7 @@
 """Nothing lost, nothing silently wrong: what docs/reliability.md promises."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -28,21 +29,25 @@ from flax_resnetv2.errors import Stopped
 from flax_resnetv2.run import checkpoint, loop, run_directory, trainer
 from flax_resnetv2.system import signals
 from flax_resnetv2.training.augment import AugmentConfig, normalize, positions
-from tests.run.test_loop import (
+from tests.support import tiny
+from tests.support.runs import (
     CONFIG,
+    EVERY_5,
     VALIDATED,
-    _compiled_once,  # noqa: F401  the fixture
+    Chunked,
+    compiled_once,  # noqa: F401  the fixture
     configuration,
     data,
     lines_of,
     ready_state,
     run_fit,
+    stop_after,
     untimed,
 )
-from tests.support import tiny
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 STEPS = 12
-"""Of CONFIG: two epochs of six, a line every four."""
+"""Steps of CONFIG."""
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +56,6 @@ def whole(tmp_path_factory):
     directory = tmp_path_factory.mktemp("whole")
     run_fit(directory, EVERY_5, dataset=VALIDATED)
     return directory
-
-
-EVERY_5 = replace(CONFIG, checkpoint_steps=5, keep_checkpoints=9)
 
 
 @pytest.fixture
@@ -88,20 +90,6 @@ def assert_same_run(one, other, step=STEPS):
     assert stored(one, step) == stored(other, step)
 
 
-def stop_after(monkeypatch, steps):
-    """Have a signal "come" after so many steps of this process."""
-
-    class Stop(signals.Stop):
-        count = 0
-
-        def listen(self):
-            self.count += 1
-            if self.count == steps:
-                self.requested = "SIGTERM"
-
-    monkeypatch.setattr(loop, "Stop", Stop)
-
-
 # Exact resume
 
 
@@ -112,7 +100,7 @@ def test_a_run_stopped_at_any_step_is_the_run_that_was_not(
     """In a line's window, at its end, before an evaluation, and before the last."""
     with monkeypatch.context() as patch:
         stop_after(patch, steps)
-        with pytest.raises(Stopped, match=f"after step {steps} of 12; all is saved"):
+        with pytest.raises(Stopped, match=f"after step {steps} of 12; everything is"):
             go_on()
     assert max(map(int, os.listdir(tmp_path / "run" / "checkpoints"))) == steps
     go_on()
@@ -165,12 +153,6 @@ def test_lines_of_a_checkpoint_that_was_killed_with_its_evaluation_are_completed
 
 def test_chunks_of_steps_resume_as_single_steps_do(go_on, monkeypatch, tmp_path):
     """As on accelerators: stopped between two chunks, the bits are the same."""
-
-    class Chunked(trainer.Trainer):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            self.one_by_one = False
-
     monkeypatch.setattr(loop, "Trainer", Chunked)
     go_on(workdir="straight")
     with monkeypatch.context() as patch:
@@ -380,7 +362,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(
     assert_same_run(copied, whole)
     said = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
     assert len(said) == 2
-    assert all(text.endswith("going on from step 6") for text in said)
+    assert all(text.endswith("resuming from step 6") for text in said)
     names = {path.name for path in (copied / "checkpoints").iterdir()}
     assert {"damaged-12-1", "damaged-10-1", "10", "12"} <= names
 
@@ -390,7 +372,9 @@ def test_without_a_whole_checkpoint_a_run_stops_and_touches_nothing(go_on, copie
     for step in os.listdir(copied / "checkpoints"):
         flip(heaviest(copied / "checkpoints" / step / "state"))
     before = sorted(copied.rglob("*"))
-    with pytest.raises(RunError, match=r"no checkpoint of .* is whole: .*bring back"):
+    with pytest.raises(
+        RunError, match=r"all checkpoints of .* are damaged: .*from a copy"
+    ):
         go_on()
     assert sorted(copied.rglob("*")) == before
 
@@ -480,12 +464,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 
     monkeypatch.setattr(trainer, "make_train_step", poisoned)
     if not one_by_one:
-
-        class Chunked(trainer.Trainer):
-            def __init__(self, *arguments):
-                super().__init__(*arguments)
-                self.one_by_one = False
-
         monkeypatch.setattr(loop, "Trainer", Chunked)
     with pytest.raises(
         RunError, match="at step 8 is not a finite number; the checkpoint of step 6 "
@@ -528,7 +506,7 @@ def test_a_full_disk_under_the_lines_is_one_message(go_on, whole, copied, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Reporter, "__enter__", full)
-        with pytest.raises(RunError, match=r"used \(No space left .*make room"):
+        with pytest.raises(RunError, match=r"used \(No space left .*free some space"):
             go_on()
     go_on()
     assert_same_run(copied, whole)
@@ -538,10 +516,9 @@ LIMITED = """
 import resource, sys
 import jax
 from pathlib import Path
-from tests.run.test_loop import VALIDATED, run_fit
-from tests.promises.test_reliability import EVERY_5
-from flax_resnetv2 import process
-process.quieten()
+from tests.support.runs import EVERY_5, VALIDATED, run_fit
+from flax_resnetv2.system.runtime import silence_orbax
+silence_orbax()
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
@@ -565,7 +542,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
         cwd=Path(__file__).parents[2],
     )
     assert done.stdout.splitlines()[-1].startswith("RunError a checkpoint cannot be ")
-    assert "the newest is of step 6; make room" in done.stdout
+    assert "the newest is of step 6; free some space" in done.stdout
     assert "Traceback" not in done.stderr
     go_on()
     assert_same_run(copied, whole)
@@ -582,8 +559,8 @@ def test_a_directory_in_use_is_refused(go_on, copied):
 HOLDING = """
 import sys, time
 from pathlib import Path
-from flax_resnetv2 import rundir
-with rundir.locked(Path(sys.argv[1])):
+from flax_resnetv2.run.run_directory import locked
+with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -607,7 +584,8 @@ def test_a_crash_leaves_no_lock(tmp_path):
 # Another configuration
 
 
-def test_what_decides_no_number_may_change(go_on, copied, whole, capsys):
+def test_what_decides_no_number_may_change(go_on, copied, whole, caplog):
+    caplog.set_level(logging.INFO, "flax_resnetv2")
     shutil.rmtree(copied / "checkpoints" / "12")
     other = replace(
         EVERY_5,
@@ -617,7 +595,7 @@ def test_what_decides_no_number_may_change(go_on, copied, whole, capsys):
     )
     go_on(other)
     assert_same_run(copied, whole)
-    assert "changed: keep_checkpoints: 9 -> 3" in capsys.readouterr().out
+    assert "changed: keep_checkpoints: 9 -> 3" in caplog.text
     assert run_directory.load_config(copied).keep_checkpoints == 3
 
 
@@ -664,14 +642,15 @@ def test_lines_that_say_nothing_are_left_out(go_on, copied, whole):
 
 
 def test_a_trace_that_is_over_does_not_keep_a_run_from_going_on(
-    go_on, whole, monkeypatch, tmp_path, capsys
+    go_on, whole, monkeypatch, tmp_path, caplog
 ):
+    caplog.set_level(logging.INFO, "flax_resnetv2")
     with monkeypatch.context() as patch:
         stop_after(patch, 4)
         with pytest.raises(Stopped):
             go_on(profile=(3, 11))
     go_on(profile=(3, 11))
-    assert "not traced: step 3 is done already" in capsys.readouterr().out
+    assert "not traced: step 3 is done already" in caplog.text
     assert_same_run(tmp_path / "run", whole)
 
 
@@ -701,7 +680,7 @@ def test_another_net_is_no_damage(copied):
 # What is due
 
 
-def test_something_is_due_only_at_borders():
+def test_something_is_due_only_at_events():
     """In steps of 7 an epoch, 21 in all, a line every 3, a checkpoint every 5."""
     config = replace(configuration(epochs=3), log_every=3, checkpoint_steps=5)
     config = replace(config, evaluate_every=2, checkpoint_every=3)
@@ -710,11 +689,11 @@ def test_something_is_due_only_at_borders():
     assert lines == [3, 6, 7, 9, 12, 14, 15, 18, 21]
     assert [k for k in range(22) if due.evaluation(k)] == [14, 21]
     assert [k for k in range(22) if due.checkpoint(k)] == [5, 10, 15, 20, 21]
-    done, borders = 0, []
+    done, events = 0, []
     while done < due.total:
-        done = due.border(done)
-        borders.append(done)
-    assert borders == sorted({*lines, 5, 10, 15, 20})
+        done = due.next_event(done)
+        events.append(done)
+    assert events == sorted({*lines, 5, 10, 15, 20})
 
 
 # Signals
@@ -723,7 +702,7 @@ def test_something_is_due_only_at_borders():
 def test_the_second_signal_ends_a_process_at_once(tmp_path):
     code = (
         "import os, signal, sys, time\n"
-        "from flax_resnetv2.system.runtime import Stop\n"
+        "from flax_resnetv2.system.signals import Stop\n"
         "with Stop() as stop:\n"
         "    stop.listen()\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"

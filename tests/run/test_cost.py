@@ -110,18 +110,20 @@ SMALLEST = Execution(dtype="bfloat16", remat="units")
         (
             4 * 10**9,
             Execution(),
-            "--train.batch-size 6 or less, or --train.accumulation-steps 2, or more devices, "
-            "or --execution.dtype bfloat16, or --execution.remat units",
+            "--train.batch-size 6 or less, or --train.accumulation-steps 2, or more "
+            "devices, or --execution.dtype bfloat16, or --execution.remat units",
         ),
         (
             4 * 10**9,
             SMALLEST,
-            "--train.batch-size 6 or less, or --train.accumulation-steps 2, or more devices",
+            "--train.batch-size 6 or less, or --train.accumulation-steps 2, or more "
+            "devices",
         ),
         (
             2 * 10**9,
             SMALLEST,
-            "--train.batch-size 2 or less, or --train.accumulation-steps 4, or more devices",
+            "--train.batch-size 2 or less, or --train.accumulation-steps 4, or more "
+            "devices",
         ),
         (15 * 10**8, SMALLEST, "more devices"),
         (10**9, Execution(), "a smaller net, or a device with more memory"),

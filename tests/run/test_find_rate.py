@@ -6,7 +6,6 @@ import jax
 import pytest
 
 from flax_resnetv2 import RunError, UsageError
-from flax_resnetv2.run import validate
 from flax_resnetv2.run.find_rate import find_rate
 from tests.support import tiny
 
@@ -15,7 +14,7 @@ CONFIG = tiny.replace(tiny.config(schedule="one_cycle"), architecture=tiny.SMALL
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
-    monkeypatch.setattr(validate, "open_dataset", lambda _: tiny.dataset())
+    tiny.patch_dataset(monkeypatch, tiny.dataset())
 
 
 def run(directory, **more):
@@ -56,7 +55,9 @@ def test_a_rate_that_never_was_too_high_is_no_answer(tmp_path):
 
 def test_a_run_is_left_alone(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UsageError, match="holds a run, which find-rate leaves alone"):
+    with pytest.raises(
+        UsageError, match="holds a run, which find-rate does not change"
+    ):
         run(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 

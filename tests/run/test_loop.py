@@ -3,86 +3,49 @@
 import gzip
 import io
 import json
+import logging
 import shutil
 import time
 from dataclasses import replace
-from functools import partial
 
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+import rich
 from rich.console import Console
 
 from flax_resnetv2 import Checkpointer, Execution, UsageError, create_model
+from flax_resnetv2.cli import exits
 from flax_resnetv2.data.batch import Split
 from flax_resnetv2.run import loop, metrics_log, placement, trainer, validate
 from flax_resnetv2.run.metrics_log import Reporter
 from flax_resnetv2.run.run_directory import load_config
 from flax_resnetv2.run.tracing import Tracer
-from flax_resnetv2.training import optimizers, step
+from flax_resnetv2.training import step
 from flax_resnetv2.training.augment import AugmentConfig, normalize
-from tests.support import tiny
+from tests.support import runs, tiny
+from tests.support.runs import (
+    CONFIG,
+    VALIDATED,
+    compiled_once,  # noqa: F401  the fixture
+    configuration,
+    data,
+    differing,
+    lines_of,
+    losses,
+    ready_state,
+    run_fit,
+    untimed,
+)
 
-TIMES = {"seconds", "images_per_second"}
-
-
-def data(train=50, validation=0, test=23):
-    whole = tiny.dataset(train + validation, test)
-    images = whole.splits["train"]
-    splits = {**whole.splits, "train": Split(*(x[:train] for x in images))}
-    if validation:
-        splits["validation"] = Split(*(x[train:] for x in images))
-    return replace(whole, splits=splits)
-
-
-def configuration(**train):
-    return replace(tiny.config(**train), architecture=tiny.SMALL)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory):
-    """Keep compiled programs on disk: most tests here run the same ones."""
-    cache = tmp_path_factory.mktemp("compiled")
-    old = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", old)
-    compilation_cache.reset_cache()  # or it would go on
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
-def ready_state(model, train, key, image_shape, steps_per_epoch, _):
-    """``create_train_state`` with constants, whose compilation takes no time."""
-    dtype = jax.numpy.dtype(model.execution.param_dtype)
-    variables = jax.tree.map(lambda x: x.astype(dtype), tiny.variables_of(model))
-    optimizer = optimizers.make_optimizer(train, steps_per_epoch)
-    return step.TrainState(
-        jax.numpy.int32(0),
-        *(variables["params"], variables["batch_stats"]),
-        optimizer.init(variables["params"]),
-        jax.tree.map(jax.numpy.copy, variables) if train.ema_decay else None,
-    )
-
-
-def run_fit(directory, config, devices=2, dataset=None, create=None, profile=None):
-    """Run ``fit`` on a data set in memory; give result, lines and last state."""
-    dataset, states, evaluate = dataset or data(), [], loop._Training._evaluate
-
-    def keep(self, *rest):
-        states.append(jax.tree.map(shards, self.state))
-        return evaluate(self, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        tiny.patch_dataset(patch, dataset)
-        patch.setattr(loop._Training, "_evaluate", keep)
-        if create:
-            patch.setattr(trainer, "create_train_state", create)
-        result = loop.fit(
-            config, directory, devices=jax.devices()[:devices], profile=profile
-        )
-    return result, lines_of(directory), states[-1] if states else None
+@pytest.fixture
+def log(caplog):
+    """The lines that a person sees, as one text."""
+    caplog.set_level(logging.INFO, "flax_resnetv2")
+    return lambda: "\n".join(record.getMessage() for record in caplog.records)
 
 
 @pytest.fixture
@@ -91,10 +54,6 @@ def fit(tmp_path):
     return lambda *args, workdir="run", **more: run_fit(
         tmp_path / workdir, *args, **more
     )
-
-
-CONFIG = replace(configuration(ema_decay=0.9), log_every=4)
-VALIDATED = data(validation=9)
 
 
 @pytest.fixture(scope="module")
@@ -109,34 +68,6 @@ def copied(finished, tmp_path):
     """The run in a directory that may be changed."""
     shutil.copytree(finished[0], tmp_path / "run", dirs_exist_ok=True)
     return tmp_path / "run"
-
-
-def shards(leaf):
-    """What each device holds of an array."""
-    return [np.asarray(shard.data) for shard in leaf.addressable_shards]
-
-
-def differing(state):
-    """Paths of the arrays that are not the same, bit by bit, on all devices."""
-    leaves = jax.tree.leaves_with_path(state, is_leaf=lambda x: isinstance(x, list))
-    return [
-        jax.tree_util.keystr(path)
-        for path, (first, *others) in leaves
-        if any(first.tobytes() != other.tobytes() for other in others)
-    ]
-
-
-def lines_of(directory):
-    text = (directory / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def untimed(lines):
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-
-
-def losses(lines):
-    return [line["loss"] for line in lines if line["split"] == "train"]
 
 
 def test_a_run_leaves_its_files(finished):
@@ -311,7 +242,7 @@ def test_a_directory_of_another_configuration_is_refused(fit, copied, other, mes
         (
             configuration(batch_size=24, accumulation_steps=2),
             data(),
-            r"=24 cannot .* 8 devices in train.accumulation_steps=2 parts .* of 16, as 16 or",
+            r"=24 cannot .* in train.accumulation_steps=2 parts .* of 16, as 16 or",
         ),
         (configuration(batch_size=56), data(), r"=56 is more than the 50 .* 1 to 50"),
         (
@@ -351,24 +282,14 @@ def test_a_mistake_is_found_before_data_are_read(monkeypatch, tmp_path):
 
 
 def test_chunks_of_steps_give_what_single_steps_give(fit, monkeypatch, finished):
-    single = finished[1:]
+    single, calls = finished[1:], []
 
-    class Chunked(trainer.Trainer):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            assert self.one_by_one
-            self.one_by_one = False
+    class Counted(runs.Chunked):
+        def train(self, *given):
+            calls.append(given)
+            return super().train(*given)
 
-    monkeypatch.setattr(loop, "Trainer", Chunked)
-    calls = []
-    go = loop._Training.run
-
-    def counted(self, *rest):
-        train = self.run.train
-        self.run.train = lambda *given: (calls.append(given), train(*given))[1]
-        return go(self, *rest)
-
-    monkeypatch.setattr(loop._Training, "go", counted)
+    monkeypatch.setattr(loop, "Trainer", Counted)
     chunked = fit(CONFIG, dataset=VALIDATED)
     assert [int(given[-1]) for given in calls] == [4, 2, 2, 4]
     for a, b in zip(single[1], chunked[1], strict=True):
@@ -382,20 +303,21 @@ def test_chunks_of_steps_give_what_single_steps_give(fit, monkeypatch, finished)
             assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-3)
 
 
-def test_a_trace_of_some_steps_changes_nothing_else(fit, tmp_path, finished, capsys):
+def test_a_trace_of_some_steps_changes_nothing_else(fit, tmp_path, finished, log):
     result, lines, _ = fit(CONFIG, dataset=VALIDATED, profile=(3, 5))
     assert result["loss"] == finished[1]["loss"]
     assert [a["loss"] for a in lines] == [a["loss"] for a in finished[2]]
     [trace] = (tmp_path / "run" / "profile").rglob("*.trace.json.gz")
     text = gzip.decompress(trace.read_bytes()).decode()
     assert "ThunkExecutor::Execute" in text
-    assert "trace of the steps from 3 to 4" in capsys.readouterr().out
+    assert "trace of the steps from 3 to 4" in log()
 
 
-def test_the_border_of_a_chunk_is_never_inside_a_trace():
+def test_a_chunk_of_steps_never_ends_inside_a_trace():
     tracer = Tracer((3, 5), None)
-    assert [tracer.border(done, 8) for done in range(8)] == [3, 3, 3, 5, 5, 8, 8, 8]
-    assert Tracer(None, None).border(2, 8) == 8
+    events = [tracer.next_event(done, 8) for done in range(8)]
+    assert events == [3, 3, 3, 5, 5, 8, 8, 8]
+    assert Tracer(None, None).next_event(2, 8) == 8
 
 
 @pytest.mark.parametrize("steps", [(5, 5), (6, 3), (0, 13)])
@@ -442,7 +364,7 @@ REACHED = replace(
 
 
 @pytest.mark.parametrize("dataset", [VALIDATED, data()], ids=["validation", "test"])
-def test_a_run_ends_where_it_reaches_its_target(fit, tmp_path, capsys, dataset):
+def test_a_run_ends_where_it_reaches_its_target(fit, tmp_path, caplog, log, dataset):
     name = "validation" if "validation" in dataset.splits else "test"
     accuracies = iter([0.1, 0.6, 0.9])
 
@@ -460,15 +382,16 @@ def test_a_run_ends_where_it_reaches_its_target(fit, tmp_path, capsys, dataset):
         assert (result["split"], result["step"], result["epochs_to"]) == ("test", 12, 2)
         saved = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
         assert max(saved) == 12
-        assert f"is reached on '{name}': the run ends; epochs_to 2" in flat(capsys)
-        # Once more: it says so, and trains no further.
+        assert f"is reached on '{name}': the run ends; epochs_to 2" in log()
+        # Once more: the log says it again, and nothing is trained.
+        caplog.clear()
         assert fit(config, dataset=dataset)[:2] == (result, lines)
-        assert "the run ends; epochs_to 2" in flat(capsys)
-        # A higher target goes on where it ended.
+        assert "the run ends; epochs_to 2" in log()
+        # With a higher target the run continues.
         higher = replace(config, target_accuracy=0.9)
         result, lines, _ = fit(higher, dataset=dataset)
         assert (result["step"], result["epochs_to"]) == (18, 3)
-        assert "changed: target_accuracy: 0.6 -> 0.9" in flat(capsys)
+        assert "changed: target_accuracy: 0.6 -> 0.9" in log()
 
 
 def test_a_target_that_is_not_reached_changes_nothing(fit, finished):
@@ -477,10 +400,6 @@ def test_a_target_that_is_not_reached_changes_nothing(fit, finished):
     assert untimed(lines) == untimed(finished[2])
     assert "epochs_to" not in result
     jax.tree.map(np.testing.assert_array_equal, state, finished[3])
-
-
-def flat(capsys):
-    return " ".join(capsys.readouterr().out.split())
 
 
 # The same on any number of devices
@@ -580,34 +499,34 @@ def test_a_gradient_that_was_not_added_up_is_seen(fit, monkeypatch):
 # What a person sees
 
 
-def shown(tmp_path, monkeypatch, terminal):
+SUMS = {"loss": 20.0, "correct": 5, "count": 10}
+
+
+def shown(tmp_path, monkeypatch, terminal, level=logging.INFO):
+    """What the command line prints of a few lines."""
     screen = io.StringIO()
-    console = partial(Console, file=screen, force_terminal=terminal, width=100)
-    monkeypatch.setattr(metrics_log, "Console", console)
-    sums = {"loss": 20.0, "correct": 5, "count": 10}
-    with Reporter(tmp_path, began=0.0, total=12, done=0, batch_size=5) as reporter:
-        reporter.say("tiny: 50 training images [not markup]")
-        reporter.progress(1)
-        reporter.training(2, 0.5, sums, learning_rate=0.1)
-        reporter.evaluation("test", 4, 1.0, sums)
-        assert reporter.last["test"]["accuracy"] == 0.5
+    console = Console(file=screen, force_terminal=terminal, width=100)
+    monkeypatch.setattr(rich, "get_console", lambda: console)
+
+    def work():
+        exits.LOGGER.setLevel(level)
+        with Reporter(tmp_path, began=0.0, total=12, done=0, batch_size=5) as reporter:
+            reporter.say("tiny: 50 training images [not markup]")
+            reporter.progress(1)
+            reporter.training(2, 0.5, SUMS, learning_rate=0.1)
+            reporter.evaluation("test", 4, 1.0, SUMS)
+            assert reporter.last["test"]["accuracy"] == 0.5
+
+    assert exits.guarded(work) == 0
     return screen.getvalue()
 
 
 def test_without_a_terminal_there_are_plain_lines(tmp_path, monkeypatch):
-    said, training_line, test_line = shown(tmp_path, monkeypatch, False).splitlines()
-    assert said == "tiny: 50 training images [not markup]"
+    first, training_line, test_line = shown(tmp_path, monkeypatch, False).splitlines()
+    assert first == "tiny: 50 training images [not markup]"
     assert training_line.startswith("step 2/12  loss 2.000  accuracy 0.500  ")
     assert training_line.endswith(" left")
     assert test_line == "epoch 1  test loss 2.000  accuracy 0.5000 (5 of 10)"
-
-
-def test_the_five_likeliest_are_told_where_they_were_counted(tmp_path, capsys):
-    sums = {"loss": 20.0, "correct": 5, "count": 10, "correct_top5": 8}
-    with Reporter(tmp_path, began=0.0, total=12, done=0, batch_size=5) as reporter:
-        assert reporter.evaluation("test", 4, 1.0, sums)["top5"] == 0.8
-    assert lines_of(tmp_path)[0]["top5"] == 0.8
-    assert capsys.readouterr().out.endswith("(5 of 10)  top 5 0.8000\n")
 
 
 def test_on_a_terminal_there_is_a_bar(tmp_path, monkeypatch):
@@ -617,6 +536,21 @@ def test_on_a_terminal_there_is_a_bar(tmp_path, monkeypatch):
     assert "loss 2.000" in text
     assert "epoch 1  test loss 2.000" in text
     assert "step 2/12  loss" not in text
+
+
+def test_a_library_prints_nothing(tmp_path, monkeypatch, capsys):
+    assert shown(tmp_path, monkeypatch, True, logging.WARNING) == ""
+    with Reporter(tmp_path, began=0.0, total=12, done=0, batch_size=5) as reporter:
+        reporter.evaluation("test", 4, 1.0, SUMS)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_top_5_accuracy_is_shown_if_it_was_counted(tmp_path, log):
+    sums = {**SUMS, "correct_top5": 8}
+    with Reporter(tmp_path, began=0.0, total=12, done=0, batch_size=5) as reporter:
+        assert reporter.evaluation("test", 4, 1.0, sums)["top5"] == 0.8
+    assert lines_of(tmp_path)[0]["top5"] == 0.8
+    assert log().endswith("(5 of 10)  top 5 0.8000")
 
 
 def test_lines_after_the_checkpoint_are_dropped(tmp_path):
@@ -642,16 +576,15 @@ def test_the_clock_of_a_run_goes_on(tmp_path):
     assert path.stat().st_ino == written, "rewritten, though no line was dropped"
 
 
-def test_the_share_of_the_peak_is_said_where_it_is_known(tmp_path, capsys):
-    sums = {"loss": 20.0, "correct": 5, "count": 10}
+def test_utilization_is_shown_if_the_peak_is_known(tmp_path, log):
     known = {"flops": 3.0, "peak": 100.0}
     with Reporter(tmp_path, 0.0, total=9, done=0, batch_size=5, **known) as reporter:
         reporter.dispatched()
-        reporter.training(2, 0.5, sums)
+        reporter.training(2, 0.5, SUMS)
     [line] = lines_of(tmp_path)
     share = line["images_per_second"] * 3 / 100
     assert line["flops_utilization"] == pytest.approx(share)
-    assert "of peak FLOP/s" in capsys.readouterr().out
+    assert "of peak FLOP/s" in log()
 
 
 @pytest.mark.parametrize(
@@ -675,7 +608,7 @@ def test_a_channel_that_never_changes_stays_finite():
 
 
 def test_a_warm_up_may_be_most_of_one_epoch(tmp_path):
-    """The state's shapes were once asked for of epochs of one step."""
+    """The state's shapes were once computed for epochs of one step."""
     config = replace(tiny.config(epochs=1, warmup_epochs=0.6), architecture=tiny.SMALL)
     config = validate.fill_in(config, tiny.dataset())
     run = tiny.trainer_of(config, tiny.dataset(), jax.devices()[:1])

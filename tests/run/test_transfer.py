@@ -23,6 +23,7 @@ from flax_resnetv2.run import loop, validate
 from flax_resnetv2.run.recipes import RECIPES
 from flax_resnetv2.run.run_directory import load_config
 from flax_resnetv2.training import step
+from flax_resnetv2.training.random_streams import initial_key
 from tests.support import tiny
 
 NET = replace(tiny.SMALL, semantics=TIMM, stem_kernel=7, stem_stride=2, stem_pool=True)
@@ -53,7 +54,7 @@ def fit(monkeypatch, config, workdir):
         save(self, step, state, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(validate, "open_dataset", lambda *_: tiny.dataset())
+        tiny.patch_dataset(patch, tiny.dataset())
         patch.setattr(loop.Checkpointer, "save", keep)
         loop.fit(config, workdir, devices=jax.devices()[:1])
     return states[-1] if states else None
@@ -70,7 +71,7 @@ def test_a_classifier_learns_on_a_backbone_that_stays(start, monkeypatch, tmp_pa
             np.testing.assert_array_equal(ended[leaf], array, err_msg=leaf)
     # The classifier begins as the seed draws it, and moves.
     model = create_model(NET)
-    drawn = from_file(path, model, classifier="leave", key=jax.random.key(run.seed))
+    drawn = from_file(path, model, classifier="leave", key=initial_key(run.seed))
     kernel = drawn["params"]["head"]["classifier"]["kernel"]
     assert ended[(*CLASSIFIER, "kernel")].shape == kernel.shape == (8, 4)
     assert np.abs(ended[(*CLASSIFIER, "kernel")] - kernel).max() > 1e-3
@@ -100,7 +101,7 @@ def test_the_images_are_those_of_the_weights(start, monkeypatch, tmp_path):
     assert predictor(images).shape == (len(images), 4)
 
 
-def test_a_run_goes_on_without_the_file(start, monkeypatch, tmp_path):
+def test_a_run_resumes_without_the_file(start, monkeypatch, tmp_path):
     path, _ = start
     whole = fit(monkeypatch, config(path), tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -108,7 +109,7 @@ def test_a_run_goes_on_without_the_file(start, monkeypatch, tmp_path):
         evaluate = loop._Training._evaluate
 
         def stop(self, *rest):
-            if self.done > self.run.steps_per_epoch:
+            if self.done > self.trainer.steps_per_epoch:
                 raise KeyboardInterrupt
             return evaluate(self, *rest)
 

@@ -11,10 +11,10 @@ from flax_resnetv2.system import runtime
 
 ALLOCATING = """
 import resource, sys
-from flax_resnetv2 import process
+from flax_resnetv2.system.runtime import keep_memory
 import jax, jax.numpy as jnp
 if sys.argv[1] == "keep":
-    assert process.keep_memory()
+    assert keep_memory()
 
 @jax.jit
 def step(x):
@@ -67,12 +67,12 @@ def test_memory_is_left_alone_beside_an_accelerator(monkeypatch):
 
 TOUCHING = """
 import ctypes, resource, sys
-from flax_resnetv2 import process
-assert process.touch_memory(1 << 20) is None, "memory is not kept yet"
+from flax_resnetv2.system.runtime import keep_memory, touch_memory
+assert touch_memory(1 << 20) is None, "memory is not kept yet"
 size = 200 << 20
 if sys.argv[1] == "touched":
-    assert process.keep_memory()
-    process.touch_memory(size).join()
+    assert keep_memory()
+    touch_memory(size).join()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
@@ -92,11 +92,11 @@ def test_touched_memory_is_there_for_whoever_comes_next():
 
 CONVOLVING = """
 import sys
-from flax_resnetv2 import process
+from flax_resnetv2 import tune
 if sys.argv[1] == "chosen":
-    process.tune()
+    tune()
 import jax, jax.numpy as jnp
-from flax_resnetv2.ops import plain_convolution
+from flax_resnetv2.model.ops import plain_convolution
 x, kernel = jnp.ones([8, 16, 16, 32]), jnp.ones([3, 3, 32, 32])
 print(jax.jit(plain_convolution).lower(x, kernel).compile().as_text())
 """
