@@ -1,4 +1,4 @@
-"""For the reference: examples in docstrings are code (an extension of Griffe)."""
+"""Show examples in docstrings as code in the reference (an extension of Griffe)."""
 
 import re
 
@@ -6,10 +6,10 @@ import griffe
 
 
 class Doctests(griffe.Extension):
-    """Fences what begins with >>> and goes on to the next empty line."""
+    """Fences examples, from >>> to the next empty line, as code blocks."""
 
     def on_object(self, *, obj: griffe.Object, **_: object) -> None:
-        """Of every object that has a docstring."""
+        """Fence the examples of one object."""
         if obj.docstring and ">>> " in obj.docstring.value:
             fenced = r"\n```pycon\n\g<0>\n```\n"
             example = r"(?m)^>>> .*(?:\n.+)*"

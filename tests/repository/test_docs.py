@@ -32,8 +32,8 @@ def recipes():
         "`python train.py RECIPE --help` lists them. Test accuracies are those of the",
         "final epoch: mean ± standard deviation over n seeds, or for a single run its",
         "accuracy with the 95 % interval that the number of test images leaves.",
-        "`results/README.md` has seconds, versions and commits. *Not run* means not run",
-        "to its end.",
+        "`results/README.md` has seconds, versions and commits. *Not run* means not",
+        "run to its end.",
         "(`python -m tests.repository.test_docs` writes this page.)",
         "",
         "| recipe | description | data | epochs | batch | optimizer, rate, schedule "
