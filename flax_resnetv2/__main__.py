@@ -1,6 +1,7 @@
 """``python -m flax_resnetv2 COMMAND``.
 
-The doctor says what is wrong with the packages where these keep ``tools`` from loading.
+If packages are missing or broken, so that the commands cannot be loaded, ``doctor``
+still lists which ones.
 """
 
 import sys
@@ -10,17 +11,17 @@ from flax_resnetv2.cli import installed
 
 def main() -> int:
     """Run the command that the arguments name."""
-    if sys.argv[1:2] == ["doctor"]:
-        try:
-            import tyro  # noqa: F401  it is imported later
-
-            from flax_resnetv2.cli import doctor  # noqa: F401  and this
-        except Exception as error:
-            text = f"cannot be loaded ({installed.reason(error)}); repair what is above"
-            last = installed.Finding("problem", "commands", text)
-            return installed.tell([*installed.python(), *installed.packages(), last])
-    from flax_resnetv2.cli import tools
-
+    try:
+        from flax_resnetv2.cli import tools
+    except Exception as error:
+        if sys.argv[1:2] != ["doctor"]:
+            raise
+        text = (
+            f"cannot be loaded ({installed.reason(error)}); repair the problems above"
+        )
+        last = installed.Finding("problem", "commands", text)
+        findings = [*installed.python(), *installed.packages(), last]
+        return installed.print_findings(findings)
     return tools.main()
 
 

@@ -1,55 +1,30 @@
-"""What a run would find and do, without doing it: the findings of the doctor.
+"""The checks of ``python -m flax_resnetv2 doctor``: what a run would find and do.
 
-Every part may be broken, so each is looked at by itself, and what it raises becomes a
-finding.
+Nothing is trained, prepared or downloaded. Every part of the machine may be broken, so
+an exception in one check becomes a finding and the other checks go on.
 """
 
 import contextlib
 import os
 import re
+import shlex
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-from flax_resnetv2.cli.installed import (
-    Finding,
-    packages,
-    plugins,
-    python,
-    reason,
-    requirements,
-)
+from flax_resnetv2.cli import installed
+from flax_resnetv2.cli.installed import Finding, reason
+from flax_resnetv2.cli.train import TrainCommand, parse
+from flax_resnetv2.data import datasets, decoded_cache, folder, tfds_records
 from flax_resnetv2.data.batch import Split
 from flax_resnetv2.data.catalog import DATASETS
-from flax_resnetv2.data.datasets import (
-    DataConfig,
-    Dataset,
-    data_dir,
-    describe,
-    find,
-    folder_of,
-    hold_out,
-    label_feature,
-)
-from flax_resnetv2.data.decoded_cache import SPLITS, find_decoded
-from flax_resnetv2.data.folder import Folder, find_decoded_folder, list_folder
+from flax_resnetv2.data.datasets import DataConfig, Dataset, describe
 from flax_resnetv2.data.prepare import write_tfds
-from flax_resnetv2.data.tfds_records import (
-    Label,
-    Part,
-    Records,
-    label_of,
-    parts,
-    split_sizes,
-)
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.run import run_directory, tracing, validate
-from flax_resnetv2.run.config import Config
 from flax_resnetv2.run.cost import amount, memory_limit, size_of, step_cost
 from flax_resnetv2.system import files, runtime
 from flax_resnetv2.training.step import train_state_shapes
@@ -58,271 +33,258 @@ _ACCELERATORS = {
     "an NVIDIA GPU": ("nvidia[0-9]*", "cuda", "cuda13"),
     "a TPU": ("accel[0-9]*", "tpu", "tpu"),
 }
-"""What the driver puts into /dev, JAX's name, and the extra of the package jax."""
+"""The driver's files in /dev, JAX's name of the backend, and the extra of package jax.
+"""
 
 
-def examine(
-    config: Config,
-    command: str,
-    workdir: Path | None = None,
-    keep_programs: bool = True,
-    profile: str | None = None,
-) -> Iterator[Finding]:
-    """Look at everything that a run needs, and then at the run.
+def doctor(words: list[str], /) -> int:
+    """Check what train.py would find and do with the same recipe and flags.
+
+    The exit code is 1 if there is a problem.
+    """
+    # Flags without a recipe are for quickstart.
+    if not words or re.match(r"--(?!help$)", words[0]):
+        words = ["quickstart", *words]
+    about = "Check what train.py would find and do with the same words."
+    command = parse(words, "python -m flax_resnetv2 doctor", about)
+    return installed.print_findings(examine(command, shlex.join(["train.py", *words])))
+
+
+def examine(command: TrainCommand, line: str) -> Iterator[Finding]:
+    """Check the machine and the data set, and then the run itself.
 
     Args:
-        config: the run.
-        command: that would start it, as "train.py quickstart".
-        workdir: its directory; None: a new one below runs/.
-        keep_programs: whether it keeps compiled programs.
-        profile: the steps that it traces, as "20:30".
+        command: the run.
+        line: the command line that would start it, as "train.py quickstart".
     """
-    # The accelerator's memory stays with a run that goes on beside this process.
+    # A run that is training on the accelerator keeps its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    checks = {
+        "python": installed.python,
+        "packages": installed.packages,
+        "devices": devices,
+        "programs": lambda: programs(command.runtime.compilation_cache),
+        "data": lambda: data(command.config.data),
+        "run": lambda: run(command, line),
+    }
     problems = set()
-    for about, look, *arguments in (
-        ("python", python),
-        ("packages", packages),
-        ("devices", devices),
-        ("programs", programs, keep_programs),
-        ("data", data, config.data),
-    ):
-        for finding in _safely(about, look, *arguments):
-            yield finding
-            if finding.level == "problem":
-                problems.add(finding.about)
-    if missing := sorted(problems & {"data", "devices"}):
-        text = f"{command} would not start: see {' and '.join(missing)} above"
-        yield Finding("problem", "run", text)
-    else:
-        yield from _safely("run", run, config, command, workdir, profile)
+    for about, check in checks.items():
+        if about == "run" and (missing := sorted(problems & {"data", "devices"})):
+            text = f"{line} would not start: see {' and '.join(missing)} above"
+            yield Finding("problem", "run", text)
+            return
+        try:
+            for finding in check():
+                if finding.level == "problem":
+                    problems.add(finding.about)
+                yield finding
+        except Exception as error:
+            problems.add(about)
+            text = f"cannot be checked ({reason(error)}); repair the problems above"
+            if isinstance(error, UsageError):
+                text = str(error)
+            yield Finding("problem", about, text)
 
 
 def devices(dev: Path = Path("/dev")) -> Iterator[Finding]:
-    """Do the devices of JAX work, and does the machine have others?"""
+    """Check that JAX's devices work, and that no accelerator is left unused."""
     try:
         found = jax.local_devices()
         for device in found:
             jax.block_until_ready(jax.device_put(np.zeros(1, np.float32), device))
     except Exception as error:
-        told = os.environ.get("JAX_PLATFORMS")
-        text = f"JAX cannot use its devices ({reason(error)}; {plugins()})"
-        repair = "install the plugin in the version of jax, and look at the driver"
-        if told:
-            text += f" where JAX_PLATFORMS={told}"
+        text = f"JAX cannot use its devices ({reason(error)}; {installed.plugins()})"
+        repair = "install the plugin of jax's version, and check the driver"
+        if platforms := os.environ.get("JAX_PLATFORMS"):
+            text += f" with JAX_PLATFORMS={platforms}"
             repair += ", or unset JAX_PLATFORMS"
         yield Finding("problem", "devices", f"{text}; {repair}")
         return
     name, kind = found[0].platform, found[0].device_kind
     name += f" ({kind})" if kind != name else ""
     limit = memory_limit(found[0])
-    memory = f", {amount(limit, 'B')} of memory for each" if limit else ""
-    yield Finding("ok", "devices", f"{len(found)} {name}{memory}; {plugins()}")
+    memory = f", {amount(limit, 'B')} of memory each" if limit else ""
+    yield Finding(
+        "ok", "devices", f"{len(found)} {name}{memory}; {installed.plugins()}"
+    )
     if found[0].platform == "cpu":
-        yield from _unused(dev)
+        yield from _unused_accelerators(dev)
 
 
-def _unused(dev: Path) -> Iterator[Finding]:
-    """Accelerators of the machine, where JAX computes on the CPU."""
+def _unused_accelerators(dev: Path) -> Iterator[Finding]:
+    """Find accelerators of the machine where JAX computes on the CPU."""
+    hides = {"JAX_PLATFORMS": "cpu.*", "CUDA_VISIBLE_DEVICES": "|-1"}
     hiding = [
         f"{name}={os.environ[name]}"
-        for name, pattern in (
-            ("JAX_PLATFORMS", "cpu.*"),
-            ("CUDA_VISIBLE_DEVICES", "|-1"),
-        )
+        for name, pattern in hides.items()
         if re.fullmatch(pattern, os.environ.get(name, "unset"))
     ]
-    versions = next((r[3:] for r in requirements() if re.match(r"jax\W", r)), "")
+    versions = next(
+        (r[3:] for r in installed.requirements() if re.match(r"jax\W", r)), ""
+    )
     for device, (pattern, backend, extra) in _ACCELERATORS.items():
         if not any(dev.glob(pattern)):
             continue
         text = f"the machine has {device}, but JAX computes on the CPU"
         if hiding:
-            text += f", as {' and '.join(hiding)} says; unset it to use {device}"
+            text += f" because of {' and '.join(hiding)}; unset it to use {device}"
             yield Finding("note", "accelerator", text)
             continue
         try:
             jax.devices(backend)
         except RuntimeError as error:
-            text += f" ({reason(error)}; {plugins()})"
+            text += f" ({reason(error)}; {installed.plugins()})"
         text += f'; pip install --upgrade "jax[{extra}]{versions}"'
         if extra == "cuda13":
-            text += ", or cuda12 where nvidia-smi names a driver before 580"
+            text += ", or cuda12 if nvidia-smi shows a driver before 580"
         yield Finding("problem", "accelerator", text)
 
 
 def programs(keep: bool) -> Iterator[Finding]:
-    """Can compiled programs be kept?"""
+    """Check that compiled programs can be kept for later runs."""
+    directory, size = runtime.program_cache(), 0
     if not keep:
         yield Finding("note", "programs", "are not kept: --no-compilation-cache")
-        return
-    directory, size = runtime.program_cache(), 0
-    for path in directory.glob("*"):
-        with contextlib.suppress(OSError):  # another run may clear it meanwhile
-            size += path.stat().st_size
-    if files.writable(directory):
+    elif not files.writable(directory):
+        text = f"{directory} cannot be written, so every run compiles again; make it "
+        text += "writable, or set JAX_COMPILATION_CACHE_DIR to another"
+        yield Finding("note", "programs", text)
+    else:
+        for path in directory.glob("*"):
+            with contextlib.suppress(OSError):  # another run may delete it meanwhile
+                size += path.stat().st_size
         text = f"compiled programs are kept in {directory}: {amount(size, 'B')}"
         yield Finding("ok", "programs", text)
-    else:
-        text = f"{directory} cannot be written, so every run compiles again"
-        repair = "make it writable, or name another in JAX_COMPILATION_CACHE_DIR"
-        yield Finding("note", "programs", f"{text}; {repair}")
 
 
 def data(config: DataConfig) -> Iterator[Finding]:
-    """Where is the data set, or how would it come there?"""
-    if (path := folder_of(config)) is not None:
-        yield from _folder(list_folder(path), config)
+    """Check that the data set is there, or could be prepared."""
+    images = None
+    if (path := datasets.folder_of(config)) is not None:
+        images = folder.list_folder(path)
+        sizes = describe(config).num_images
+        text = f"{images.root}: {len(describe(config).class_names)} classes"
+        decoded = images.cache(config.image_size).find()
+    elif directory := datasets.prepared_directory(config):
+        sizes, text = tfds_records.split_sizes(directory), f"{directory}: array_record"
+        decoded = decoded_cache.dataset_cache(
+            directory, datasets.label_feature(config), config.image_size
+        ).find()
+    else:
+        yield from _missing_data(config)
         return
-    root = data_dir(config)
-    if directory := find(config):
-        sizes = split_sizes(directory).items()
-        counts = ", ".join(f"{count:,} {split}" for split, count in sizes)
-        yield Finding("ok", "data", f"{directory}: array_record; images: {counts}")
-        for note in describe(config).notes:
-            yield Finding("note", "data", note)
-        if kept := find_decoded(directory, label_feature(config), config.image_size):
-            text = f"decoded images are kept in {kept}"
-            yield Finding("ok", "data", f"{text}: {amount(kept.stat().st_size, 'B')}")
-        else:
-            yield Finding("note", "data", "the images will be decoded, once")
+    counts = ", ".join(f"{count:,} {split}" for split, count in sizes.items())
+    yield Finding("ok", "data", f"{text}; images: {counts}")
+    for note in describe(config).notes:
+        yield Finding("note", "data", note)
+    if decoded:
+        size = amount(decoded.stat().st_size, "B")
+        yield Finding("ok", "data", f"decoded images are kept in {decoded}: {size}")
         return
-    known = DATASETS[config.name]
-    # The records are no larger than the pixels, and these are kept decoded, too.
-    size = 2 * size_of(_stand_in(config).splits)
-    source = "draws it"
-    official = write_tfds.SOURCES[known.stored]
+    yield Finding("note", "data", "the images will be decoded once")
+    cache = files.user_cache()
+    if images is not None and files.writable(cache):
+        size, about = describe(config).size, "the decoded images"
+        yield _disk_space("data", cache, size, about, "XDG_CACHE_HOME")
+
+
+def _missing_data(config: DataConfig) -> Iterator[Finding]:
+    """Check that a run could prepare the data set."""
+    root, known = datasets.data_dir(config), DATASETS[config.name]
+    # Prepared records need no more than the pixels, which are kept decoded too.
+    size = 2 * size_of(_without_images(config).splits)
+    action, official = "draws it", write_tfds.SOURCES[known.stored]
     if known.source != "drawn":
         url = official.url if config.url is None else config.url
         write_tfds.check_source(known.stored, config.archive, url)
-        source = f"prepares it from {config.archive}"
+        action = f"prepares it from {config.archive}"
         if config.archive is None:
-            source = f"downloads {amount(official.size, 'B')} from {url}"
+            action = f"downloads {amount(official.size, 'B')} from {url}"
             size += official.size
-    write_tfds.check_place(root / known.stored / official.version)
-    if not files.writable(root):
-        text = f"{config.name} is not in {root}, which cannot be written"
-        yield Finding("problem", "data", f"{text}; choose a writable --data.dir")
-        return
-    text = f"{config.name} is not in {root}: the run {source} and keeps it there"
+    write_tfds.check_directory(root / known.stored / official.version)
+    text = f"{config.name} is not in {root}: the run {action} and keeps it there"
     yield Finding("note", "data", text)
-    yield _room("data", root, size, config.name, "--data.dir")
+    yield _disk_space("data", root, size, config.name, "--data.dir")
 
 
-def _folder(folder: Folder, config: DataConfig) -> Iterator[Finding]:
-    facts = describe(config)
-    counts = ", ".join(
-        f"{count:,} {split}" for split, count in facts.num_images.items()
-    )
-    text = f"{folder.root}: {len(facts.class_names)} classes; images: {counts}"
-    yield Finding("ok", "data", text)
-    for note in facts.notes:
-        yield Finding("note", "data", note)
-    if kept := find_decoded_folder(folder, config.image_size):
-        text = f"decoded images are kept in {kept}"
-        yield Finding("ok", "data", f"{text}: {amount(kept.stat().st_size, 'B')}")
-        return
-    yield Finding("note", "data", "the images will be decoded, once")
-    what = "the decoded images"
-    yield _room("data", files.user_cache(), facts.size, what, "XDG_CACHE_HOME")
-
-
-def run(
-    config: Config, command: str, workdir: Path | None, profile: str | None = None
-) -> Iterator[Finding]:
-    """What would the run take, and do, or why would it be refused?"""
-    devices, train, place = jax.local_devices(), config.train, workdir or Path("runs")
+def run(command: TrainCommand, line: str) -> Iterator[Finding]:
+    """Check the run against data set, devices, memory and disk."""
+    config, devices = command.config, jax.local_devices()
+    train, parent = config.train, Path(command.workdir or "runs")
     limit = memory_limit(devices[0])
     try:
-        config, model = validate.validate_static(config, place, len(devices), limit)
-        dataset = _stand_in(config.data)
-        if config.data.stream:
-            dataset = _on_disk(dataset)
+        config, model = validate.validate_static(config, parent, len(devices), limit)
+        dataset = _without_images(config.data, streamed=config.data.stream)
         validate.check_fits(config, dataset)
         steps = dataset.splits["train"].num_images // train.batch_size
-        # How far a run in workdir has come, only opening its checkpoints would say.
-        tracing.check_steps(tracing.parse_steps(profile), 0, steps * train.epochs)
+        # Only opening its checkpoints would tell how far a run in workdir has come.
+        profile = tracing.parse_steps(command.runtime.profile)
+        tracing.check_steps(profile, 0, steps * train.epochs)
         shape = config.augment.input_shape(dataset.image_shape)
         state = train_state_shapes(model, train, shape)
         cost = step_cost(model, shape, train.accumulation_steps)
         cost = cost.plus_resident(state, dataset.in_memory())
         cost.check(train.batch_size, len(devices), limit)
     except UsageError as error:
-        yield Finding("problem", "run", f"{command} would be refused: {error}")
+        yield Finding("problem", "run", f"{line} would be refused: {error}")
         return
     text = cost.describe(train.batch_size, len(devices), limit)
-    free, share = _free_memory(), train.batch_size // len(devices)
-    if devices[0].platform != "cpu" or free is None:
-        yield Finding("ok", "memory", text)
-    elif cost.bytes(share) * len(devices) <= free:
-        yield Finding("ok", "memory", f"{text}; {amount(free, 'B')} are free")
-    else:
-        text += f", but only {amount(free, 'B')} are free; end other programs, or "
-        yield Finding("problem", "memory", f"{text}choose a smaller --train.batch-size")
-    if files.writable(place):
-        # A new checkpoint is written before the oldest one goes.
-        count = config.keep_checkpoints + 1 + (config.data.validation > 0)
-        what = f"{count} checkpoints in {place}"
-        yield _room("disk", place, count * size_of(state), what, "--workdir")
-    else:
-        text = f"{place} cannot be written; choose another --workdir"
-        yield Finding("problem", "disk", text)
+    share, level = train.batch_size // len(devices), "ok"
+    if devices[0].platform == "cpu" and (free := _free_memory()) is not None:
+        text += f"; {amount(free, 'B')} are free"
+        if cost.bytes(share) * len(devices) > free:
+            text += "; end other programs, or choose a smaller --train.batch-size"
+            level = "problem"
+    yield Finding(level, "memory", text)
+    # A new checkpoint is written before the oldest is deleted; the best one stays.
+    count = config.keep_checkpoints + 1 + (config.data.validation > 0)
+    about = f"{count} checkpoints in {parent}"
+    yield _disk_space("disk", parent, count * size_of(state), about, "--workdir")
     each = f", {share} on each of {len(devices)} devices" if len(devices) > 1 else ""
-    where = f"in a new directory of {place}"
-    if workdir is not None:
-        new = not run_directory.is_run(workdir)
-        where = f"in {workdir}" + ("" if new else ", going on with the run there")
+    where = f"in {parent}" if command.workdir else "in a new directory of runs"
+    if command.workdir and run_directory.is_run(parent):
+        where += ", resuming the run there"
     yield Finding(
         "ok",
         "run",
-        f"{command}: {cost.parameters:,} parameters, {train.epochs} epochs of "
-        f"{steps:,} steps, {train.batch_size} images a step{each}; {where}",
+        f"{line}: {cost.parameters:,} parameters, {train.epochs} epochs of "
+        f"{steps:,} steps, {train.batch_size} images per step{each}; {where}",
     )
 
 
-def _safely(
-    about: str, look: Callable[..., Iterable[Finding]], *arguments: Any
-) -> Iterator[Finding]:
-    """Turn whatever is raised into a finding."""
-    try:
-        yield from look(*arguments)
-    except UsageError as error:
-        yield Finding("problem", about, str(error))
-    except Exception as error:
-        text = f"cannot be looked at ({reason(error)}); repair what is said above"
-        yield Finding("problem", about, text)
+class _Streamed(Dataset):
+    def in_memory(self) -> dict[str, Split]:
+        return {}
 
 
-def _on_disk(dataset: Dataset) -> Dataset:
-    """The same stand-in, its images not in memory."""
-    label = Label("label", dataset.class_names, dataset.splits["train"].label.ndim > 1)
-    splits = {
-        name: Records(Path(), Part(name, range(s.num_images)), label, s.image_shape)
-        for name, s in dataset.splits.items()
-    }
-    return replace(dataset, splits=splits)
+def _without_images(config: DataConfig, streamed: bool = False) -> Dataset:
+    """Return the data set with its sizes and classes, but without its images."""
+    summary = describe(config)
+    sizes, names = summary.num_images, summary.class_names
+    if datasets.folder_of(config) is None and (
+        directory := datasets.prepared_directory(config)
+    ):
+        sizes = {
+            split: len(stored.indices)
+            for split, stored in tfds_records.stored_splits(directory).items()
+        }
+        label = datasets.label_feature(config)
+        names = tfds_records.label_of(directory, label).class_names
+
+    splits = {}
+    for split in decoded_cache.SPLITS:
+        shape = sizes[split], *summary.image_shape
+        image = np.broadcast_to(np.uint8(0), shape)  # a view of one number
+        splits[split] = Split(image, np.broadcast_to(np.int32(0), sizes[split]))
+    kind = _Streamed if streamed else Dataset
+    return kind(config.name, names, datasets.hold_out(splits, config))
 
 
-def _stand_in(config: DataConfig) -> Dataset:
-    """The data set as to sizes and classes: its arrays are views of one number."""
-    facts = describe(config)
-    sizes, names = facts.num_images, facts.class_names
-    if folder_of(config) is None and (directory := find(config)):
-        sizes = {split: len(part.places) for split, part in parts(directory).items()}
-        names = label_of(directory, label_feature(config)).names
-    shape = facts.image_shape
-    splits = {
-        split: Split(
-            np.broadcast_to(np.uint8(0), (sizes[split], *shape)),
-            np.broadcast_to(np.int32(0), sizes[split]),
-        )
-        for split in SPLITS
-    }
-    return Dataset(config.name, names, hold_out(splits, config))
-
-
-def _room(about: str, place: Path, size: int, what: str, flag: str) -> Finding:
-    """Compare the free part of a disk with what is to be written."""
+def _disk_space(about: str, place: Path, size: int, what: str, flag: str) -> Finding:
+    """Check that ``place`` is writable and has room for ``what``, of ``size`` bytes."""
+    if not files.writable(place):
+        text = f"{place} cannot be written; choose another {flag}"
+        return Finding("problem", about, text)
     free = shutil.disk_usage(files.nearest_existing(place)).free
     text = f"{what}: up to {amount(size, 'B')}; {amount(free, 'B')} are free"
     if size <= free:
@@ -331,10 +293,9 @@ def _room(about: str, place: Path, size: int, what: str, flag: str) -> Finding:
 
 
 def _free_memory() -> int | None:
-    """Bytes that the system can give without taking them from others, where known."""
+    """Return the bytes of memory that Linux reports as available, if known."""
     with contextlib.suppress(OSError):
-        found = re.search(
-            r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text()
-        )
+        text = Path("/proc/meminfo").read_text()
+        found = re.search(r"MemAvailable:\s+(\d+) kB", text)
         return int(found[1]) * 1024 if found else None
     return None

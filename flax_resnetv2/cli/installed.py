@@ -1,6 +1,6 @@
-"""Which packages are installed: what the doctor can say where no other module loads.
+"""Findings on Python and the installed packages, for the command ``doctor``.
 
-So only the standard library is imported, and each package to see that it can be.
+Only the standard library is imported at the top, so these work where nothing else does.
 """
 
 import contextlib
@@ -17,98 +17,94 @@ from pathlib import Path
 from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[2]
-"""The repository, where the package runs from it."""
-
+"""The repository, if the package runs from it."""
 PYTHON = ">=3.11"
 """As in pyproject.toml."""
 
 _MODULES = {"orbax-checkpoint": "orbax.checkpoint", "pillow": "PIL"}
-"""Packages that are imported under another name."""
-_BESIDE = ("h5py", "safetensors", "matplotlib", "pytest")
-"""Packages that a run does without; not imported: matplotlib would write files."""
+"""Packages whose module has another name."""
+_OPTIONAL = ("h5py", "safetensors", "matplotlib", "pytest")
+"""Packages that training does not need. Not imported: matplotlib would write files."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one part."""
+    """The result of one check."""
 
     level: Literal["ok", "note", "problem"]
-    """A problem keeps a run from starting, or from using the accelerator."""
+    """A problem prevents the run, or the use of the accelerator."""
     about: str
-    """The part, in a word."""
+    """What was checked, in one word."""
     text: str
-    """What is there; of a problem, after the last semicolon, what to do."""
+    """What was found; of a problem, the last part after a semicolon is the repair."""
 
 
-def tell(findings: Iterable[Finding]) -> int:
-    """Print findings as they come; give 1 if there is a problem, else 0."""
-    # In a file a finding is a line; in a terminal it is wrapped to stay in its column.
+def print_findings(findings: Iterable[Finding]) -> int:
+    """Print findings as they come; return 1 if there is a problem, else 0."""
+    # One line each in a file; in a terminal wrapped within the last column.
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    lines = textwrap.TextWrapper(
+        width,
+        subsequent_indent=" " * 22,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
     problems = 0
     for finding in findings:
         problems += finding.level == "problem"
         line = f"{finding.level:9}{finding.about:13}{finding.text}"
-        print(
-            textwrap.fill(
-                line,
-                width,
-                subsequent_indent=" " * 22,
-                break_long_words=False,
-                break_on_hyphens=False,
-            ),
-            flush=True,
-        )
+        print(lines.fill(line), flush=True)
     print(f"{problems} problem{'s' * (problems > 1)}" if problems else "no problem")
     return int(problems > 0)
 
 
 def python() -> Iterator[Finding]:
-    """Is Python new enough?"""
+    """Check that Python is new enough."""
     version = platform.python_version()
     if _within(version, PYTHON):
         yield Finding("ok", "python", version)
     else:
-        text = f"{version} is not {PYTHON}; make an environment with a newer one"
+        text = f"{version} is not {PYTHON}; create an environment with a newer Python"
         yield Finding("problem", "python", text)
 
 
 def packages() -> Iterator[Finding]:
-    """Is each package there, within its tested range, and can it be imported?"""
-    wanted, good = requirements(), []
-    for requirement in wanted:
+    """Check that each package is installed, in its tested range, and importable."""
+    required, good = requirements(), []
+    for requirement in required:
         name, ranges = re.match(r"([\w-]+)(.*)", requirement).groups()
         repair = f'pip install "{requirement}"'
         try:
             version = metadata.version(name)
             if _within(version, ranges):
-                if name not in _BESIDE:
+                if name not in _OPTIONAL:
                     importlib.import_module(_MODULES.get(name, name.replace("-", "_")))
                 good.append(f"{name} {version}")
                 continue
-            wrong = f"{version} is not in the tested range {ranges}"
+            fault = f"{version} is not in the tested range {ranges}"
         except metadata.PackageNotFoundError:
-            wrong = "is not installed"
+            fault = "is not installed"
         except Exception as error:
-            wrong = f"{version} cannot be imported ({reason(error)})"
+            fault = f"{version} cannot be imported ({reason(error)})"
             repair = repair.replace("install", "install --force-reinstall")
-        level = "note" if name in _BESIDE else "problem"
-        yield Finding(level, "packages", f"{name} {wrong}; {repair}")
+        level = "note" if name in _OPTIONAL else "problem"
+        yield Finding(level, "packages", f"{name} {fault}; {repair}")
     if good:
-        yield Finding("ok", "packages", f"in their ranges: {', '.join(good)}")
-    if not wanted:
-        text = "neither requirements.txt nor an installed flax_resnetv2 names ranges"
+        yield Finding("ok", "packages", f"in the tested ranges: {', '.join(good)}")
+    if not required:
+        text = "no tested ranges were found: requirements.txt is missing"
         yield Finding("note", "packages", text)
 
 
 def plugins() -> str:
-    """The installed packages by which JAX reaches accelerators."""
+    """Return the installed JAX plugins for accelerators, in words."""
     found = {f"{d.name} {d.version}" for d in metadata.distributions()}
     plugins = [text for text in found if re.match(r"jax-.*-plugin |libtpu ", text)]
-    return ", ".join(sorted(plugins)) or "no plugin for an accelerator is installed"
+    return ", ".join(sorted(plugins)) or "no accelerator plugin is installed"
 
 
 def requirements() -> list[str]:
-    """The tested ranges, as "jax>=0.10.2,<0.13"; none where nothing names them."""
+    """Return the tested ranges, as "jax>=0.10.2,<0.13"; empty if they are unknown."""
     lines = []
     if (ROOT / "pyproject.toml").is_file():
         lines = (ROOT / "requirements.txt").read_text().splitlines()
@@ -119,11 +115,11 @@ def requirements() -> list[str]:
 
 
 def _within(version: str, ranges: str) -> bool:
-    """Whether a version is in ">=1.2,<2"; of a pre-release only the numbers count."""
+    """Whether a version is in ">=1.2,<2"; suffixes such as rc1 are ignored."""
 
     def numbers(text: str) -> list[int]:
-        found = [int(n) for n in re.match(r"\d+(\.\d+)*", text)[0].split(".")]
-        return found + [0] * (8 - len(found))
+        found = re.match(r"\d+(\.\d+)*", text)[0].split(".")
+        return [*map(int, found), *[0] * (8 - len(found))]
 
     return all(
         (numbers(version) >= numbers(bound)) == (relation == ">=")
@@ -132,6 +128,6 @@ def _within(version: str, ranges: str) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """An error in one line."""
+    """Return an error in one line: its type and the first line of its message."""
     first = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

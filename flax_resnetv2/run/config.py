@@ -37,14 +37,14 @@ changes its meaning."""
 class Config:
     """Everything that determines a run's numbers, and how often it reports."""
 
-    architecture: Architecture = Architecture()
-    """The net."""
     train: TrainConfig = TrainConfig()
     """How the net is trained."""
     data: DataConfig = DataConfig()
     """The data set."""
     augment: AugmentConfig = AugmentConfig()
     """Normalization and augmentation of images."""
+    architecture: Architecture = Architecture()
+    """The net."""
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Seed of initial parameters, data order and augmentation."""
     weights: str | None = None

@@ -16,6 +16,7 @@ from PIL import Image
 
 from flax_resnetv2 import RECIPES
 from flax_resnetv2.cli import doctor, installed, tools
+from flax_resnetv2.cli.train import TrainCommand
 from flax_resnetv2.data import tfds_records
 from flax_resnetv2.data.decoded_cache import read_dataset
 from flax_resnetv2.data.prepare import write_tfds
@@ -58,7 +59,7 @@ def drawn(tmp_path_factory):
         return images, np.arange(count) % 10
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write_tfds.embedded, "draw", draw)
+        patch.setattr(write_tfds.shapes, "draw_shapes", draw)
         write_tfds.prepare_embedded(root)
     return root
 
@@ -76,7 +77,8 @@ def texts(findings, level=None):
 
 
 def examined(config, **options):
-    return list(doctor.examine(config, "train.py it", **options))
+    command = TrainCommand(config=config, **options)
+    return list(doctor.examine(command, "train.py it"))
 
 
 def last(config, **options):
@@ -91,7 +93,9 @@ def test_a_sound_machine_has_no_problem_and_keeps_its_files(home, capsys):
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == "no problem"
     assert out[-2].startswith("ok       run          train.py quickstart: 148,906 para")
-    assert "8 epochs of 156 steps, 64 images a step, 8 on each of 8 devices" in out[-2]
+    assert (
+        "8 epochs of 156 steps, 64 images per step, 8 on each of 8 devices" in out[-2]
+    )
     assert sorted(home.rglob("*")) == before
 
 
@@ -200,7 +204,7 @@ def test_an_accelerator_that_was_hidden_is_a_note(home, monkeypatch):
     (home / "nvidia0").touch()
     used, hidden = doctor.devices(home)
     assert (used.level, hidden.level) == ("ok", "note")
-    assert "CUDA_VISIBLE_DEVICES= says" in hidden.text
+    assert "because of CUDA_VISIBLE_DEVICES=;" in hidden.text
 
 
 def test_a_machine_without_accelerators_is_sound(home):
@@ -225,7 +229,7 @@ def test_a_cache_that_cannot_be_written_is_said(home):
     assert programs.level == "note"
     assert "cannot be written, so every run compiles again" in programs.text
     [problem] = texts(doctor.data(QUICKSTART.data), "problem")
-    assert "choose a writable --data.dir" in problem
+    assert "cannot be written; choose another --data.dir" in problem
 
 
 def test_a_missing_data_set_is_announced(home):
@@ -257,7 +261,7 @@ def test_a_folder_is_counted(home, tmp_path):
     config = replace(config, data=replace(config.data, name=name))
     ok, note, room = doctor.data(config.data)
     assert ok.text == f"{tmp_path / 'pets'}: 2 classes; images: 3 train, 1 test"
-    assert note.text == "the images will be decoded, once"
+    assert note.text == "the images will be decoded once"
     assert room.text.startswith("the decoded images: up to 49.2 kB")
     assert "train.batch_size=64 is more than the 3 training images" in last(config).text
     small = replace(config, train=replace(config.train, batch_size=8))
@@ -285,7 +289,7 @@ def test_a_prepared_data_set_is_found(prepared):
     root, config = prepared
     found, note = doctor.data(config.data)
     assert "embedded_shapes/1.0.0: array_record; images: 160 train, 24 t" in found.text
-    assert "decoded, once" in note.text
+    assert "decoded once" in note.text
     read_dataset(tfds_records.find_prepared("embedded_shapes", root))
     _, kept = doctor.data(config.data)
     assert kept.level == "ok"
@@ -352,18 +356,18 @@ def test_a_batch_that_the_memory_cannot_hold_is_refused(monkeypatch):
 def test_memory_that_others_use_is_a_problem(monkeypatch):
     monkeypatch.setattr(doctor, "_free_memory", lambda: 10**6)
     [problem] = texts(examined(QUICKSTART), "problem")
-    assert "but only 1 MB are free; end other programs" in problem
+    assert "; 1 MB are free; end other programs" in problem
 
 
 def test_a_run_directory_is_looked_at(home):
     (home / "run").mkdir()
     (home / "run" / "config.json").write_text(to_json(QUICKSTART))
-    same = last(QUICKSTART, workdir=home / "run")
-    assert "going on with the run there" in same.text
-    other = last(replace(QUICKSTART, seed=1), workdir=home / "run")
+    same = last(QUICKSTART, workdir=str(home / "run"))
+    assert "resuming the run there" in same.text
+    other = last(replace(QUICKSTART, seed=1), workdir=str(home / "run"))
     assert "holds a run of another configuration (seed: 0 -> 1)" in other.text
     (home / "file").touch()
-    problems = texts(examined(QUICKSTART, workdir=home / "file"), "problem")
+    problems = texts(examined(QUICKSTART, workdir=str(home / "file")), "problem")
     assert problems == [f"{home / 'file'} cannot be written; choose another --workdir"]
 
 
@@ -371,9 +375,9 @@ def test_whatever_a_part_raises_is_a_finding(monkeypatch):
     def fail(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(doctor, "find", fail)
+    monkeypatch.setattr(doctor.datasets, "prepared_directory", fail)
     [problem] = [f.text for f in examined(QUICKSTART) if f.about == "data"]
-    assert "cannot be looked at (ZeroDivisionError)" in problem
+    assert "cannot be checked (ZeroDivisionError)" in problem
 
 
 def test_images_that_stay_on_disk_take_no_memory(tmp_path):
@@ -382,6 +386,7 @@ def test_images_that_stay_on_disk_take_no_memory(tmp_path):
         augment=replace(QUICKSTART.augment, crop_scale=(0.3, 1.0)),
         data=replace(QUICKSTART.data, stream=True),
     )
-    findings = {f.about: f for f in doctor.run(config, "train.py", tmp_path)}
+    command = TrainCommand(config=config, workdir=str(tmp_path))
+    findings = {f.about: f for f in doctor.run(command, "train.py")}
     assert findings["run"].level == "ok", findings["run"].text
     assert "memory" in findings

@@ -259,8 +259,9 @@ def test_the_help_of_a_recipe_lists_every_field_with_its_docstring(
     monkeypatch.setenv("COLUMNS", "100")
     assert run(["quickstart", "--help"]) == 0
     text = flat(capsys.readouterr().out)
-    found = list(fields_of(Config))
-    assert len(found) > 60
+    kinds = (Config, train_command.RuntimeOptions, train_command.ProcessOptions)
+    found = [field for kind in kinds for field in fields_of(kind)]
+    assert len(found) > 70
     for flag, kind, about in found:
         assert f"--{flag} " in text or f"--{flag}," in text
         if kind is bool:
@@ -268,6 +269,17 @@ def test_the_help_of_a_recipe_lists_every_field_with_its_docstring(
             assert ".".join([*before, f"no-{last}"]) in text
         assert about in text, flag
     assert "--workdir " in text
+
+
+def test_the_help_begins_with_what_is_changed_most(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert run(["quickstart", "--help"]) == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    titles = re.findall(r"^\W*((?:[\w.-]+ )?options)\W*$", text, re.M)
+    assert [title.removesuffix("options").strip() for title in titles] == [
+        *("", "train", "data", "augment", "architecture", "architecture.semantics"),
+        *("execution", "autoencoder", "runtime", "multi-process"),
+    ]
 
 
 def described(arguments):
@@ -292,10 +304,19 @@ def test_the_commands_of_the_package_are_listed(capsys):
     with pytest.raises(SystemExit, match="0"):
         tools.main(["--help"])
     said = flat(capsys.readouterr().out)
-    assert "show Say what a net consists of" in said
-    assert "doctor Say what train.py would find and do" in said
-    assert "find-rate Say which learning rate to choose" in said
+    assert "show Show the units, sizes and costs of a preset net" in said
+    assert "doctor Check what train.py would find and do" in said
+    assert "find-rate Suggest a learning rate" in said
     assert "sweep Train a recipe under each override and seed, and compare" in said
+
+
+def test_the_help_of_a_command_is_its_docstring(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        tools.main(["export", "--help"])
+    said = flat(capsys.readouterr().out)
+    assert "usage: python -m flax_resnetv2 export" in said
+    assert "Write a trained net to one file" in said
+    assert "--to STR The file; its suffix chooses the format" in said
 
 
 def test_layers_of_a_preset_are_listed(capsys):

@@ -490,8 +490,8 @@ CASES = {
         quickstart(
             "stochastic depth of nothing",
             "--train.stochastic-depth 0.2 --train.trainable classifier",
-            "train.stochastic_depth=0.2 drops units that learn, and train.trainable="
-            "'classifier' has none; leave it out",
+            "train.stochastic_depth=0.2 drops units that are trained, and "
+            "train.trainable='classifier' trains none; leave it out",
         ),
         quickstart("target", "--target-accuracy 94", "target_accuracy=94.0", "or None"),
         quickstart("clip", "--train.clip-norm 0", "train.clip_norm=0.0", "or None"),
@@ -1021,7 +1021,8 @@ CASES = {
         again(
             "config.json of another time",
             "",
-            "r/config.json cannot be used (schema=99 of a configuration; known is 1)",
+            "r/config.json cannot be used (schema=99 of a configuration, but this "
+            "version reads only 2; use the version that wrote it, or train again)",
             prepare=a_run("config.json", fields(schema=99)),
         ),
         again(
@@ -1079,7 +1080,8 @@ CASES = {
         quickstart(
             "coordinator alone",
             "--coordinator h:1 --workdir w",
-            "coordinator=h:1, processes=None and process=None are given all or not at",
+            "coordinator=h:1, processes=None and process=None must be set together; "
+            "set all three, or only --distributed",
         ),
         quickstart(
             "processes alone", "--processes 2 --workdir w", "coordinator=None, proces"
@@ -1093,17 +1095,17 @@ CASES = {
         quickstart(
             "one too high",
             f"{TWO} --process 2 --workdir w",
-            "process=2 must be from 0 to below processes=2",
+            "process=2 must be a whole number (int) from 0 to 1",
         ),
         quickstart(
             "below 0",
             f"{TWO} --process -1 --workdir w",
-            "process=-1 must be from 0 to below processes=2",
+            "process=-1 must be a whole number (int) from 0 to 1",
         ),
         quickstart(
             "none",
             "--coordinator h:1 --processes 0 --process 0 --workdir w",
-            "processes=0, which must be 1 or above",
+            "processes=0 must be a whole number (int) from 1 to",
         ),
         quickstart(
             "no port",
@@ -1119,12 +1121,12 @@ CASES = {
         quickstart(
             "no cluster",
             "--distributed --workdir w",
-            "no cluster was found that says who the processes are (",
+            "no cluster environment was found (",
             "give --coordinator HOST:PORT --processes N --process K",
         ),
     ],
     "predict.py": [
-        predict("nothing", "", "A run directory that train.py made", box=True),
+        predict("nothing", "", "A run directory of train.py", box=True),
         predict("no image", "r", "no image given; name at least one PNG or JPEG file"),
         predict("no such run", "nowhere a.png", "nowhere is not a run directory, an "),
         predict("a file", "a.png a.png", "a.png cannot be read (", "a whole .safe"),
@@ -1241,7 +1243,7 @@ CASES = {
             box=True,
         ),
         package("command", "paint", "paint", "show, doctor", box=True),
-        package("no preset", "show", "as article-figure", box=True),
+        package("no preset", "show", "for example article-figure", box=True),
         package(
             "three nets",
             "show resnet56",

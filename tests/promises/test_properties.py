@@ -37,7 +37,7 @@ from flax_resnetv2.data.datasets import DataConfig
 from flax_resnetv2.model.initial import init_in_one_draw
 from flax_resnetv2.model.layer_table import layer_table, receptive_field
 from flax_resnetv2.model.semantics import SEMANTICS
-from flax_resnetv2.run.config import check_config, from_json, to_json
+from flax_resnetv2.run.config import SCHEMA, check_config, from_json, to_json
 from flax_resnetv2.training.augment import AugmentConfig
 from tests.support.tiny import images_of, variables_of
 
@@ -728,7 +728,7 @@ def test_an_edited_configuration_is_read_as_written_or_refused():
             seen["refused"] += 1
             return
         values.pop("schema")
-        expected = {"schema": 1, **with_defaults(values, Config())}
+        expected = {"schema": SCHEMA, **with_defaults(values, Config())}
         assert json.loads(to_json(config)) == expected
         assert survives_json(config)
         seen["read"] += 1
@@ -743,15 +743,15 @@ def test_an_edited_configuration_is_read_as_written_or_refused():
         *("", "{", "null", "[]", "3", '"schema"', "NaN", "\ufeff{}", '{"seed": 1}'),
         *('{"schema": true}', '{"schema": 1.0}'),
         *("[" * 100_000, '{"a":' * 100_000, "9" * 5000),
-        '{"schema": 1, "seed": ' + "9" * 5000 + "}",
-        '{"schema": 1, "seed": 1e999}',
-        '{"schema": 1, "seed": ' + "[" * 400 + "]" * 400 + "}",
-        '{"schema": 1, "seed": ' + "[" * 900 + "]" * 900 + "}",
+        '{"schema": 2, "seed": ' + "9" * 5000 + "}",
+        '{"schema": 2, "seed": 1e999}',
+        '{"schema": 2, "seed": ' + "[" * 400 + "]" * 400 + "}",
+        '{"schema": 2, "seed": ' + "[" * 900 + "]" * 900 + "}",
         '{"schema": "a\\nb"}',
-        '{"schema": 1, "a\\n\\ud800": 1}',
-        '{"schema": 1, "train": [["epochs", 3]]}',
-        '{"schema": 1, "augment": {"mean": [NaN, 0, 0]}}',
-        '{"schema": 1, "architecture": {"semantics": "HE2016"}}',
+        '{"schema": 2, "a\\n\\ud800": 1}',
+        '{"schema": 2, "train": [["epochs", 3]]}',
+        '{"schema": 2, "augment": {"mean": [NaN, 0, 0]}}',
+        '{"schema": 2, "architecture": {"semantics": "HE2016"}}',
     ],
     ids=lambda text: text[:30],
 )
