@@ -22,7 +22,7 @@ FOLDERS = {
     "run": "jax numpy orbax rich tensorboardX matplotlib",
     "inference": "jax flax numpy safetensors PIL jax2onnx",
     "reports": "jax numpy matplotlib PIL",
-    "cli": "jax numpy tyro",
+    "cli": "jax numpy rich tyro",
 }
 """Folders and files of the package from bottom to top, each with the third-party
 packages that it may import. A folder imports itself and those above it in this list."""

@@ -64,10 +64,12 @@ def test_every_file_is_in_a_folder_of_the_list():
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_heavy_packages_are_imported_where_they_are_used(folder):
+    # No command works without tyro, and the types of the flags are made with it.
+    lazy = LAZY - {"tyro"} if folder == "cli" else LAZY
     for path in FILES:
         if folder_of(path) == folder:
             found = packages(imports(top_level(tree_of(path))))
-            assert not found & LAZY, path
+            assert not found & lazy, path
 
 
 @pytest.mark.parametrize("folder", sorted({path.parent for path in FILES} - {PACKAGE}))
