@@ -1,1 +1,1 @@
-"""Measurements, one command each, one JSON line a row."""
+"""Measurements: one command each, one JSON line per row."""

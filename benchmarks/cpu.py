@@ -1,30 +1,30 @@
-"""Training and inference on the CPU beside plain linen, Keras on JAX and PyTorch.
+"""Training and inference on the CPU, compared with plain linen, Keras and PyTorch.
 
     python -m benchmarks.cpu
     python -m benchmarks.cpu --nets he2016-resnet20 --only ours torch
-    python -m benchmarks.cpu --alternatives   # our default beside what we offer else
+    python -m benchmarks.cpu --alternatives   # our default and its alternatives
     python -m benchmarks.cpu --table
 
-In one process, tuned as ``train.py`` tunes its own (``process.tune``), the contestants
-of ``benchmarks.peers`` take turns (see ``measure.interleaved``), one training step or
-one inference of a batch a turn, float32. Rows go to ``benchmarks/results/cpu.jsonl``;
-``--table`` lays them out as Markdown. The default run takes under 15 minutes on two
-cores; pin it with ``taskset``.
+The contestants of ``benchmarks.peers`` run in one process with the settings of
+``train.py`` (``tune``) and take turns (see ``measure.interleaved``): one training step
+or one inference of a batch per turn, float32. Rows go to
+``benchmarks/results/cpu.jsonl``; ``--table`` prints them as Markdown. The default run
+takes under 15 minutes on two cores; pin it with ``taskset``.
 
-What a row says besides the median and the spread of its turns (the middle half; with
-three of them the whole range):
+Fields of a row besides the median and the spread of its turns (the middle half; with
+three turns the whole range):
 
-lower_seconds, compile_seconds: of JAX's program, with no compilation cache;
-    first_seconds is the first call of all, which for Keras includes both.
-temp_bytes: the most that the compiled program holds besides inputs and outputs.
-flops_fraction: two for each multiply-add of ``analysis.layer_table``, three times that
-    for training, over the seconds, over the peak measured beside it: the fastest of
-    some float32 products of 2048x2048 matrices.
-bytes_fraction: what the compiled program's operations read and write as XLA counts it
-    (fused operations once, caches ignored), over the seconds, over the bandwidth
-    measured beside it: the fastest of some copies of a large array by one thread a
-    core, reads and writes counted. The larger of both fractions is the one that the
-    roofline bounds; caches can lift the second one above 1.
+lower_seconds, compile_seconds: for JAX's program, without a compilation cache;
+    first_seconds is the very first call, which for Keras includes both.
+temp_bytes: the largest memory of the compiled program besides inputs and outputs.
+flops_fraction: FLOPs (two per multiply-add of ``layer_table``, three times that for
+    training) per second, as a fraction of the peak measured in the same run: the
+    fastest of several float32 products of 2048x2048 matrices.
+bytes_fraction: bytes that the compiled program's operations read and write as XLA
+    counts them (fused operations once, caches ignored) per second, as a fraction of the
+    bandwidth measured in the same run: the fastest of several copies of a large array
+    by one thread per core, reads and writes counted. The roofline bounds the larger of
+    both fractions; caches can lift the second one above 1.
 """
 
 import json
@@ -54,7 +54,7 @@ from flax_resnetv2.system import runtime
 
 NETS = ("he2016-resnet20", "article", "he2016-resnet56", "he2016-resnet164")
 FEWEST, MOST = 3, 20
-"""Rounds."""
+"""Fewest and most rounds."""
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,19 @@ class Options:
     nets: tuple[str, ...] = NETS
     """Presets."""
     only: tuple[str, ...] = ()
-    """Contestants; none: all."""
+    """Contestants; an empty tuple means all."""
     alternatives: bool = False
-    """Our own ways of execution in place of the rivals."""
+    """Compare our own kinds of ``Execution`` instead of other libraries."""
     batch: int = 128
-    """Images in a step."""
+    """Images per step."""
     rounds: int | None = None
-    """Turns of each contestant; None: as many as fit into seconds, 3 to 20."""
+    """Turns of each contestant; None takes as many as fit into ``seconds``, 3 to 20."""
     seconds: float = 45.0
-    """For the rounds of one net, training and inference each."""
+    """Time for the rounds of one net, in training and in inference each."""
     out: Path | None = None
-    """Receives the rows; None: cpu.jsonl or alternatives.jsonl in results/."""
+    """File for the rows; None means cpu.jsonl or alternatives.jsonl in results/."""
     table: bool = False
-    """Measure nothing; print the table of the rows that are there."""
+    """Only print the table of the existing rows."""
 
 
 def main(options: Options) -> None:
@@ -97,7 +97,7 @@ def main(options: Options) -> None:
 
 
 def measure_net(net: str, options: Options) -> list[dict[str, Any]]:
-    """Let the contestants take turns on one net; one row each for both modes."""
+    """Time the contestants in turns on one net; return a row for each and each mode."""
     task = peers.Task.of_preset(net, batch=options.batch)
     machine = {"peak_flops": product_peak(), "bandwidth": copy_bandwidth()}
     offered = peers.ALTERNATIVES if options.alternatives else peers.CONTESTANTS
@@ -132,7 +132,7 @@ def measure_net(net: str, options: Options) -> list[dict[str, Any]]:
 
 
 def product_peak(size: int = 2048, tries: int = 12) -> float:
-    """FLOP/s of the fastest of some float32 products of square matrices in JAX."""
+    """Return FLOP/s of the fastest of several float32 products of square matrices."""
     rng = np.random.default_rng(0)
     a, b = (jnp.asarray(rng.normal(size=(size, size)), "float32") for _ in range(2))
     product = jax.jit(jnp.matmul)
@@ -143,7 +143,7 @@ def product_peak(size: int = 2048, tries: int = 12) -> float:
 
 
 def copy_bandwidth(megabytes: int = 256, tries: int = 8) -> float:
-    """Bytes/s, read and written, of the fastest of some copies by all cores."""
+    """Return bytes/s, read and written, of the fastest of several parallel copies."""
     cores = usable_cores()
     source = np.ones((cores, megabytes * 2**20 // 4 // cores), np.float32)
     target = np.zeros_like(source)
@@ -156,14 +156,14 @@ def copy_bandwidth(megabytes: int = 256, tries: int = 8) -> float:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a file; none where there is no file."""
+    """Read the rows of a file; an empty list if it does not exist."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines() if line]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Lay out the last run of every net as a Markdown table."""
+    """Return the last run of every net as a Markdown table."""
     last = {(row["net"], row["batch"]): row["run"] for row in rows}
     rivals = {"torch": "PyTorch", "linen": "plain linen"}
     if any(row.get("benchmark") == "alternatives" for row in rows):

@@ -1,31 +1,31 @@
-"""What depth costs, and whether a scan over equal units would pay: time and memory.
+"""Time and memory by depth, and whether a scan over equal units would pay.
 
     python -m benchmarks.depth --minutes 60
     python -m benchmarks.depth --quick      # tiny nets, under a minute
     python -m benchmarks.depth --table
 
-All units of a stack but the first have equal plans, so one compiled body could run them
-all. ``Scanned`` does that: it stacks their variables, runs ``lax.scan`` over one unit
-and puts the statistics back; variables go in and come out as the model's own tree. The
-rivals are ways of running he2016 nets on 32x32 images, each with the model's three
-kinds of ``Execution.remat``: "loop-..." is the model as it is, "scan-..." the scan
-("scan-units" has its body under ``jax.checkpoint``). "...-automatic" has the textbook
-operations instead of those of ``ops``: there the bodies hold XLA's own convolutions.
+All units of a stack except the first have equal plans, so one compiled body could run
+them all. ``Scanned`` does that: it stacks their variables, runs ``lax.scan`` over one
+unit and unstacks the statistics; its inputs and outputs are the model's own variables.
+The contestants run he2016 nets on 32x32 images, each with the three values of
+``Execution.remat``: "loop-..." is the model itself, "scan-..." the scan ("scan-units"
+has its body under ``jax.checkpoint``). "...-automatic" uses the textbook operations,
+and so XLA's own convolutions, instead of those of ``ops``.
 
 One training step (donated state, float32, one batch that stays on the device) is traced
-and lowered, compiled, and run. Each way runs in a process of its own; rows go to
-``benchmarks/results/depth.jsonl``. The same command goes on where it stopped. Pin it
-with ``taskset``. What a row says besides the median and the spread of its steps:
+and lowered, compiled, and run. Each contestant runs in its own process; rows go to
+``benchmarks/results/depth.jsonl``. The same command resumes where it stopped. Pin it
+with ``taskset``. Fields of a row besides the median and the spread of its steps:
 
-lower_seconds, compile_seconds: with no compilation cache.
+lower_seconds, compile_seconds: without a compilation cache.
 temp_bytes, argument_bytes, output_bytes, alias_bytes: of the compiled program;
-    temporary ones are what it holds besides arguments and results.
-peak_rss_bytes: the most the process ever held, compiler included.
-first_seconds: the first call; one slower than four times --limit is the only one.
-fastest: of the steps. Other work on the machine's memory only makes steps slower.
-loss, gradient_norm: after the first step; equal for all ways of a net.
+    temporary bytes are those besides arguments and results.
+peak_rss_bytes: peak memory of the process, compiler included.
+first_seconds: the first call; if it is slower than four times --limit, the only one.
+fastest: the fastest step. Other work on the machine only makes steps slower.
+loss, gradient_norm: after the first step; equal for all contestants of a net.
 loops, elsewhere: operations of the compiled program inside ``while`` bodies, and
-    outside of them: how many there are, and how many convolutions are in a layout that
+    outside of them: their number, and how many convolutions are in a layout that
     XLA's CPU backend computes by its slow element-wise loop ("slow_convolution").
 """
 
@@ -69,11 +69,11 @@ REMATS = ("nothing", "norms", "units")
 WAYS = tuple(f"{how}-{what}" for how in ("loop", "scan") for what in REMATS)
 AUTOMATIC = ("loop-automatic", "scan-automatic")
 FEWEST, MOST = 3, 10
-"""Timed steps."""
+"""Fewest and most timed steps."""
 _TINY = Architecture(
     units=(3,), widths=(8,), strides=(1,), reduction=4, stem_width=8, semantics=HE2016
 )
-"""Where --quick compiles."""
+"""The net of --quick."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,12 @@ class Scanned:
     def apply(
         self, variables: Any, images: jax.Array, *, train: bool, mutable: Any = False
     ) -> Any:
-        """Give what ``model.apply`` gives, statistics included where they are mutable.
+        """Return what ``model.apply`` returns, with the statistics if they are mutable.
 
         Args:
             variables: params and batch_stats.
             images: [N, H, W, channels] float.
-            train: as the model's.
+            train: as in the model.
             mutable: ["batch_stats"], or False.
         """
         plan, execution = self.model.plan, self.execution
@@ -146,7 +146,7 @@ class Scanned:
     def _stack(
         self, plan: StackPlan, variables: Any, x: jax.Array, train: bool
     ) -> tuple[jax.Array, Any]:
-        """Unit 1 by itself, the others by a scan; the bridge."""
+        """Run unit 1, the others by a scan, and the bridge."""
         first, *rest = plan.units
         if any(unit != rest[0] for unit in rest):
             raise ValueError("a stack whose units differ cannot be scanned")
@@ -178,14 +178,14 @@ class Scanned:
 
 
 def _at(variables: Any, name: str) -> Any:
-    """The variables of one part, by collection."""
+    """Return the variables of one part, by collection."""
     return {kind: tree[name] for kind, tree in variables.items() if name in tree}
 
 
 def _apply(
     module: Any, variables: Any, x: jax.Array, train: bool
 ) -> tuple[jax.Array, Any]:
-    """Result and batch_stats of a module, as a pure function."""
+    """Apply a module; return its result and batch_stats."""
     if isinstance(module, Convolution):
         return module.apply(variables, x), {}
     if not train:
@@ -196,7 +196,7 @@ def _apply(
 
 
 def build(architecture: Architecture, way: str, image_shape: tuple) -> Any:
-    """Give the model that runs in this way; all have equal variables and results."""
+    """Return the model that runs this way; all have equal variables and results."""
     how, what = way.split("-")
     if what == "automatic":
         execution = Execution(remat="nothing", backward="automatic")
@@ -207,10 +207,10 @@ def build(architecture: Architecture, way: str, image_shape: tuple) -> Any:
 
 
 def measure(name: str, case: Case, way: str, limit: float) -> dict[str, Any]:
-    """Lower, compile and run one training step in this process; its row.
+    """Lower, compile and run one training step in this process; return its row.
 
     Args:
-        name: of the net.
+        name: the net.
         case: the net and its batch.
         way: one of WAYS or AUTOMATIC.
         limit: seconds for the timed steps.
@@ -269,8 +269,8 @@ COUNTED = ("convolution", "dot", "fusion", "while", "copy", "transpose")
 def operations(text: str) -> dict[str, dict[str, int]]:
     """Count operations of a compiled program in "loops" and "elsewhere".
 
-    A convolution is fast on the CPU where its dimensions lie as the backend's library
-    wants them; XLA turns others round, but in the entry computation only.
+    A convolution is fast on the CPU if its dimensions are in the order of the backend's
+    library; XLA transposes others, but only in the entry computation.
     """
     computations: dict[str, list[str]] = {}
     lines: list[str] = []
@@ -313,7 +313,7 @@ def operations(text: str) -> dict[str, dict[str, int]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Lay out the newest good rows as Markdown; failures below."""
+    """Return the newest successful rows as Markdown, and then the failures."""
     good = {(r["net"], r["batch"], r["way"]): r for r in rows if r["status"] == "ok"}
     order = [*WAYS, *AUTOMATIC]
     chosen = sorted(
@@ -356,7 +356,7 @@ def _ids(good: dict[tuple, dict[str, Any]]) -> set[str]:
 
 
 def main() -> None:
-    """Run the ways that have no row yet, one of them, or print the table."""
+    """Run the ways that have no row yet, or one of them, or print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.depth", description=__doc__.split("\n\n")[0]
     )

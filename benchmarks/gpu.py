@@ -1,29 +1,30 @@
-"""Everything worth measuring on a GPU, in one command, in order of worth.
+"""All measurements on a GPU in one command, the most important first.
 
     python -m benchmarks.gpu --minutes 25
     python -m benchmarks.gpu --tiny        # the whole queue on a CPU, on tiny nets
     python -m benchmarks.gpu --table
 
-A queue of jobs, each in a process of its own, so that none can spoil the next: one that
-fails leaves a row with its last line of error. Rows are appended to
-``benchmarks/results/gpu.jsonl``. The same command goes on where it stopped: a job with
-a row of status "ok" is not run again, one that failed comes after those never tried,
-and none is started for which the time left is too short.
+A queue of jobs, each in its own process, so that a failure affects no other job: it
+leaves a row with the last line of its error. Rows are appended to
+``benchmarks/results/gpu.jsonl``. The same command resumes where it stopped: a job with
+a row of status "ok" is not run again, failed jobs come after those never tried, and no
+job is started for which too little time is left.
 
-We train in bfloat16 as ``loop.fit`` does: several steps a dispatch, on a data set that
-lies on the device, every batch gathered, cropped and mirrored inside the step. PyTorch
-trains under bfloat16 autocast, channels_last, with its fused SGD, on one normalized
-batch that stays on the device. Both wait once for as many steps. Needed are jax, flax,
-optax, numpy, pytest and torch; what only the command line of the project needs is not.
+We train in bfloat16 as ``fit`` does: several steps per dispatch, on a data set in the
+device's memory, with every batch gathered, cropped and mirrored inside the step.
+PyTorch trains under bfloat16 autocast, channels_last, with its fused SGD, on one
+normalized batch that stays on the device. Both wait once for the same number of steps.
+This needs jax, flax, optax, numpy, pytest and torch, but not the packages of the
+command line.
 
 Jobs: "tests/FILE" (its fast tests that need one device, products in full float32),
 "peak" (matrix product and copy), "train/NET/BATCH/CONTESTANT", and
-"pipeline/NET/BATCH": gathering, normalizing and augmenting against one normalized
-batch, in turns, as a share of a step; and, where CIFAR-10 is at hand
-(``TFDS_DATA_DIR``), "accuracy/RECIPE/SEED" and "study/NAME", which put their lines into
-``results`` (``benchmarks.studies page`` writes them up). These two save what they have
-when the time is over, and go on next time: half an hour is enough to get on.
-FLOPs of the model: six for each multiply-add of ``analysis.layer_table``.
+"pipeline/NET/BATCH": gathering, normalizing and augmenting in comparison with one
+normalized batch, in turns, as a share of a step; and, if CIFAR-10 is available
+(``TFDS_DATA_DIR``), "accuracy/RECIPE/SEED" and "study/NAME", which add their lines to
+``results`` (``benchmarks.studies page`` makes the page). These two save their state
+when the time is over and resume next time, so half an hour is enough to make progress.
+The model's FLOPs are six per multiply-add of ``layer_table``.
 """
 
 import argparse
@@ -61,7 +62,7 @@ from flax_resnetv2.training.step import make_train_step
 
 ROOT = Path(__file__).parent.parent
 MARK = "RESULT "
-"""Begins the line in which a job's process hands back its row."""
+"""Prefix of the line in which a job's process returns its row."""
 AUGMENT = AugmentConfig(mean=peers.PIXELS.mean, std=peers.PIXELS.std)
 EAGER, COMPILED = "torch-eager", "torch-compile-"
 TESTS = {
@@ -70,18 +71,18 @@ TESTS = {
     "training": "tests/training/test_step.py",
     "augment": "tests/training/test_augment.py",
 }
-"""Files of tests that a job runs, by its name."""
+"""Test files by the name of the job that runs them."""
 GRACE = 60
-"""Seconds for a job that saves."""
+"""Seconds that a job has for saving."""
 ACCURACY = (
     ("cifar10-accurate", 5),
     ("cifar10-he2016-resnet164-paper", 5),
     ("cifar10-atienza-resnet56v2-book", 3),
     ("cifar10-atienza-resnet164v2-book", 3),
 )
-"""Recipes and how many seeds of each, after ``cifar10-fast``."""
+"""Recipes and their numbers of seeds, after ``cifar10-fast``."""
 STUDIES = "stride", "order", "shortcut", "bridges", "reduction", "stacks", "decay"
-"""In order of worth."""
+"""The most important first."""
 
 LIKE_RESNET50 = Architecture(
     units=(3, 4, 6, 3),
@@ -104,14 +105,14 @@ _TINY = Architecture(
 
 @dataclass(frozen=True)
 class Net:
-    """A net of the table, and how it is fed."""
+    """A net of the table, and its data."""
 
     architecture: Architecture
     image_shape: tuple[int, int, int]
     images: int
-    """Of the data set on the device; random pixels."""
+    """Number of random images in the data set on the device."""
     steps: int
-    """In one dispatch."""
+    """Steps per dispatch."""
 
 
 NETS = {
@@ -146,26 +147,26 @@ class Job:
 
     id: str
     command: tuple[str, ...]
-    """Prints ``MARK`` and a JSON object, or fails."""
+    """The command; it prints ``MARK`` and a JSON object, or fails."""
     estimate: float
-    """Seconds that must be left for it to be started."""
+    """Seconds that must be left to start it."""
     timeout: float
-    """Seconds after which it is ended."""
+    """Seconds after which it is terminated."""
     saves: bool = False
-    """SIGTERM makes it save, and it goes on there."""
+    """Whether it saves on SIGTERM and later resumes."""
 
 
 def run_queue(
     jobs: list[Job], out: Path, seconds: float, about: dict[str, Any] | None = None
 ) -> None:
-    """Run what has no row of status "ok" in ``out`` yet, as long as time is left.
+    """Run the jobs without a row of status "ok" in ``out``, as long as time is left.
 
     Args:
-        jobs: in order of worth.
+        jobs: the most important first.
         out: file of JSON lines; every job that was started appends one: "ok",
-            "failed" (with "error"), or "cut", where the queue's time was over first.
+            "failed" (with "error"), or "cut" if the queue's time was over first.
         seconds: for all of them together.
-        about: what every row carries.
+        about: fields for every row.
     """
     end = time.monotonic() + seconds
     rows = read_rows(out)
@@ -191,7 +192,7 @@ def run_queue(
 
 
 def run_job(job: Job, left: float = math.inf) -> dict[str, Any]:
-    """Run one job in its own process group; its row, whatever happens to it."""
+    """Run one job in its own process group; return its row, whatever happens."""
     began, limit = time.monotonic(), min(job.timeout, left)
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
@@ -234,7 +235,7 @@ def run_job(job: Job, left: float = math.inf) -> dict[str, Any]:
 
 
 def last_error(text: str) -> str:
-    """Find the last line that names an error; else the last line at all."""
+    """Return the last line that names an error, or else the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     telling = re.compile(r"\w(Error|Exception)\b|RESOURCE_EXHAUSTED|^(E |FAILED)")
     errors = [line for line in lines if telling.search(line)]
@@ -242,7 +243,7 @@ def last_error(text: str) -> str:
 
 
 def queue(tiny: bool) -> list[Job]:
-    """All jobs in order of worth."""
+    """Return all jobs, the most important first."""
     ours, eager, default = "ours", EAGER, COMPILED + "default"
     graphs = COMPILED + "reduce-overhead"
     tuned = COMPILED + "max-autotune-no-cudagraphs"
@@ -319,7 +320,7 @@ def _job(name: str, tiny: bool, estimate: float) -> Job:
 
 
 def perform(name: str, tiny: bool) -> dict[str, Any]:
-    """Do the job called ``name`` in this process."""
+    """Run the job ``name`` in this process and return its row."""
     kind, *rest = name.split("/")
     if kind == "tests":
         return run_tests(TESTS[rest[0]], tiny)
@@ -343,7 +344,7 @@ def perform(name: str, tiny: bool) -> dict[str, Any]:
 
 
 def run_tests(file: str, tiny: bool) -> dict[str, Any]:
-    """Run a file's fast tests that need one device; fails where one of them does."""
+    """Run a file's fast tests that need one device; fail if one of them fails."""
     # By default the products of a GPU are too coarse for float32 tolerances.
     environment = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     if not tiny:
@@ -368,10 +369,10 @@ def run_tests(file: str, tiny: bool) -> dict[str, Any]:
 
 
 def gather_evidence(kind: str, name: str, seed: str = "0") -> dict[str, Any]:
-    """Train a recipe, or a study's runs, or go on; their lines go to ``results``.
+    """Train a recipe or the runs of a study, or resume; add their lines to ``results``.
 
     Raises:
-        Stopped: not all of it is done yet.
+        Stopped: it is not finished yet.
     """
     # These need what train.py needs; the other jobs do not.
     from benchmarks import studies
@@ -388,7 +389,7 @@ def gather_evidence(kind: str, name: str, seed: str = "0") -> dict[str, Any]:
 
 
 def measure_peak(tiny: bool) -> dict[str, Any]:
-    """FLOP/s of matrix products, bytes/s (read and written) of copies on the device."""
+    """Measure FLOP/s of matrix products and bytes/s (read and written) of copies."""
     size, repeats = (256, 3) if tiny else (8192, 10)
     rng, row = np.random.default_rng(0), {"size": size}
     for label, dtype, precision in (
@@ -420,7 +421,7 @@ def measure_peak(tiny: bool) -> dict[str, Any]:
 def measure_ours(
     task: peers.Task, net: Net, contestant: str, tiny: bool
 ) -> dict[str, Any]:
-    """Seconds of one of our steps, the data pipeline included."""
+    """Measure our training step, including the data pipeline."""
     execution = Execution(dtype=task.dtype)
     if remat := contestant.removeprefix("ours").removeprefix("-remat-"):
         execution = replace(execution, remat=remat)
@@ -433,14 +434,14 @@ def measure_ours(
 def our_chunk(
     task: peers.Task, net: Net, execution: Execution, pipeline: bool
 ) -> tuple[Callable[[], Any], dict[str, float]]:
-    """Compile ``net.steps`` steps as one program; ``loop`` does the same on a GPU.
+    """Compile ``net.steps`` steps as one program, as ``fit`` does on a GPU.
 
     Args:
-        task, net, execution: what is trained, and how.
+        task, net, execution: the net, its data and how it runs.
         pipeline: gather and augment every batch, or train on one normalized batch.
 
     Returns:
-        What runs the program on and waits, and what is known of the program.
+        A function that continues training and waits, and facts about the program.
     """
     model = create_model(task.architecture, execution, task.image_shape)
     state = peers.training_state(model, task)
@@ -490,7 +491,7 @@ def our_chunk(
 def measure_torch(
     task: peers.Task, net: Net, contestant: str, tiny: bool
 ) -> dict[str, Any]:
-    """Seconds of one step of PyTorch on a batch that stays where it is."""
+    """Measure PyTorch's training step on a batch that stays on the device."""
     import torch
 
     if not tiny and not torch.cuda.is_available():
@@ -507,7 +508,7 @@ def measure_torch(
 
 
 def measure_pipeline(task: peers.Task, net: Net) -> dict[str, Any]:
-    """Seconds of our step with and without its data pipeline, in turns."""
+    """Measure our training step with and without its data pipeline, in turns."""
     execution = Execution(dtype=task.dtype)
     runs = {
         name: our_chunk(task, net, execution, pipeline=name == "pipeline")[0]
@@ -521,7 +522,7 @@ def measure_pipeline(task: peers.Task, net: Net) -> dict[str, Any]:
 
 
 def _steps(run: Callable[[], Any], steps: int) -> dict[str, Any]:
-    """Median and spread of one step, from some runs of ``steps`` of them."""
+    """Return median and spread of one step, from several runs of ``steps`` steps."""
     once = _timed(run, tries=2, warmup=1)[-1]
     tries = min(max(int(12 / once), 4), 15)
     row = summary(_timed(run, tries, warmup=0))
@@ -533,7 +534,7 @@ def _timed(run: Callable[[], Any], tries: int = 5, warmup: int = 2) -> list[floa
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Lay out the newest good rows as Markdown; failed jobs below."""
+    """Return the newest successful rows as Markdown, and then the failed jobs."""
     good = {row["id"]: row for row in rows if row["status"] == "ok"}
     lines = [
         "| net | batch | | images/s | spread | ms a step | of eager "
@@ -600,7 +601,7 @@ def _value(rows: list[dict[str, Any]], job: str, key: str) -> Any:
 
 
 def _about(commit: str | None) -> dict[str, Any]:
-    """Device, versions and commit, asked in another process: this one takes no GPU."""
+    """Find device, versions and commit in a child process, so this one uses no GPU."""
     code = "import json; from benchmarks.measure import provenance as p"
     job = Job(
         "provenance",

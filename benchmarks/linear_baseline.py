@@ -1,9 +1,9 @@
-"""How far a linear model gets on the embedded data set: softmax regression.
+"""The accuracy of a linear model on the drawn shapes: softmax regression.
 
     python -m benchmarks.linear_baseline
 
-Trains on the normalized pixels by L-BFGS on the whole training split until the loss is
-flat (it falls by less than 0.001 nats in 20 iterations), and prints one JSON line.
+Trains by L-BFGS on the normalized pixels of the whole training split until the loss
+falls by less than 0.001 nats in 20 iterations, and prints one JSON line.
 """
 
 import json
@@ -15,9 +15,9 @@ import numpy as np
 import optax
 
 WINDOW = 20
-"""Iterations over which the loss must have stopped falling."""
+"""Iterations over which the fall of the loss is measured."""
 FLAT = 1e-3
-"""Nats by which it may still fall in a window."""
+"""Training ends when the loss falls by less than this in a window, in nats."""
 
 
 def softmax_regression(
@@ -30,8 +30,8 @@ def softmax_regression(
     """Fit logits linear in the pixels, images uint8 [N, H, W, C], labels [N].
 
     Returns:
-        Accuracies on both splits at the end and the best on the test split on the way,
-        iterations, the loss, and by how much it still fell in the last window.
+        Final accuracies on both splits, the best test accuracy during training,
+        iterations, the loss, and its fall in the last window.
     """
     mean, std = train_images.mean((0, 1, 2)), train_images.std((0, 1, 2))
 

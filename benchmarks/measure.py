@@ -1,6 +1,6 @@
-"""What every measurement here shares: interleaved timing, and rows that say where from.
+"""Shared by all measurements: interleaved timing, and rows with their provenance.
 
-A row is one JSON object: what was measured, with device, versions and commit. Rivals
+A row is one JSON object with the measurement, device, versions and commit. Contestants
 are timed in turns within one run, because a machine's speed drifts by more than the
 differences that matter.
 """
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-"""Where the committed rows are, one file a table."""
+"""Directory of the committed rows, one file per table."""
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "keras", "timm")
 
 
 def provenance() -> dict[str, Any]:
-    """Give the device, versions and commit that every row carries."""
+    """Return the device, versions and commit for a row."""
     import jax
 
     commit = None
@@ -54,17 +54,17 @@ def provenance() -> dict[str, Any]:
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may run on."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def interleaved(
     runs: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Time each of ``runs`` once a round, in turns; seconds by name.
+    """Time each of ``runs`` once per round, in turns; return seconds by name.
 
-    A run must wait for its own result. The order turns round every second time, so
-    that no rival always follows the same one.
+    A run must wait for its own result. The order is reversed every second round, so
+    that no contestant always follows the same one.
     """
     for run in runs.values():
         for _ in range(warmup):
@@ -80,7 +80,7 @@ def interleaved(
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
-    """Median and spread (the middle half's width over the median) of timings."""
+    """Return median and spread (width of the middle half over the median)."""
     median = statistics.median(seconds)
     if len(seconds) < 4:
         spread = (max(seconds) - min(seconds)) / median
@@ -91,7 +91,7 @@ def summary(seconds: list[float]) -> dict[str, float]:
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Add one row to a file of JSON lines, and show it."""
+    """Append one row to a file of JSON lines, and print it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(row)
     with path.open("a") as file:

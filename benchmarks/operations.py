@@ -1,14 +1,13 @@
-"""The costliest operations of a training step on the CPU, before and after.
+"""The costliest operations of a training step on the CPU.
 
     python -m benchmarks.operations he2016-resnet164
     python -m benchmarks.operations he2016-resnet164 --contestant linen
 
-Some steps run under ``jax.profiler``; the seconds of every operation of the compiled
-program are added up by what it does: its opcode, what is fused in it, its result's
-shape, and the part of the net that it belongs to (with stack and unit left out, so that
-equal units make one line). Operations run side by side, so that their seconds may add
-up to more than a step's; convolutions by Eigen run outside the profiler's sight and
-have a line only where XLA waits for them.
+Several steps run under ``jax.profiler``. The times of the compiled program's operations
+are summed by kind: opcode, fused operations, shape of the result, and part of the net
+(without stack and unit, so that equal units share a line). Operations run in parallel,
+so their times can add up to more than a step's. The profiler does not see Eigen's
+convolutions; they have a line only where XLA waits for them.
 """
 
 import gzip
@@ -28,7 +27,7 @@ from benchmarks.measure import RESULTS, append, provenance
 from flax_resnetv2.system import runtime
 
 WARMUP = 4
-"""Steps until the process's memory is at rest."""
+"""Steps until the process's memory is stable."""
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(?[a-z]+[\d\[\],]*).*$")
 _OPCODE = re.compile(r"[\])}] ([a-z][a-z\-]*)\(")
 _FUSED = ("dot", "convolution", "reduce", "pad", "select", "transpose")
@@ -46,8 +45,9 @@ def main(
     Args:
         net: A preset.
         contestant: ours, or linen.
-        steps: To profile; XLA's convolutions make gigabytes of events, so linen gets 1.
-        batch: Images in a step.
+        steps: Steps to profile; 1 for linen, whose convolutions make gigabytes of
+            events.
+        batch: Images per step.
         top: Lines to print.
     """
     runtime.tune()
@@ -72,12 +72,12 @@ def main(
 def costs(
     text: str, events: list[dict[str, Any]], steps: int
 ) -> list[dict[str, float | str]]:
-    """Add up a trace's events by kind of operation, the costliest first.
+    """Sum the events of a trace by kind of operation, the costliest first.
 
     Args:
         text: the compiled program.
-        events: of the trace; microseconds.
-        steps: how often the program ran.
+        events: the trace's events, in microseconds.
+        steps: number of executions of the program.
     """
     kinds = describe(text)
     seconds: Counter[str] = Counter()
@@ -94,7 +94,7 @@ def costs(
 
 
 def describe(text: str) -> dict[str, str]:
-    """Say of each instruction of a compiled program what kind it is."""
+    """Return the kind of each instruction of a compiled program."""
     computations: dict[str, list[str]] = {}
     lines: list[str] = []
     instructions: dict[str, tuple[str, str]] = {}
@@ -119,14 +119,14 @@ def describe(text: str) -> dict[str, str]:
 
 
 def _place(path: str) -> str:
-    """Say to which pass and part an operation's name belongs."""
+    """Return the pass and the part of the net that an operation belongs to."""
     way = "backward" if "transpose(" in path else "forward"
     part = re.search(r"layer\d|shortcut|stem|head", path.replace("_", "/"))
     return f"{part[0]} {way}" if part else "elsewhere"
 
 
 def table(step: float, rows: list[dict[str, Any]]) -> str:
-    """Lay out the costliest operations as Markdown."""
+    """Return the costliest operations as Markdown."""
     lines = ["| operation | calls a step | ms a step |", "|---|---:|---:|"]
     lines += [
         f"| {r['operation']} | {r['calls']:g} | {1000 * r['seconds']:.0f} |"

@@ -1,11 +1,11 @@
-"""What each training option costs: how much longer a training step takes with it.
+"""The cost of each training option: how much longer a training step takes with it.
 
     python -m benchmarks.options
     python -m benchmarks.options --table
 
 One process trains the same net with each option and without any, a few steps at a time,
-in turns. A row says by what share a turn is longer than the plain one of its round: the
-median over the rounds, and its standard error. Rows go to
+in turns. A row has the relative increase over the turn without options of the same
+round: its median over the rounds, and its standard error. Rows go to
 ``benchmarks/results/options.jsonl``.
 """
 
@@ -40,11 +40,11 @@ OPTIONS: dict[str, dict[str, dict[str, object]]] = {
     "augment.randaugment 2": {"augment": {"randaugment": 2}},
     "train.optimizer lars": {"train": {"optimizer": "lars"}},
     "train.optimizer muon": {"train": {"optimizer": "muon"}},
-    "train.clip_norm 1": {"train": {"clip_norm": 1.0}},
-    "train.accumulation_steps 4": {"train": {"accumulation_steps": 4}},
+    "train.clip-norm 1": {"train": {"clip_norm": 1.0}},
+    "train.accumulation-steps 4": {"train": {"accumulation_steps": 4}},
     "train.stochastic-depth 0.2": {"train": {"stochastic_depth": 0.2}},
 }
-"""By the words that a person types: the fields that they change."""
+"""Flags, and the fields that they change."""
 
 
 @dataclass(frozen=True)
@@ -54,23 +54,23 @@ class Options:
     recipe: str = "quickstart"
     """The net and its batch; trained on the embedded shapes."""
     steps: int = 3
-    """In one turn."""
+    """Steps per turn."""
     rounds: int = 100
-    """Turns of each option."""
+    """Turns per option."""
     out: Path = RESULTS / "options.jsonl"
-    """Receives the rows."""
+    """File for the rows."""
     table: bool = False
-    """Measure nothing; print the table of the rows that are there."""
+    """Only print the table of the existing rows."""
 
 
 def changed(config: Config, changes: dict[str, dict[str, object]]) -> Config:
-    """Give ``config`` with one option on."""
+    """Return ``config`` with one option on."""
     parts = {k: replace(getattr(config, k), **v) for k, v in changes.items()}
     return replace(config, **parts)
 
 
 def turn(config: Config, dataset: Dataset, steps: int) -> Callable[[], None]:
-    """A run that goes on by so many steps at each call."""
+    """Return a function that continues a training by ``steps`` steps per call."""
     model = create_net(config, dataset.image_shape)
     run = Trainer(config, dataset, model, Placement(jax.local_devices()))
     split, order, state = run.split("train"), run.order(0), run.initial_state()
@@ -87,7 +87,7 @@ def turn(config: Config, dataset: Dataset, steps: int) -> Callable[[], None]:
 
 
 def measure(options: Options) -> list[dict]:
-    """Time a turn of each option; a row each."""
+    """Time the turns of each option; return a row for each."""
     config = replace(RECIPES[options.recipe].config, data=DataConfig("embedded_shapes"))
     dataset = open_dataset(config.data)
     config = fill_in(config, dataset)
@@ -112,7 +112,7 @@ def measure(options: Options) -> list[dict]:
 
 
 def format_row(row: dict) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     cells = [
         f"`--{row['option']}`" if row["option"] != PLAIN else PLAIN,
         f"{1e3 * row['seconds']:.1f} ms",

@@ -1,16 +1,15 @@
-"""Rivals for the benchmarks: the same net in plain linen, in PyTorch and in Keras.
+"""The same net in plain linen, in PyTorch and in Keras, for comparison.
 
     python -m benchmarks.peers
 
-Every rival interprets the same ``NetPlan``, holds the same weights and counts its
-parameters against the preset's reference, so that a table compares how a net is
-computed and nothing else. The command proves it on small nets: equal logits, and equal
-losses over a few training steps; it prints the largest differences and ends with 1
-where one is too large.
+Every peer interprets the same ``NetPlan``, has the same weights and compares its number
+of parameters with the preset's, so a table compares only how a net is computed. The
+command tests this on small nets: equal logits, and equal losses over a few training
+steps. It prints the largest differences, and exits with 1 if one is too large.
 
 A training step is cross-entropy and SGD with Nesterov's momentum on one batch that
 stays on the device. Weight decay acts on all parameters; it is added to the gradient,
-as in PyTorch, except in Keras, whose optimizers subtract it apart from the gradient.
+as in PyTorch, except in Keras, whose optimizers subtract it separately.
 """
 
 import gc
@@ -41,7 +40,7 @@ from flax_resnetv2.training.step import create_train_state, make_train_step
 
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
 MEAN, STD = 0.5, 0.25
-"""Of the pixels in [0, 1], in every channel."""
+"""Mean and standard deviation of the pixels in [0, 1], for every channel."""
 PIXELS = AugmentConfig(crop_padding=0, flip=False, mean=(MEAN,) * 3, std=(STD,) * 3)
 TRAIN = TrainConfig(
     learning_rate=LEARNING_RATE,
@@ -55,27 +54,27 @@ TRAIN = TrainConfig(
 
 @dataclass(frozen=True)
 class Task:
-    """One net on one batch: what every contestant is given."""
+    """One net and one batch, the same for every contestant."""
 
     name: str
-    """Of a preset, or of anything else."""
+    """Name of the preset, or any other name."""
     architecture: Architecture
     image_shape: tuple[int, int, int] = (32, 32, 3)
     batch: int = 128
     dtype: str = "float32"
-    """Of the computation; parameters are float32."""
+    """Type of the computation; parameters are float32."""
 
     @classmethod
     def of_preset(cls, name: str, **fields: Any) -> "Task":
-        """Take the architecture called ``name``."""
+        """Return the task of the preset ``name``."""
         return cls(name, PRESETS[name].architecture, **fields)
 
     @property
     def plan(self) -> NetPlan:
-        """What every contestant builds.
+        """The plan that every contestant builds.
 
         Raises:
-            ValueError: the rivals do not build such a net.
+            ValueError: the peers do not build such a net.
         """
         net = plan(self.architecture, self.image_shape)
         head = net.head
@@ -87,7 +86,7 @@ class Task:
 
     @property
     def parameters(self) -> int:
-        """The reference count: of the preset, else of the table of layers."""
+        """Number of parameters: of the preset, or else of the layer table."""
         if self.name in PRESETS:
             return PRESETS[self.name].parameters
         return sum(
@@ -99,33 +98,33 @@ class Task:
 
     @property
     def flops(self) -> int:
-        """Forward, for one image: two for each multiply-add of the layer table."""
+        """FLOPs of a forward pass for one image: two per multiply-add."""
         rows = layer_table(plan(self.architecture, self.image_shape), self.image_shape)
         return 2 * sum(row.multiply_adds for row in rows)
 
     def pixels(self) -> np.ndarray:
-        """Random images, uint8 [batch, height, width, channels]."""
+        """Return random images, uint8 [batch, height, width, channels]."""
         rng = np.random.default_rng(0)
         return rng.integers(0, 256, (self.batch, *self.image_shape), np.uint8)
 
     def images(self) -> np.ndarray:
-        """The same, normalized, float32."""
+        """Return the images of ``pixels``, normalized, as float32."""
         return ((self.pixels() / 255 - MEAN) / STD).astype(np.float32)
 
     def labels(self) -> np.ndarray:
-        """Random classes, int32 [batch]."""
+        """Return random classes, int32 [batch]."""
         classes = self.architecture.num_classes
         return np.random.default_rng(1).integers(0, classes, self.batch, np.int32)
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way of computing a task. Its calls wait for their results."""
+    """One implementation of a task. Its calls wait for their results."""
 
     train: Callable[[int], float]
-    """Take so many training steps; give the last one's loss."""
+    """Do this many training steps; return the loss of the last."""
     infer: Callable[[], Any]
-    """Logits [batch, classes] with the running statistics, on the device."""
+    """Return logits [batch, classes] with the running statistics, on the device."""
     facts: dict[str, dict[str, float]] = field(default_factory=dict)
     """"train" and "inference" -> what is known of the compiled program."""
     step_text: str = ""
@@ -135,7 +134,7 @@ class Contestant:
 def ours(
     task: Task, variables: Any = None, execution: Execution = Execution()
 ) -> Contestant:
-    """This project: its model, its training state, its step. Images enter as uint8."""
+    """Make the contestant of this package; images enter its step as uint8."""
     execution = replace(execution, dtype=task.dtype)
     model = create_model(task.architecture, execution, task.image_shape)
     state = training_state(model, task, variables)
@@ -158,7 +157,7 @@ def ours(
 
 
 def plain_linen(task: Task, variables: Any = None) -> Contestant:
-    """Flax as its examples write it: nn.Conv, nn.BatchNorm, nn.relu, optax."""
+    """Make the contestant in plain linen: nn.Conv, nn.BatchNorm, nn.relu, optax."""
     model = PlainLinen(task.plan, task.dtype)
     if variables is None:
         variables = draw_variables(task)
@@ -198,14 +197,14 @@ def plain_linen(task: Task, variables: Any = None) -> Contestant:
 
 
 class PlainLinen(nn.Module):
-    """The textbook module; the reference for how fast Flax is by itself."""
+    """The textbook module; the reference for the speed of plain Flax."""
 
     plan: NetPlan
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Give logits of normalized images [N, H, W, channels]."""
+        """Return logits of normalized images [N, H, W, channels]."""
 
         def conv(name: str, p: ConvPlan, x: jax.Array) -> jax.Array:
             around = ((p.kernel - 1) // 2,) * 2
@@ -238,7 +237,7 @@ class PlainLinen(nn.Module):
 
 
 def keras_on_jax(task: Task, variables: Any = None) -> Contestant:
-    """Keras 3 on JAX as its users run it: compile, train_on_batch, predict_on_batch."""
+    """Make the contestant in Keras 3 on JAX, with its train_on_batch."""
     os.environ.setdefault("KERAS_BACKEND", "jax")
     import keras
 
@@ -364,7 +363,7 @@ def pytorch(
 def torch_net(net: NetPlan) -> Any:
     """Build ``net`` as a ``torch.nn.Module``: NCHW images in, logits out.
 
-    Its attribute ``places`` gives the module that stands at each of our paths.
+    Its attribute ``places`` maps our paths to its modules.
     """
     import torch
     from torch import nn as tnn
@@ -462,7 +461,7 @@ CONTESTANTS: dict[str, Callable[[Task], Contestant]] = {
     "keras": keras_on_jax,
     "torch": pytorch,
 }
-"""On a CPU, in float32."""
+"""The contestants on a CPU, in float32."""
 ALTERNATIVES: dict[str, Callable[[Task], Contestant]] = {
     "ours": ours,
     "ours-remat-nothing": partial(ours, execution=Execution(remat="nothing")),
@@ -471,19 +470,19 @@ ALTERNATIVES: dict[str, Callable[[Task], Contestant]] = {
         ours, execution=Execution(remat="nothing", backward="automatic")
     ),
 }
-"""Everything that ``Execution`` offers at equal numbers; the default comes first."""
+"""All kinds of ``Execution`` with equal results, the default first."""
 
 
 def draw_variables(task: Task, seed: int = 0, stir: bool = False) -> dict[str, Any]:
-    """Weights from a seed, as our tree of numpy arrays.
+    """Draw weights from a seed, as our tree of numpy arrays.
 
-    Kernels are small enough for the deepest net to keep its numbers finite with the
-    statistics of a start; no initialization is compiled for it.
+    Kernels are small enough for finite values in the deepest net with initial
+    statistics; no initialization is compiled.
 
     Args:
         task: the net.
-        seed: of the numbers.
-        stir: scales, biases and statistics unlike their start, too: for comparing nets.
+        seed: seed of the draws.
+        stir: also draw scales, biases and statistics, for comparing nets.
     """
     model = create_model(task.architecture, Execution(), task.image_shape)
     images = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.float32)
@@ -506,7 +505,7 @@ def draw_variables(task: Task, seed: int = 0, stir: bool = False) -> dict[str, A
 
 
 def training_state(model: ResNetV2, task: Task, variables: Any = None) -> Any:
-    """Our state at step 0 with drawn weights; nothing is compiled for it."""
+    """Return our state at step 0 with drawn weights; nothing is compiled for it."""
     shapes = jax.eval_shape(
         partial(
             create_train_state,
@@ -526,7 +525,7 @@ def training_state(model: ResNetV2, task: Task, variables: Any = None) -> Any:
 
 
 def compiled(function: Callable, *args: Any, donate: tuple[int, ...] = ()) -> tuple:
-    """Compile ``function`` for ``args``; give the program and what is known of it.
+    """Compile ``function`` for ``args``; return the program and facts about it.
 
     Returns:
         The program, and seconds of lowering and compiling, ``temp_bytes`` of its
@@ -552,7 +551,7 @@ def compiled(function: Callable, *args: Any, donate: tuple[int, ...] = ()) -> tu
 
 
 def forget() -> None:
-    """Let go of what dead contestants still hold."""
+    """Free what finished contestants still hold."""
     if "keras" in sys.modules:
         sys.modules["keras"].backend.clear_session()
     jax.clear_caches()
@@ -585,9 +584,10 @@ def _of_jax(
 def _features(
     net: NetPlan, x: Any, conv: Callable, norm_relu: Callable, pool: Callable
 ) -> Any:
-    """Send ``x`` through ``net`` up to the pooling, whatever a framework's layers are.
+    """Apply ``net`` up to the pooling, with the layers of any framework.
 
-    Each callable takes a layer's name (our path with "_" for "/"), its plan and maps.
+    Each callable takes a layer's name (our path with "_" for "/"), its plan and its
+    input.
     """
     for number, (p, norm) in enumerate(
         zip(net.stem.convs, net.stem.norms, strict=True), start=1
@@ -617,7 +617,7 @@ def _features(
 
 
 def _norm_widths(net: NetPlan) -> Iterator[tuple[str, int]]:
-    """Yield ("stack2/unit1/layer3/norm", its maps) for every place of a norm."""
+    """Yield ("stack2/unit1/layer3/norm", its maps) for every norm."""
     for number, p in enumerate(net.stem.convs, start=1):
         yield f"stem/norm{number if number > 1 else ''}", p.width
     width = net.stem.convs[-1].width
@@ -637,7 +637,7 @@ def _leaves(variables: Any) -> Iterator[tuple[str, str, str, np.ndarray]]:
 
 
 def _renamed(variables: Any) -> dict[str, Any]:
-    """Our tree with one flat name a layer, as the rivals call their layers."""
+    """Return our tree with one flat name per layer, as the peers name their layers."""
     tree: dict[str, Any] = {"params": {}, "batch_stats": {}}
     for collection, path, last, leaf in _leaves(variables):
         tree[collection].setdefault(path.replace("/", "_"), {})[last] = leaf
@@ -645,7 +645,7 @@ def _renamed(variables: Any) -> dict[str, Any]:
 
 
 def _load_torch(net: Any, variables: Any) -> None:
-    """Copy our tree into ``torch_net``'s modules; every number of theirs is set."""
+    """Copy our tree into the modules of ``torch_net``; it fills all of them."""
     import torch
 
     names = {"scale": "weight", "mean": "running_mean", "var": "running_var"}
@@ -698,13 +698,13 @@ PARITY = {
         ),
     ),
 }  # fmt: skip
-"""Small nets that together have everything in which plans can differ."""
+"""Small nets that together cover everything in which plans can differ."""
 
 
 def difference(
     task: Task, rival: Callable[..., Contestant], steps: int = 3
 ) -> tuple[float, float]:
-    """Largest relative difference of ``rival`` from us, with the same stirred weights.
+    """Return the largest relative differences of ``rival`` from us, with equal weights.
 
     Returns:
         Of the logits (over the largest logit), and of the losses of ``steps`` training
@@ -721,11 +721,11 @@ def difference(
 
 
 TOLERANCE = {"linen": (1e-5, 1e-4), "torch": (1e-5, 1e-4), "keras": (1e-5, 1e-3)}
-"""Of logits and losses in float32; Keras decays weights in another place."""
+"""Tolerances of logits and losses in float32; Keras applies weight decay elsewhere."""
 
 
 def main() -> int:
-    """Print the differences of all rivals on all small nets; 1 where one is large."""
+    """Print the differences of all peers on all small nets; 1 if one is too large."""
     wrong = 0
     for name, architecture in PARITY.items():
         for size in (16, 15):

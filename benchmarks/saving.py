@@ -1,13 +1,12 @@
-"""What saving costs while a net trains.
+"""The cost of saving checkpoints while a net trains.
 
     python -m benchmarks.saving
     python -m benchmarks.saving --table
 
-One process trains a net as ``fit`` does, in intervals of fifty steps that take turns:
-one begins with saving a checkpoint, the next does not. A row says how long a save
-blocks the loop (the checksums, and handing the arrays over), as a share of the
-interval, and the throughput of both kinds of interval. Rows go to
-``benchmarks/results/saving.jsonl``.
+One process trains a net as ``fit`` does, in intervals of fifty steps. Every second
+interval begins with saving a checkpoint. A row has the time for which a save blocks the
+loop (the checksums, and handing over the arrays) as a share of the interval, and the
+throughput of both kinds of interval. Rows go to ``benchmarks/results/saving.jsonl``.
 """
 
 import statistics
@@ -38,19 +37,19 @@ class Options:
     """What to measure."""
 
     recipes: tuple[str, ...] = ("quickstart", "cifar10-he2016-resnet20")
-    """Nets, by their recipes; all train on the embedded shapes."""
+    """Recipes of the nets; all train on the drawn shapes."""
     steps: int = 50
-    """Of an interval."""
+    """Steps per interval."""
     saves: int = 25
-    """Intervals that begin with one; as many do not."""
+    """Number of intervals that begin with a save; as many do not."""
     out: Path = RESULTS / "saving.jsonl"
-    """Receives the rows."""
+    """File for the rows."""
     table: bool = False
-    """Measure nothing; print the table of the rows that are there."""
+    """Only print the table of the existing rows."""
 
 
 def measure(recipe: str, options: Options) -> dict:
-    """Train, and save in every second interval."""
+    """Train, save in every second interval, and return the row."""
     config = replace(RECIPES[recipe].config, data=DataConfig("embedded_shapes"))
     dataset = open_dataset(config.data)
     config = fill_in(config, dataset)
@@ -104,7 +103,7 @@ def measure(recipe: str, options: Options) -> dict:
 
 
 def format_row(row: dict) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     rate = row["images_per_second"]
     cells = [
         row["recipe"],

@@ -1,29 +1,30 @@
-"""What it costs to share a batch: measured on CPU devices, and on paper for pods.
+"""The cost of sharing a batch: measured on CPU devices, predicted for pods.
 
     python -m benchmarks.scaling
     python -m benchmarks.scaling --quick    # two devices, a tiny net, under a minute
     python -m benchmarks.scaling --table
-    python -m benchmarks.scaling --paper    # measures nothing: accelerators on paper
+    python -m benchmarks.scaling --paper    # predictions for accelerators
 
-A training step goes through the package's own seam (``Placement.map``: ``pmap`` over
-whole copies of state and data) on 1, 2, 4, 8 CPU devices, each count in a process of
-its own. The devices share the same cores, so nothing gets faster: a fall of images/s is
-what sharing costs (collectives, dispatch, smaller products). "strong" keeps the global
-batch, "weak" the batch of each device; "-local" means without synchronized batch
-statistics. Rows go to ``benchmarks/results/scaling.jsonl``. What a row says besides
-the median and the spread of its steps:
+A training step is mapped by ``Placement.map`` (``pmap`` over whole copies of state and
+data) over 1, 2, 4 and 8 CPU devices, each number in its own process. The devices share
+the same cores, so nothing gets faster: a fall of images/s is the cost of sharing
+(collectives, dispatch, smaller products). "strong" keeps the global batch, "weak" the
+batch of each device; "-local" is without synchronized batch statistics. Rows go to
+``benchmarks/results/scaling.jsonl``. Fields of a row besides the median and the spread
+of its steps:
 
-dispatch_pmap, dispatch_jit: seconds of a call that counts the state's step up and
-    hands all its leaves on, by the seam and by ``jit`` on the same replicated arrays.
-reduce_seconds: summing a tree like the parameters over the devices, alone.
-small_reduce_seconds: one of a chain of all-reduces of [64], alone.
-all_reduces, all_reduce_bytes: operations in the compiled step, and what one device
-    gives into them, beside what the plan says: expected_bytes, and latencies, the
-    all-reduces of batch statistics that wait for one another.
+dispatch_pmap, dispatch_jit: seconds of a call that increments the state's step and
+    returns all its leaves, by ``Placement.map`` and by ``jit`` on the same replicated
+    arrays.
+reduce_seconds: summing a tree of the parameters' shapes over the devices.
+small_reduce_seconds: one of a chain of all-reduces of [64].
+all_reduces, all_reduce_bytes: operations in the compiled step, and the bytes that one
+    device contributes. The plan predicts expected_bytes, and latencies: the all-reduces
+    of batch statistics that wait for each other.
 
-On paper: bytes B through a ring of n devices take 2 (n - 1) / n * B / bandwidth, one
-all-reduce of a few numbers takes its latency. ``LINKS`` says where the numbers are
-from.
+The prediction: a ring all-reduce of B bytes over n devices takes
+2 (n - 1) / n * B / bandwidth, and an all-reduce of a few numbers takes the latency.
+``LINKS`` has the sources of the numbers.
 """
 
 import argparse
@@ -65,11 +66,11 @@ from flax_resnetv2.training.step import create_train_state
 
 DEVICES = (1, 2, 4, 8)
 FEWEST, MOST = 5, 40
-"""Timed steps."""
+"""Fewest and most timed steps."""
 SCALARS = 3
 """Loss, correct and count are summed with the gradients."""
 BATCH, SHARE = 64, 16
-"""Global batch of "strong", each device's of "weak"."""
+"""Global batch of "strong", and batch per device of "weak"."""
 
 
 def _config(recipe: str) -> Config:
@@ -90,13 +91,13 @@ MODES = ("strong", "weak", "strong-local", "weak-local")
 
 
 def measure(name: str, mode: str, count: int, seconds: float) -> dict[str, Any]:
-    """Time the step of one net on ``count`` devices of this process; its row.
+    """Time the step of one net on ``count`` devices of this process; return its row.
 
     Args:
-        name: of CONFIGS, or "tiny".
-        mode: of MODES.
-        count: as many devices as the process has.
-        seconds: for the timed steps.
+        name: a name of CONFIGS, or "tiny".
+        mode: one of MODES.
+        count: the number of devices of the process.
+        seconds: time for the timed steps.
     """
     config = TINY if name == "tiny" else CONFIGS[name]
     batch = BATCH if mode.startswith("strong") else SHARE * count
@@ -136,7 +137,7 @@ def measure(name: str, mode: str, count: int, seconds: float) -> dict[str, Any]:
 
 
 def _random_images(count: int) -> Dataset:
-    """As many random images and labels; what is in them takes no longer or shorter."""
+    """Return random images and labels; their values do not change the time."""
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (count, 32, 32, 3), np.uint8)
     split = Split(image, rng.integers(0, 10, count).astype(np.int32))
@@ -145,7 +146,7 @@ def _random_images(count: int) -> Dataset:
 
 
 def _state(run: Trainer, name: str) -> Any:
-    """A state with drawn weights, on all devices; nothing is compiled for it."""
+    """Return a state with drawn weights on all devices; nothing is compiled for it."""
     config = run.config
     shapes = jax.eval_shape(
         partial(
@@ -165,7 +166,7 @@ def _state(run: Trainer, name: str) -> Any:
 
 
 def _alone(run: Trainer, state: Any, chain: int = 100) -> dict[str, Any]:
-    """Time what sharing adds to a step, each part by itself."""
+    """Time each part of what sharing adds to a step."""
 
     def count_up(state: Any) -> Any:
         return state.replace(step=state.step + 1)
@@ -200,11 +201,11 @@ def _alone(run: Trainer, state: Any, chain: int = 100) -> dict[str, Any]:
 
 
 def expected(architecture: Architecture, sync: bool) -> dict[str, int]:
-    """What the plan says of a step: numbers, bytes one device gives, latencies.
+    """Predict from the plan: numbers, bytes contributed by one device, latencies.
 
-    Gradients and the running statistics are summed once a step. Synchronized, each norm
-    adds three all-reduces that wait for one another and for the layer before: its mean,
-    its variance, and in the backward pass the cotangents of both.
+    Gradients and running statistics are summed once per step. With synchronized
+    statistics each norm adds three all-reduces that wait for each other and for the
+    previous layer: mean, variance, and in the backward pass the cotangents of both.
     """
     rows = layer_table(plan(architecture, (32, 32, 3)), (32, 32, 3))
     parameters = sum(row.parameters for row in rows)
@@ -224,7 +225,7 @@ _ARRAY = re.compile(r"\b[a-z]+(\d+)\[([\d,]*)\]")
 
 
 def all_reduces(text: str) -> dict[str, int]:
-    """Count the all-reduces of a compiled program, and the bytes that enter them."""
+    """Count the all-reduces of a compiled program and their bytes."""
     found = [match[1] for line in text.splitlines() if (match := _RESULT.search(line))]
     total = sum(
         int(bits) // 8 * math.prod(int(side) for side in sides.split(",") if side)
@@ -236,28 +237,28 @@ def all_reduces(text: str) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Link:
-    """Devices, and what joins them."""
+    """Devices and the network between them."""
 
     name: str
     chip: str
     devices: int
     bandwidth: float
-    """Bytes/s out of one device, one direction."""
+    """Bytes/s out of one device, in one direction."""
     latency: float
     """Seconds of an all-reduce of a few numbers."""
     flops: float
-    """Peak of a device, bfloat16."""
+    """Peak FLOP/s of a device, bfloat16."""
     memory: float
-    """Bytes/s of its memory."""
+    """Bytes/s of a device's memory."""
 
 
 def _nccl_tree(a_node: int, nodes: int) -> float:
-    """Seconds of a small all-reduce in NCCL's own model (Tree, LL)."""
+    """Return seconds of a small all-reduce in NCCL's own model (Tree, LL)."""
     return 1e-6 * (6.8 + 2 * ((a_node - 1) * 0.6 + math.log2(nodes) * 5.0))
 
 
 def _torus(*sides: int) -> float:
-    """Seconds of a small all-reduce: to the far end of each ring and back."""
+    """Return seconds of a small all-reduce: to the far end of each ring and back."""
     return 2 * sum(side // 2 for side in sides) * 1e-6
 
 
@@ -269,9 +270,9 @@ LINKS = (
     Link("64 TPU v5p", "TPU v5p", 64, 600e9, _torus(4, 4, 4), 459e12, 2.765e12),
 )
 """NVLink 900 GB/s both ways, H100 SXM: NVIDIA's data sheet. NDR InfiniBand: one port of
-400 Gb/s a GPU. Latencies of GPUs: NVIDIA/nccl, src/graph/tuning.cc (base 6.8 us, NVLink
-0.6 us, network 5.0 us a hop). TPU: docs.cloud.google.com/tpu/docs, v5e and v5p (400 and
-1200 GB/s both ways); 1 us a hop: jax-ml/scaling-book, sharding.md."""
+400 Gb/s per GPU. Latencies of GPUs: NVIDIA/nccl, src/graph/tuning.cc (base 6.8 us,
+NVLink 0.6 us, network 5.0 us per hop). TPU: docs.cloud.google.com/tpu/docs, v5e and v5p
+(400 and 1200 GB/s both ways); 1 us per hop: jax-ml/scaling-book, sharding.md."""
 PAPER = {
     name: (PRESETS[name].architecture, (32, 32, 3))
     for name in ("he2016-resnet20", "he2016-resnet164", "he2016-resnet1001")
@@ -284,11 +285,11 @@ COMBINED_BYTES, COMBINED_ARRAYS = 30 * 2**20, 256
 """What XLA's GPU compiler puts into one all-reduce at most (collective_utils.h,
 gpu_compiler.cc)."""
 VISIBLE = 0.1
-"""Communication shows where it takes this share of the computation."""
+"""Communication counts as visible from this share of the computation on."""
 
 
 def image_seconds(net: str, link: Link, measured: dict[str, float]) -> float:
-    """Seconds of training on one image on one device: measured, else by roofline."""
+    """Return seconds per training image on one device: measured, or by the roofline."""
     if link.chip == "H100" and net in measured:
         return 1 / measured[net]
     rows = layer_table(plan(*PAPER[net]), PAPER[net][1])
@@ -299,16 +300,16 @@ def image_seconds(net: str, link: Link, measured: dict[str, float]) -> float:
 
 
 def communication(net: str, link: Link, sync: bool) -> dict[str, float]:
-    """Seconds a step: of the bytes through the ring, and of waiting for statistics."""
+    """Return seconds per step for the ring's bytes and for waiting for statistics."""
     facts, n = expected(PAPER[net][0], sync), link.devices
     ring = 2 * (n - 1) / n * facts["expected_bytes"] / link.bandwidth
     return {"ring": ring, "waiting": facts["latencies"] * link.latency}
 
 
 def gradient_pieces(net: str) -> int:
-    """All-reduces of the gradients in XLA's GPU program; the last one overlaps least.
+    """Count the all-reduces of the gradients in XLA's GPU program.
 
-    The nets of PAPER have no biases in convolutions.
+    The last one overlaps least. The nets of PAPER have no biases in convolutions.
     """
     rows = layer_table(plan(*PAPER[net]), PAPER[net][1])
     arrays = sum(2 if row.name.endswith("norm") else 1 for row in rows) + 1
@@ -317,10 +318,10 @@ def gradient_pieces(net: str) -> int:
 
 
 def paper(measured: dict[str, float]) -> str:
-    """Lay out bytes, times and least batches on paper as Markdown.
+    """Return predicted bytes, times and smallest batches as Markdown.
 
     Args:
-        measured: images a second on one H100 by net, where they are known.
+        measured: images/s on one H100 by net, where known.
     """
     lines = [
         "| net | parameters | norms | gradients and running statistics MB "
@@ -357,7 +358,7 @@ def paper(measured: dict[str, float]) -> str:
 
 
 def measured_speeds(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Images a second of our best training rows of ``benchmarks.gpu``, by net."""
+    """Return images/s of our best training rows of ``benchmarks.gpu``, by net."""
     best: dict[str, float] = {}
     for row in rows:
         if row.get("status") == "ok" and row.get("contestant") == "ours":
@@ -367,7 +368,7 @@ def measured_speeds(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Lay out the newest good rows as Markdown; failures below."""
+    """Return the newest successful rows as Markdown, and then the failures."""
     good = {(r["net"], r["mode"], r["devices"]): r for r in rows if r["status"] == "ok"}
     lines = [
         "| net | mode | devices | batch | images/s | spread | efficiency | all-reduces "
@@ -416,7 +417,7 @@ def _jobs(quick: bool) -> list[str]:
 
 
 def main() -> None:
-    """Measure what has no row yet, do one of these jobs, or print a table."""
+    """Measure what has no row yet, or one job, or print a table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.scaling", description=__doc__.split("\n\n")[0]
     )

@@ -1,23 +1,22 @@
-"""How long until the first training step is done, from the start of the process.
+"""The time from the start of the process to the end of the first training step.
 
     python -m benchmarks.startup
     python -m benchmarks.startup --recipes quickstart
     python -m benchmarks.startup --table
 
 The real command ``python train.py RECIPE`` runs until ``metrics.jsonl`` has its first
-line (``--log-every 1``) and is ended. "cold": with empty caches of compiled programs
-and of decoded images; "warm": the same once more. Each time a second process does the
-same by the package's own functions and says how long every part takes:
+line (``--log-every 1``), and is then terminated. "cold": with empty caches of compiled
+programs and of decoded images; "warm": the same again. Each time a second process does
+the same with the package's own functions and times every part:
 
 imports: the interpreter's start, and jax, flax, optax, orbax, the package.
 data: opening the data set.
 state: initial parameters and optimizer, on the device.
 lower, compile: tracing and lowering the step; XLA, or reading from its cache.
-step: running it for the first time, which touches its memory for the first time.
+step: running it for the first time, which also touches its memory for the first time.
 
 Rows go to ``benchmarks/results/startup.jsonl``. CIFAR-10 is found where the command
-finds it; its files are linked into an empty directory, so that nothing decoded lies
-beside them.
+finds it; its files are linked into an empty directory, which has no decoded images.
 """
 
 import json
@@ -37,23 +36,23 @@ from benchmarks.measure import RESULTS, append, provenance
 BEGAN = "STARTUP_BEGAN"
 """The environment variable with the time at which a process was started."""
 BATCH = {"cifar10-he2016-resnet164": 128}
-"""Where it is not the recipe's own."""
+"""Batch sizes that differ from the recipe's."""
 LIMIT = 300
-"""Seconds after which a start has failed."""
+"""Seconds after which a start counts as failed."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to start."""
+    """What to measure."""
 
     recipes: tuple[str, ...] = ("quickstart", "cifar10-he2016-resnet164")
-    """Of train.py."""
+    """Recipes of train.py."""
     warm: int = 3
-    """Starts with filled caches, of which the median is taken."""
+    """Number of warm starts; the table has their median."""
     out: Path = RESULTS / "startup.jsonl"
-    """Receives the rows."""
+    """File for the rows."""
     table: bool = False
-    """Measure nothing; print the table of the rows that are there."""
+    """Only print the table of the existing rows."""
     parts: str | None = None
     """Start this recipe in this process and print how long each part takes."""
 
@@ -71,7 +70,7 @@ def main(options: Options) -> None:
 
 
 def measure(recipe: str, warm: int) -> list[dict[str, Any]]:
-    """Start a recipe cold once and warm some times; a row each."""
+    """Start a recipe cold once and warm several times; return a row for each."""
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
@@ -91,7 +90,7 @@ def measure(recipe: str, warm: int) -> list[dict[str, Any]]:
 
 
 def _linked_data(linked: Path) -> dict[str, str]:
-    """A directory in which CIFAR-10's files are, and nothing decoded."""
+    """Yield a directory with links to CIFAR-10's files and without decoded images."""
     given = os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets"
     linked.mkdir()
     for path in Path(given).glob("cifar10/*/*"):
@@ -149,7 +148,7 @@ def _parts(recipe: str, environment: dict[str, str]) -> Any:
 
 
 def parts(recipe: str) -> dict[str, float]:
-    """Do what ``loop.fit`` does up to its first step; seconds of each part."""
+    """Do what ``fit`` does up to its first step; return the seconds of each part."""
     from flax_resnetv2.run import validate
     from flax_resnetv2.system import runtime
 
@@ -192,7 +191,7 @@ def parts(recipe: str) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Lay out the newest cold start and the median of the newest warm ones."""
+    """Return the newest cold start and the median of the newest warm ones."""
     names = ("imports", "data", "state", "lower", "compile", "step")
     lines = [
         f"| recipe | start | to the end of step 1, s | {' | '.join(names)} |",

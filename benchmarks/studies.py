@@ -1,4 +1,4 @@
-"""The evidence: recipes and studies, run on real CIFAR-10, as one page.
+"""Measured accuracies: recipes and studies on CIFAR-10, collected on one page.
 
     python -m benchmarks.studies run stride order --minutes 60
     python -m benchmarks.studies run stride order --protocol full    # for a GPU
@@ -6,13 +6,12 @@
     python -m benchmarks.studies add cifar10-cpu-hour runs/hour
     python -m benchmarks.studies page
 
-``run`` sweeps the studies' overrides over paired seeds, ``train`` trains a recipe as it
-is; both go on where they stopped, and save when SIGTERM comes. ``add`` takes over
-finished runs of a recipe. All put lines into ``results/*.jsonl``: a line a run, with
-its scores on all test images after the last epoch, versions, device and commit.
-``page`` makes ``results/README.md`` and its plots
-of these lines and of what is written below, the same bytes again; no number on it is
-typed by hand.
+``run`` sweeps the overrides of studies over paired seeds, ``train`` trains an unchanged
+recipe; both resume where they stopped, and save on SIGTERM. ``add`` adds finished runs
+of a recipe. All write lines into ``results/*.jsonl``, one per run, with its scores on
+all test images after the last epoch, versions, device and commit. ``page`` makes
+``results/README.md`` and its plots from these lines and from the texts below,
+reproducibly; no number on the page is typed by hand.
 """
 
 import argparse
@@ -51,7 +50,7 @@ class Protocol:
     """How the runs of studies are trained."""
 
     words: str
-    """What ``train.py`` gets."""
+    """Arguments of ``train.py``."""
     seeds: tuple[int, ...]
     about: str
 
@@ -61,8 +60,8 @@ PROTOCOLS = {
         "cifar10-he2016-resnet20 --architecture.stem-stride 2 --train.epochs 4 "
         "--evaluate-every 4 --checkpoint-every 4",
         (0, 1, 2, 3, 4),
-        "The protocol for a CPU: the whole training set four times, at half the "
-        "resolution, about two minutes a run on two cores.",
+        "The protocol for a CPU: four epochs at half the resolution, about two minutes "
+        "per run on two cores.",
     ),
     "full": Protocol(
         "cifar10-he2016-resnet20 --execution.dtype bfloat16 --evaluate-every 30 "
@@ -75,22 +74,22 @@ PROTOCOLS = {
 
 @dataclass(frozen=True)
 class Study:
-    """A question, and what is compared to answer it."""
+    """A question, and the runs that are compared to answer it."""
 
     question: str
     overrides: dict[str, str]
-    """Flags, by what the page calls them; with the first the others are compared."""
+    """Flags by their name on the page; the others are compared with the first."""
     why: str
-    """What is known of it, and from where."""
+    """What is known already, with its source."""
     reading: str
-    """What we make of the runs by the protocol for a CPU; the tables have numbers."""
+    """Our conclusion from the runs of the CPU protocol; the tables have the numbers."""
 
 
 _UNIT = "--architecture.semantics."
 
 
 def _stacks(widths: str, strides: str) -> str:
-    """Flags of stacks of two units."""
+    """Return the flags for stacks of two units."""
     units = " ".join("2" for _ in strides.split())
     return (
         f"--architecture.units {units} --architecture.widths {widths} "
@@ -102,9 +101,9 @@ STUDIES = {
     "stride": Study(
         "Does the stride belong on layer 1 or on layer 2?",
         {"on layer 1, the 1x1": "", "on layer 2, the 3x3": f"{_UNIT}stride-layer 2"},
-        "He et al. 2016 stride the 1x1, which throws three of four pixels away "
-        "unread; most later code strides the 3x3, which costs more multiply-adds.",
-        "Reading every pixel helps; what it costs is a tenth of the multiply-adds.",
+        "He et al. 2016 stride the 1x1 layer, which never reads three of four pixels; "
+        "most later code strides the 3x3 layer, at the cost of more multiply-adds.",
+        "Reading every pixel helps, for a tenth more multiply-adds.",
     ),
     "order": Study(
         "What did pre-activation change at this depth?",
@@ -115,15 +114,15 @@ STUDIES = {
             f"{_UNIT}no-first-layer-exception",
         },
         "He et al. 2016 report gains that grow with depth (110 layers and more).",
-        "At 20 layers either order will do. Whether depth decides, these runs cannot "
-        "tell.",
+        "At 20 layers no difference was shown. These runs cannot tell whether depth "
+        "decides.",
     ),
     "bridges": Study(
-        "What does a bridge around each whole stack give?",
+        "Does a bridge around each whole stack help?",
         {"none": "", "around each stack": "--architecture.bridge True"},
-        "The article proposes it without a number. Here a bridge is a 1x1 convolution, "
-        "because the shapes around every stack differ.",
-        "Nothing was gained for a sixth more multiply-adds, in a net this shallow. "
+        "The article proposes it without a measurement. Here a bridge is a 1x1 "
+        "convolution, because every stack changes the shape.",
+        "In a net this shallow, a sixth more multiply-adds gained nothing. "
         "Zhang et al. (RoR, arXiv 1608.02908) report gains in deep nets, with "
         "stochastic depth.",
     ),
@@ -135,10 +134,10 @@ STUDIES = {
             "Adam with L2": "--train.optimizer adam_l2 --train.learning-rate 0.003 "
             "--train.weight-decay 1e-4",
         },
-        "Loshchilov & Hutter 2019 decouple the decay. Each has a usual rate and decay "
-        "here; neither was tuned.",
-        "Four epochs leave a decay little time to matter: this says that both train, "
-        "and hardly more.",
+        "Loshchilov & Hutter 2019 decouple the decay. Both have their usual rate and "
+        "decay here, untuned.",
+        "Four epochs are too short for weight decay to matter much: this shows little "
+        "more than that both train.",
     ),
     "shortcut": Study(
         "Should shortcuts that change shape read raw or pre-activated maps, and with "
@@ -150,12 +149,13 @@ STUDIES = {
             "pre-activated, 3x3, narrower": f"{_UNIT}shortcut-kernel 3 "
             "--architecture.widths 40 80 160",
         },
-        "Published nets differ (docs/weights.md). The article's author found larger "
-        "kernels to converge faster; the narrower net has about the multiply-adds of "
-        "the first.",
-        "Raw or pre-activated made no difference that was shown. A 3x3 shortcut made "
-        "the largest one of all, and most of it is left at equal multiply-adds: with "
-        "strided 1x1 layers nothing else in a strided unit reads every pixel.",
+        "Published nets differ (docs/weights.md). The article's author found that "
+        "larger kernels converge faster. The narrower net has about the multiply-adds "
+        "of the first.",
+        "No difference between raw and pre-activated maps was shown. A 3x3 shortcut "
+        "makes the largest difference of all, and most of it remains at equal "
+        "multiply-adds: with strided 1x1 layers nothing else in a strided unit reads "
+        "every pixel.",
     ),
     "reduction": Study(
         "Which depth reduction is possible in the bottleneck?",
@@ -168,11 +168,11 @@ STUDIES = {
             "reduction 8, wider": "--architecture.reduction 8 "
             "--architecture.widths 96 192 384",
         },
-        "The article says it should be investigated. All at equal depth; the narrower "
-        "and the wider net have about the multiply-adds of the first.",
-        "What more maps inside the bottleneck give is what more multiply-adds give: at "
-        "equal ones nothing between 2 and 8 was shown to differ. The papers' 4 is as "
-        "good as the book's 2.",
+        "The article says that this should be investigated. All nets have equal depth; "
+        "the narrower and the wider one have about the multiply-adds of the first.",
+        "More maps inside the bottleneck help as much as their multiply-adds do: at "
+        "equal multiply-adds no difference between 2 and 8 was shown. The papers' 4 is "
+        "as good as the book's 2.",
     ),
     "stacks": Study(
         "Do four or five stacks help?",
@@ -182,19 +182,22 @@ STUDIES = {
             "5 stacks": _stacks("16 32 64 128 256", "1 2 2 2 1"),
             "4 stacks, wider": _stacks("56 112 224 448", "1 2 2 2"),
         },
-        "The article gives three to five stacks without a comparison. 4 and 5 stacks "
-        "have about the parameters of the first net, the wider 4 its multiply-adds.",
-        "More stacks did not help: the first ones become narrow, the last ones see 2x2 "
-        "pixels, at half the resolution. Larger images may say otherwise.",
+        "The article names three to five stacks without a comparison. The nets of 4 "
+        "and 5 stacks have about the parameters of the first net, the wider net of 4 "
+        "stacks has its multiply-adds.",
+        "More stacks did not help: at half the resolution, the first stacks become "
+        "narrow, and the last ones have maps of 2x2 pixels. Larger images may give "
+        "another answer.",
     ),
 }
 
 
 def run(names: Sequence[str], protocol: str, minutes: float = math.inf) -> bool:
-    """Run studies for so many minutes in all, and take their lines over.
+    """Run studies for at most ``minutes``, and store their lines.
 
-    What several compare with is run once, and what has its lines in ``results`` is not
-    run again. Seed by seed, so that studies that end early compare fairly.
+    Runs that several studies share are done once, and runs with a line in ``results``
+    are not repeated. Seeds are run one after the other, so that studies that end early
+    still have complete pairs.
 
     Returns:
         Whether every run is done.
@@ -226,10 +229,10 @@ def run(names: Sequence[str], protocol: str, minutes: float = math.inf) -> bool:
 
 
 def train(recipe: str, seed: int, minutes: float = math.inf) -> dict[str, Any] | None:
-    """Train a recipe as it is for so many minutes.
+    """Train an unchanged recipe for at most ``minutes``.
 
     Returns:
-        Its line, which was taken over; None: it is not finished.
+        Its stored line, or None if it is not finished.
     """
     directory = RUNS.parent / "recipes" / f"{recipe}-{seed}"
     command = [sys.executable, "train.py", recipe, "--seed", str(seed)]
@@ -240,10 +243,10 @@ def train(recipe: str, seed: int, minutes: float = math.inf) -> dict[str, Any] |
 
 
 def _let_run(command: Sequence[str], seconds: float) -> int:
-    """Run a command; when the time is over, or SIGTERM comes, it is told to save.
+    """Run a command, and send it SIGTERM when the time is over or SIGTERM arrives.
 
     Returns:
-        Its exit code; 75, as if it had saved, where it ended well after SIGTERM.
+        Its exit code; 75 if it exits with 0 after SIGTERM arrived.
     """
     process, told = subprocess.Popen(command, cwd=ROOT), False
 
@@ -265,7 +268,7 @@ def _let_run(command: Sequence[str], seconds: float) -> int:
 
 
 def keep(name: str, new: Sequence[dict[str, Any]]) -> None:
-    """Put lines of finished runs into a file of results, each run once."""
+    """Add the lines of finished runs to a file of results, one line per run."""
     path = RESULTS / f"{name}.jsonl"
 
     def which(line: dict[str, Any]) -> tuple[Any, ...]:
@@ -278,13 +281,13 @@ def keep(name: str, new: Sequence[dict[str, Any]]) -> None:
 
 
 def add(recipe: str, directories: Sequence[Path]) -> list[dict[str, Any]]:
-    """Take over finished runs of a recipe as it is.
+    """Add finished runs of an unchanged recipe to the results.
 
     Returns:
         Their lines.
 
     Raises:
-        UsageError: a run is of another configuration, or not finished.
+        UsageError: a run has another configuration, or is not finished.
     """
     lines = []
     for directory in directories:
@@ -305,14 +308,14 @@ def add(recipe: str, directories: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def keep_log(recipe: str, seed: int, text: str) -> None:
-    """Put a run's short log beside the lines."""
+    """Store the short log of a run."""
     directory = RESULTS / "logs"
     directory.mkdir(exist_ok=True)
     files.write_whole(directory / f"{recipe.replace(' ', '-')}-{seed}.txt", text)
 
 
 def short_log(metrics: Sequence[dict[str, Any]]) -> str:
-    """Write a run's metrics as a line an epoch: means of training, scores of tests."""
+    """Return a run's metrics, one line per epoch: training means and test scores."""
     text = ""
     for epoch in range(1, math.ceil(metrics[-1]["epoch"]) + 1):
         some = [line for line in metrics if epoch - 1 < line["epoch"] <= epoch]
@@ -330,7 +333,7 @@ def short_log(metrics: Sequence[dict[str, Any]]) -> str:
 
 
 def interval(row: sweep_table.Row) -> tuple[float, float] | None:
-    """Student's at 95 % of an override's mean difference, in points; None: n < 2."""
+    """Return Student's 95 % interval of a mean difference, in points; None if n < 2."""
     d = row.difference
     if d is None or d.spread is None:
         return None
@@ -339,7 +342,7 @@ def interval(row: sweep_table.Row) -> tuple[float, float] | None:
 
 
 def verdict(row: sweep_table.Row) -> str:
-    """Say what an override's differences can tell."""
+    """Return whether an override is better, worse or within noise."""
     found = interval(row)
     if found is None:
         return "too few runs to tell"
@@ -350,7 +353,7 @@ def verdict(row: sweep_table.Row) -> str:
 
 
 def conclude(rows: Sequence[sweep_table.Row]) -> list[str]:
-    """A sentence on each override of a study; numbers only of ``rows``."""
+    """Return a sentence about each override of a study."""
     said = []
     for row in rows[1:]:
         found, between = interval(row), ""
@@ -363,7 +366,7 @@ def conclude(rows: Sequence[sweep_table.Row]) -> list[str]:
 
 
 def _cost(first: sweep_table.Row, row: sweep_table.Row) -> str:
-    """Say at how many times the cost of the first an override has its accuracy."""
+    """Return the cost of an override relative to the first."""
     times = [
         f"{there / here:.2f} times the {what}"
         for what, here, there in (
@@ -382,10 +385,10 @@ def page() -> dict[str, str | bytes]:
         "# Results",
         "",
         *_wrapped(
-            "Made by `python -m benchmarks.studies page` from the lines beside it (one "
-            "a run). Every accuracy is of the final epoch on all test images (of "
-            "CIFAR-10 10,000); nothing was selected on them. `logs/` has a line an "
-            "epoch."
+            "`python -m benchmarks.studies page` makes this page from the lines in "
+            "this directory, one per run. Every accuracy is that of the final epoch on "
+            "all test images (10,000 for CIFAR-10); nothing was selected on them. "
+            "`logs/` has one line per epoch."
         ),
         "",
         "## Recipes",
@@ -419,13 +422,13 @@ def page() -> dict[str, str | bytes]:
         "## How to read it",
         "",
         *_wrapped(
-            "Cost: multiply-adds, in those of what is compared with. "
-            "± is the sample standard deviation over seeds (n - 1). A difference is to "
-            "the first row, paired by seed; there ± is the standard error, and the "
-            "interval is Student's. A difference within noise was not shown, which is "
-            "not to say that there is none; and of twenty comparisons of equals one "
-            "seems to be shown at 95 % by chance. Beside single runs stands Wilson's "
-            "interval at 95 %, of the images alone."
+            "*Cost* is the ratio of multiply-adds. After an accuracy, ± is the sample "
+            "standard deviation over seeds (n - 1). A difference is relative to the "
+            "first row, paired by seed; after it, ± is the standard error, and the "
+            "interval is Student's. *Within noise* means that no difference was shown, "
+            "not that there is none; at 95 %, one of twenty comparisons of equal nets "
+            "seems to show a difference by chance. Single runs have Wilson's 95 % "
+            "interval, which covers only the choice of the test images."
         ),
     ]
     files["README.md"] = "\n".join(text).rstrip() + "\n"
@@ -435,7 +438,7 @@ def page() -> dict[str, str | bytes]:
 def _of_study(
     lines: Sequence[dict[str, Any]], study: Study, how: Protocol
 ) -> list[dict[str, Any]]:
-    """A study's lines by a protocol, under the names of its overrides."""
+    """Return a study's lines of one protocol, with the names of its overrides."""
     called = {flags: label for label, flags in study.overrides.items()}
     return [
         line | {"override": called[line["override"]]}
@@ -447,7 +450,7 @@ def _of_study(
 
 
 def _summary(row: sweep_table.Row, first: sweep_table.Row) -> str:
-    """An override's cells in the table of all studies."""
+    """Return an override's cells in the table of all studies."""
     found, d, cells = interval(row), row.difference, ["", "0"]
     if d:
         between = f" ({found[0]:+.2f} to {found[1]:+.2f})" if found else ""
@@ -464,7 +467,7 @@ def _section(
     rows: Sequence[sweep_table.Row],
     lines: Sequence[dict[str, Any]],
 ) -> list[str]:
-    """A study's question, table, conclusion, flags and plot."""
+    """Return a study's section: question, table, conclusion, flags and plot."""
     text = [f"### {name}: {study.question}", "", *_wrapped(study.why), ""]
     table = sweep_table.to_markdown(how.words, rows, how.seeds, lines).splitlines()
     # Without the seconds: other work ran beside some of the runs.
@@ -482,7 +485,7 @@ def _section(
 
 
 def write_page() -> None:
-    """Write what ``page`` makes."""
+    """Write the page and its plots."""
     for name, contents in page().items():
         files.write_whole(RESULTS / name, contents)
 
@@ -518,7 +521,7 @@ def _recipes(lines: Sequence[dict[str, Any]]) -> list[str]:
             ]
         )
     rows = ["| " + " | ".join(cells) + " |" for cells in table]
-    wait = ["| recipe, not run to its end yet | published | epochs | parameters |"]
+    wait = ["| recipe not yet run to its end | published | epochs | parameters |"]
     wait += ["| --- | --- | ---: | ---: |"]
     for name, recipe in RECIPES.items():
         if recipe.published and name not in {line["words"] for line in lines}:
@@ -531,15 +534,15 @@ def _recipes(lines: Sequence[dict[str, Any]]) -> list[str]:
         *wait,
         "",
         *_wrapped(
-            "Seconds are those of whole runs: compiling, training, testing, saving. "
-            "docs/recipes.md has all recipes, and which were not run."
+            "Seconds are those of whole runs: compiling, training, testing and saving. "
+            "docs/recipes.md lists all recipes, also those that were not run."
         ),
         "",
     ]
 
 
 def certificate(recipe: str) -> str:
-    """Say in a line what a recipe was measured to give, and on what."""
+    """Return a line with a recipe's measured accuracy and the device."""
     lines = [x for x in read_rows(RESULTS / "recipes.jsonl") if x["words"] == recipe]
     groups: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
@@ -552,7 +555,7 @@ def certificate(recipe: str) -> str:
 
 
 def _accuracy(lines: Sequence[dict[str, Any]]) -> str:
-    """Give the test accuracy of runs that differ in their seeds, in percent."""
+    """Return the test accuracy of runs that differ in their seeds, in percent."""
     found = [100 * line["test"]["accuracy"] for line in lines]
     if len(found) > 1:
         return f"{fmean(found):.2f} ± {stdev(found):.2f}"
@@ -580,20 +583,22 @@ def _wrapped(text: str) -> list[str]:
 
 
 def main() -> None:
-    """Run studies, take runs over, or write the page."""
+    """Run studies, add runs, or write the page."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.studies", description=__doc__.split("\n\n")[0]
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    running = commands.add_parser("run", help="run studies, or go on with them")
+    running = commands.add_parser("run", help="run studies, or resume them")
     running.add_argument("names", nargs="+", choices=STUDIES)
     running.add_argument("--protocol", choices=PROTOCOLS, default="small")
-    training = commands.add_parser("train", help="train a recipe, or go on with it")
+    training = commands.add_parser("train", help="train a recipe, or resume it")
     training.add_argument("recipe", choices=RECIPES)
     training.add_argument("--seed", type=int, default=0)
     for command in (running, training):
-        command.add_argument("--minutes", type=float, default=math.inf, help="in all")
-    adding = commands.add_parser("add", help="take finished runs of a recipe over")
+        command.add_argument(
+            "--minutes", type=float, default=math.inf, help="time limit"
+        )
+    adding = commands.add_parser("add", help="add finished runs of a recipe")
     adding.add_argument("recipe", choices=RECIPES)
     adding.add_argument("workdirs", nargs="+", type=Path)
     commands.add_parser("page", help="write results/README.md and its plots")

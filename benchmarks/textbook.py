@@ -1,13 +1,13 @@
-"""The same time for a textbook PyTorch loop: the net, data and recipe of one of ours.
+"""A textbook PyTorch loop with the net, data, recipe and time of one of our runs.
 
     python -m benchmarks.textbook cifar10-cpu-hour --seconds 2834
 
-As one would write it: the net as modules in channels_last with PyTorch's own initial
-values, one loop over shuffled batches, SGD with Nesterov's momentum, a one-cycle
-schedule, crops and mirror images, and at the end the mean logits of each test image and
-its mirror image. It first times a few steps, and then trains for as many epochs as the
-seconds allow. Its line goes to ``results/recipes.jsonl``. PyTorch is named in
-``benchmarks/requirements.txt``; only recipes of that kind can be had.
+The net as modules in channels_last with PyTorch's own initial values, one loop over
+shuffled batches, SGD with Nesterov momentum, a one-cycle schedule, crops and mirror
+images, and at the end the mean logits of each test image and its mirror image. It first
+times a few steps, and then trains for as many epochs as the seconds allow. Its line
+goes to ``results/recipes.jsonl``. ``benchmarks/requirements.txt`` has the version of
+PyTorch. Only recipes with these settings are supported.
 """
 
 import argparse
@@ -31,14 +31,14 @@ from flax_resnetv2.run.build import count_parameters
 from flax_resnetv2.run.config import Config
 
 TIMED = 20
-"""Steps, after five that are not."""
+"""Number of timed steps, after five others."""
 
 
 def check(config: Config) -> None:
-    """Refuse what the loop does not have.
+    """Refuse a recipe with settings that the loop does not have.
 
     Raises:
-        UsageError: the recipe asks for something else.
+        UsageError: names the setting and a recipe that works.
     """
     t, a = config.train, config.augment
     plain = t.optimizer, t.schedule, t.ema_decay, t.stochastic_depth, a.mixup, a.cutmix
@@ -50,10 +50,10 @@ def check(config: Config) -> None:
 
 
 class Loop:
-    """Net, optimizer and schedule, and the images that they see.
+    """Net, optimizer, schedule and images.
 
-    Images are NHWC uint8 arrays outside and NCHW float32 tensors, channels last in
-    memory, inside.
+    Images enter as NHWC uint8 arrays; inside they are NCHW float32 tensors, channels
+    last in memory.
     """
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
@@ -70,7 +70,7 @@ class Loop:
         self.steps_per_epoch = len(self.images) // config.train.batch_size
 
     def begin(self, steps: int) -> None:
-        """Draw the net anew, for so many steps."""
+        """Initialize the net and the schedule for ``steps`` steps."""
         import torch
 
         t = self.config.train
@@ -90,14 +90,14 @@ class Loop:
         )
 
     def normalize(self, images: np.ndarray) -> Any:
-        """uint8 [B, H, W, 3] -> float32 [B, 3, H, W]."""
+        """Normalize uint8 [B, H, W, 3] to float32 [B, 3, H, W]."""
         import torch
 
         x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
         return (x - self.mean) / self.std
 
     def augment(self, x: Any) -> Any:
-        """Crop and mirror each of [B, 3, H, W]."""
+        """Crop and mirror each image of [B, 3, H, W]."""
         import torch
 
         p, count = self.config.augment.crop_padding, len(x)
@@ -113,7 +113,7 @@ class Loop:
         return x.permute(0, 3, 1, 2)
 
     def step(self, chosen: np.ndarray) -> Any:
-        """Train on these images, int [B]; the loss."""
+        """Train on the images of these indices, int [B]; return the loss."""
         import torch
 
         self.optimizer.zero_grad(set_to_none=True)
@@ -129,7 +129,7 @@ class Loop:
         return loss
 
     def evaluate(self) -> dict[str, Any]:
-        """Give ``loss``, ``accuracy`` and ``count`` of all test images."""
+        """Return ``loss``, ``accuracy`` and ``count`` of all test images."""
         import torch
 
         self.net.eval()
@@ -149,7 +149,7 @@ class Loop:
 def train(
     config: Config, dataset: Dataset, seconds: float, seed: int
 ) -> dict[str, Any]:
-    """Train for so many seconds, testing included, and give what was reached."""
+    """Train for ``seconds``, testing included; return the results."""
     import torch
 
     began, batch = time.perf_counter(), config.train.batch_size
@@ -188,7 +188,7 @@ def train(
 
 
 def main() -> None:
-    """Train, keep the line, and write the page."""
+    """Train, store the line, and write the page."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.textbook", description=__doc__.split("\n\n")[0]
     )

@@ -1,11 +1,12 @@
-"""Whether seeds of one recipe would train faster as one program than one by one.
+"""Whether several seeds of one recipe train faster as one program than one by one.
 
     python -m benchmarks.together [--recipe cifar10-he2016-resnet20] [--seeds 3]
 
-A training step under ``vmap`` over stacked states (each seed has its own parameters,
-images and keys) against the same step, compiled alone, once for each seed; in turns,
-the batches already on the device. ``tests/repository/test_benchmarks.py`` holds the two
-equal. A row goes to ``benchmarks/results/together.jsonl``; its "ratio" is together / one by one.
+Compares a training step under ``vmap`` over stacked states (each seed has its own
+parameters, images and keys) with the same step, compiled alone and run once per seed,
+in turns, with the batches already on the device.
+``tests/repository/test_benchmarks.py`` tests that the results are equal. A row goes to
+``benchmarks/results/together.jsonl``; its "ratio" is together / one by one.
 """
 
 import argparse
@@ -31,7 +32,7 @@ Step = Callable[[jax.Array, TrainState, Batch], tuple[TrainState, Any]]
 def prepare(
     config: Config, image_shape: tuple[int, int, int], seeds: Sequence[int]
 ) -> tuple[Step, list[TrainState], list[Batch]]:
-    """A step of (seed, state, batch), and a state and a batch for each seed."""
+    """Return a step of (seed, state, batch), and a state and a batch for each seed."""
     train, execution = config.train, config.execution
     augment = replace(config.augment, mean=(0.5,) * 3, std=(0.25,) * 3)
     model = create_model(config.architecture, execution, image_shape)
@@ -53,12 +54,12 @@ def prepare(
 
 
 def stack(trees: Sequence[Any]) -> Any:
-    """One tree, whose leaves have an axis of seeds in front."""
+    """Stack trees into one whose leaves have a leading axis of seeds."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def measure(recipe: str, count: int, rounds: int) -> dict[str, Any]:
-    """Time both ways; the row."""
+    """Time both ways; return the row."""
     seeds = range(count)
     step, states, batches = prepare(RECIPES[recipe].config, (32, 32, 3), seeds)
     alone, joined = jax.jit(step), jax.jit(jax.vmap(step))

@@ -125,7 +125,7 @@ def test_each_measured_option_is_one_that_a_person_may_give():
 
 def test_the_options_table_says_what_a_step_takes_more():
     row = {
-        "option": "train.clip_norm 1",
+        "option": "train.clip-norm 1",
         "seconds": 0.0525,
         "more": 0.05,
         "error": 0.01,
