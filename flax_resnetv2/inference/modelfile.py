@@ -44,9 +44,8 @@ def locate(name: str | Path) -> Path:
     if str(name) in shipped():
         return TRAINED / f"{name}.safetensors"
     raise UsageError(
-        f"{name} is not a run directory, an exported net (.safetensors) or a net that "
-        f"the package ships ({', '.join(shipped())}); give one of these, for example "
-        "runs/quickstart-1"
+        f"{name} is not a run directory, an exported net (.safetensors) or a net of "
+        f"the package ({', '.join(shipped())}); give one of these"
     )
 
 

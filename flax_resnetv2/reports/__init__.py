@@ -1,1 +1,1 @@
-"""What people look at afterwards: run pages, comparisons and sweeps."""
+"""Reports for people: run pages, comparisons of runs, reconstructions and sweeps."""

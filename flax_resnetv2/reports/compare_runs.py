@@ -1,61 +1,60 @@
-"""Several runs side by side: a table, and their curves, from their own records."""
+"""Several runs in one table and one figure, from their own records."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.inference import scores
+from flax_resnetv2.reports import rendering
 from flax_resnetv2.run import run_directory
 from flax_resnetv2.run.build import count_parameters
 from flax_resnetv2.run.config import Config, differences
 
 
 class RunRecord(NamedTuple):
-    """What a run's directory says of it."""
+    """The records of a run directory."""
 
     name: str
     config: Config
     lines: list[dict[str, Any]]
+    """The lines of ``metrics.jsonl``."""
+    last: dict[str, dict[str, Any]]
+    """The newest line of each split."""
     parameters: int
     multi_label: bool
-
-    def last(self, split: str) -> dict[str, Any]:
-        """The newest line of a split; empty: there is none."""
-        return next((x for x in reversed(self.lines) if x["split"] == split), {})
 
 
 def read_run(workdir: str | Path) -> RunRecord:
     """Read the records of a run.
 
     Raises:
-        UsageError: it is none, has no line yet, or is damaged.
+        UsageError: ``workdir`` is not a run directory, has no metrics yet, or is
+            damaged.
     """
-    config, facts = (
-        run_directory.load_config(workdir),
-        run_directory.load_dataset_summary(workdir),
-    )
+    config = run_directory.load_config(workdir)
+    summary = run_directory.load_dataset_summary(workdir)
     lines = run_directory.read_metrics(workdir)
     if not lines:
         raise UsageError(f"{workdir} has no line of metrics yet; train there first")
-    parameters = count_parameters(config, tuple(facts["image_shape"]))
-    several = facts.get("multi_label", False)
-    return RunRecord(str(workdir), config, lines, parameters, several)
+    last = {line["split"]: line for line in lines}
+    parameters = count_parameters(config, tuple(summary["image_shape"]))
+    multi_label = summary["multi_label"]
+    return RunRecord(str(workdir), config, lines, last, parameters, multi_label)
 
 
 def to_markdown(runs: Sequence[RunRecord]) -> str:
-    """Lay runs side by side; what differs is told against the first."""
-    head = ["run", "what differs", "parameters", "epoch", "validation", "test"]
+    """Return a table with one row per run; differences are relative to the first."""
+    head = ["run", "differences", "parameters", "epoch", "validation", "test"]
     head += ["training loss", "images/s", "seconds"]
-    rows = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
+    rows = []
     for run in runs:
         changes = "; ".join(differences(runs[0].config, run.config).values())
-        train, last = run.last("train"), run.lines[-1]
+        train, last = run.last.get("train"), run.lines[-1]
         rows.append(
             [
-                run.name,
-                "(the first)" if run is runs[0] else changes.replace("|", "\\|"),
+                rendering.one_line(run.name),
+                "(reference)" if run is runs[0] else rendering.one_line(changes),
                 f"{run.parameters:,}",
                 f"{last['epoch']:g}",
                 *(_score(run, split) for split in ("validation", "test")),
@@ -64,54 +63,44 @@ def to_markdown(runs: Sequence[RunRecord]) -> str:
                 f"{last['seconds']:,.0f}",
             ]
         )
-    text = ["| " + " | ".join(cells) + " |" for cells in rows]
-    return "\n".join(
-        [
-            *text,
-            "",
-            "Scores are of the last evaluation; in brackets the 95 % interval (Wilson)",
-            "of one run's test images, which knows nothing of other seeds: for that,",
-            "run a sweep.",
-        ]
-    )
+    note = """
+Scores are those of the last evaluation. The 95 % interval (Wilson) in parentheses
+reflects the number of images only, not the variation between seeds; a sweep measures
+that."""
+    return "\n".join([*rendering.markdown_table(head, rows, text_columns=2), note])
 
 
 def _score(run: RunRecord, split: str) -> str:
-    line = run.last(split)
+    """Return the accuracy with its interval, or the squared error, for a table cell."""
+    line = run.last.get(split, {})
     if "accuracy" not in line:
         return f"squared error {line['squared_error']:.4f}" if line else ""
     text = f"{line['accuracy']:.2%}"
-    if (bounds := scores.interval(line, run.multi_label)) is None:
-        return text
-    low, high = bounds
-    return f"{text} ({100 * low:.2f} to {100 * high:.2f})"
+    if bounds := scores.interval(line, run.multi_label):
+        text += f" ({100 * bounds[0]:.2f} to {100 * bounds[1]:.2f})"
+    return text
 
 
 def draw_runs(runs: Sequence[RunRecord]) -> bytes:
-    """Draw every run's training loss and its test score over the epochs, as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((10, 4.2), dpi=120, layout="constrained")
+    """Draw training loss and test score of every run over the epochs, as PNG."""
+    figure = rendering.new_figure(10, 4.2)
     left, right = figure.subplots(1, 2)
-    kinds = set()
+    metrics = set()
     for number, run in enumerate(runs):
+        color = f"C{number % 10}"
         train = [x for x in run.lines if x["split"] == "train"]
         test = [x for x in run.lines if x["split"] == "test"]
-        color = f"C{number % 10}"
-        points = [(x["epoch"], x["loss"]) for x in train]
-        left.plot(*zip(*points, strict=True), color=color, label=run.name, linewidth=1)
+        epochs, losses = [x["epoch"] for x in train], [x["loss"] for x in train]
+        left.plot(epochs, losses, color=color, label=run.name, linewidth=1)
         if test:
-            kind = "accuracy" if "accuracy" in test[0] else "squared_error"
-            kinds.add(kind.replace("_", " "))
-            points = [(x["epoch"], x[kind]) for x in test]
-            right.plot(*zip(*points, strict=True), "o-", color=color, markersize=3)
+            metric = "accuracy" if "accuracy" in test[0] else "squared_error"
+            metrics.add(metric.replace("_", " "))
+            epochs, values = [x["epoch"] for x in test], [x[metric] for x in test]
+            right.plot(epochs, values, "o-", color=color, markersize=3)
     left.set(xlabel="epoch", ylabel="training loss")
-    right.set(xlabel="epoch", ylabel=f"test {' or '.join(sorted(kinds))}")
-    for place in (left, right):
-        place.grid(color="0.93")
-        place.spines[["top", "right"]].set_visible(False)
+    right.set(xlabel="epoch", ylabel=f"test {' or '.join(sorted(metrics))}")
+    for axes in (left, right):
+        axes.grid(color="0.93")
+        axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=min(len(runs), 3), fontsize=8)
-    file = io.BytesIO()
-    # Without the version of matplotlib in it.
-    figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()
+    return rendering.encode(figure, "png")

@@ -1,112 +1,108 @@
-"""A picture of what an autoencoder makes of images: as they were, and as decoded."""
+"""Reconstructions of an autoencoder next to the test images, drawn as PNG."""
 
-import io
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_resnetv2.data.batch import Split
 from flax_resnetv2.data.datasets import open_dataset
 from flax_resnetv2.data.streaming import EvaluationRow
 from flax_resnetv2.errors import UsageError
+from flax_resnetv2.reports import rendering
 from flax_resnetv2.run.run_directory import load_config
 from flax_resnetv2.run.trained import CheckpointChoice, TrainedNet, restore
 from flax_resnetv2.system.files import write_whole
-from flax_resnetv2.training.augment import AugmentConfig, normalize
+from flax_resnetv2.training.augment import normalize
 from flax_resnetv2.validation import Range, check_arguments
-
-Shown = Annotated[int, Range(1, 50)]
 
 
 def reconstruct(
-    workdir: str | Path, *, images: Shown = 10, checkpoint: CheckpointChoice = "newest"
+    workdir: str | Path,
+    *,
+    images: Annotated[int, Range(1, 50)] = 10,
+    checkpoint: CheckpointChoice = "newest",
 ) -> Path:
-    """Draw test images of a run beside what its autoencoder makes of them.
+    """Draw test images above their reconstructions by the run's autoencoder.
 
     Args:
-        workdir: the run's directory; receives ``reconstructions.png``.
-        images: how many; of a variational one also as many that are decoded from
-            vectors drawn from N(0, 1).
-        checkpoint: which one.
+        workdir: the run directory; receives ``reconstructions.png``.
+        images: number of images; for a variational autoencoder also the number of
+            latent vectors drawn from N(0, 1) and decoded.
+        checkpoint: which checkpoint of the run.
 
     Returns:
-        The picture's path.
+        The path of the drawing.
 
     Raises:
-        UsageError: as ``restore``, or the run trains no autoencoder.
+        UsageError: as of ``restore``, or the run does not train an autoencoder.
     """
     check_arguments(reconstruct, {"images": images})
     if load_config(workdir).architecture.head != "latent":
         raise UsageError(
-            f"{workdir} is a run of a classifier, which makes no images; give one of "
-            "an autoencoder, as train.py quickstart-autoencoder makes"
+            f"{workdir} is a run of a classifier, which decodes no images; give one of "
+            "an autoencoder, for example of train.py quickstart-autoencoder"
         )
     path = Path(workdir) / "reconstructions.png"
-    write_whole(path, picture(restore(workdir, checkpoint), images))
+    write_whole(path, draw_reconstructions(restore(workdir, checkpoint), images))
     return path
 
 
-def picture(run: TrainedNet, images: int) -> bytes:
-    """The same as a PNG, of an autoencoder's run."""
-    stored = _first_images(run, images)
-    normalized = normalize(
-        jnp.asarray(stored), run.config.augment, run.model.execution.param_dtype
+def draw_reconstructions(net: TrainedNet, count: int) -> bytes:
+    """Draw ``count`` test images and their reconstructions as PNG."""
+    config, augment = net.config, net.config.augment
+    split = open_dataset(config.data).splits["test"]
+    indices, dtype = (
+        range(min(count, split.num_images)),
+        net.model.execution.param_dtype,
     )
-    made = jax.jit(lambda v, x: run.model.apply(v, x, train=False).image)
-    shown = {
-        "test images": normalized,
-        "made again": made(run.variables, normalized),
-    }
-    if run.config.architecture.latent_variance:
-        vectors = jax.random.normal(
-            jax.random.key(0), (len(stored), run.config.architecture.latent)
-        )
-        decode = jax.jit(lambda v, z: run.model.apply(v, z, method="decode"))
-        shown["drawn from N(0, 1)"] = decode(run.variables, vectors)
-    return draw_rows({k: _pixels(v, run.config.augment) for k, v in shown.items()})
+    stored, _ = read_images(split, indices, augment.test_crop)
+    normalized = normalize(jnp.asarray(stored), augment, dtype)
+    apply = jax.jit(lambda v, x: net.model.apply(v, x, train=False).image)
+    rows = {"test images": normalized}
+    rows["reconstructions"] = apply(net.variables, normalized)
+    if config.architecture.latent_variance:
+        shape = (len(stored), config.architecture.latent)
+        vectors = jax.random.normal(jax.random.key(0), shape)
+        decode = jax.jit(lambda v, z: net.model.apply(v, z, method="decode"))
+        rows["samples from N(0, 1)"] = decode(net.variables, vectors)
+    mean, std = np.array(augment.mean), np.array(augment.std)
+    return draw_rows(
+        {name: (np.asarray(x) * std + mean).clip(0, 1) for name, x in rows.items()}
+    )
 
 
 def draw_rows(rows: dict[str, np.ndarray]) -> bytes:
-    """Draw rows of images [N, H, W, C], from 0 to 1, under their names, as a PNG."""
-    from matplotlib.figure import Figure
-
+    """Draw named rows of images [N, H, W, C], with values from 0 to 1, as PNG."""
     count = max(map(len, rows.values()))
-    figure = Figure((1 + 0.9 * count, 1.15 * len(rows)), dpi=120, layout="constrained")
-    axes = figure.subplots(len(rows), count, squeeze=False)
-    for line, (name, images) in zip(axes, rows.items(), strict=True):
-        for place, image in zip(line, images, strict=True):
-            gray = image.shape[-1] == 1
-            place.imshow(
-                image[..., 0] if gray else image,
-                cmap="gray" if gray else None,
-                vmin=0,
-                vmax=1,
-                interpolation="nearest",
-            )
-            place.set_xticks([])
-            place.set_yticks([])
-            place.spines[:].set_visible(False)
-        line[0].set_ylabel(name, fontsize=8)
-    file = io.BytesIO()
-    # Without the version of matplotlib in it.
-    figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()
+    figure = rendering.new_figure(1 + 0.9 * count, 1.15 * len(rows))
+    grid = figure.subplots(len(rows), count, squeeze=False)
+    for row, (name, images) in zip(grid, rows.items(), strict=True):
+        for axes, image in zip(row, images, strict=True):
+            image = image.squeeze(-1) if image.shape[-1] == 1 else image
+            # The color map and its limits apply to images of one channel.
+            axes.imshow(image, "gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        row[0].set_ylabel(name, fontsize=8)
+    return rendering.encode(figure, "png")
 
 
-def _first_images(run: TrainedNet, count: int) -> np.ndarray:
-    """The first images of the split "test", uint8 [N, H, W, C]."""
-    dataset = open_dataset(run.config.data)
-    split = dataset.splits["test"]
-    count = min(count, split.num_images)
-    if dataset.in_memory():
-        return np.asarray(split.image[:count])
-    row = EvaluationRow(split, run.config.augment.test_crop)
-    return np.stack([row(place)[0] for place in range(count)])
+def read_images(
+    split: Any, indices: Sequence[int], crop: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read images uint8 [N, H, W, C] and labels of a split, in memory or on disk.
 
-
-def _pixels(images: jax.Array, config: AugmentConfig) -> np.ndarray:
-    """Normalized images [N, H, W, C] -> from 0 to 1."""
-    plain = np.asarray(images) * np.array(config.std) + np.array(config.mean)
-    return plain.clip(0, 1)
+    Args:
+        split: one of ``Dataset.splits``.
+        indices: which images.
+        crop: ``augment.test_crop`` of the run; applies to images on disk.
+    """
+    if isinstance(split, Split):
+        return split.image[indices], split.label[indices]
+    row = EvaluationRow(split, crop)
+    images, labels = zip(*(row(int(k))[:2] for k in indices), strict=True)
+    return np.stack(images), np.stack(labels)

@@ -20,6 +20,7 @@ from tensorboardX.proto.event_pb2 import Event
 from flax_resnetv2 import RECIPES, Predictor
 from flax_resnetv2.cli import tools, train as train_command
 from flax_resnetv2.data.datasets import describe
+from flax_resnetv2.data.images import to_png
 from flax_resnetv2.inference import modelcard, modelfile, scores
 from flax_resnetv2.reports import compare_runs, reconstruction, run_page
 from flax_resnetv2.run import loop, validate
@@ -32,8 +33,9 @@ def train(directory, dataset=None, **changes):
     """Two epochs, then the page on them."""
     dataset = dataset or tiny.dataset()
     with pytest.MonkeyPatch.context() as patch:
-        for module in (validate, run_page, reconstruction):
-            patch.setattr(module, "open_dataset", lambda *_: dataset)
+        tiny.patch_dataset(patch, dataset)
+        for module in (run_page, reconstruction):
+            patch.setattr(module, "open_dataset", lambda _: dataset)
         config = tiny.replace(
             tiny.config(), **{"architecture": tiny.SMALL, "log_every": 4} | changes
         )
@@ -86,9 +88,9 @@ def test_a_page_needs_nothing_else(run):
 def test_a_page_says_what_the_run_found(run):
     _, sources, words = read(run)
     last = read_metrics(run)[-1]
-    assert f"{last['accuracy']:.2%} of 23 test images" in words
+    assert f"Test accuracy {last['accuracy']:.2%} (23 images)" in words
     assert "a <run>" in words
-    for part in ("Training", "Classes", "Calibration", "Surest mistakes", "Net"):
+    for part in ("Training", "Classes", "Calibration", "Most confident errors", "Net"):
         assert part in words
     wrong = 23 - round(last["accuracy"] * 23)
     pictures = [x for x in sources if x.startswith("data:image/png")]
@@ -100,13 +102,13 @@ def test_a_page_says_what_the_run_found(run):
 def test_its_numbers_are_those_of_every_test_image(run):
     dataset = tiny.dataset()
     net = run_page.restore(run)
-    tested = run_page.test(net, dataset)
     split = dataset.splits["test"]
-    np.testing.assert_array_equal(tested.labels, split.label)
-    expected = Predictor.from_run(run)(split.image)
-    np.testing.assert_allclose(tested.probabilities, expected, rtol=1e-5)
-    right = (tested.probabilities.argmax(1) == tested.labels).mean()
-    assert right == pytest.approx(read_metrics(run)[-1]["accuracy"])
+    probabilities, labels = run_page.predict_split(net, split)
+    np.testing.assert_array_equal(labels, split.label)
+    expected = Predictor.find(run)(split.image)
+    np.testing.assert_allclose(probabilities, expected, rtol=1e-5)
+    correct = (probabilities.argmax(1) == labels).mean()
+    assert correct == pytest.approx(read_metrics(run)[-1]["accuracy"])
 
 
 def test_the_same_run_gives_the_same_bytes(run, monkeypatch):
@@ -122,7 +124,7 @@ def test_many_classes_are_a_list(run, monkeypatch):
     copy = run.with_name("many")
     shutil.copytree(run, copy)
     run_page.write_page(copy)
-    assert "true class said images" in " ".join(read(copy)[2].split())
+    assert "true class predicted class images" in " ".join(read(copy)[2].split())
 
 
 def test_an_autoencoder_has_its_images_in_the_page(tmp_path):
@@ -130,7 +132,7 @@ def test_an_autoencoder_has_its_images_in_the_page(tmp_path):
     _, sources, words = read(train(tmp_path / "encoder", architecture=net))
     assert "Reconstructions" in words
     assert "Classes" not in words
-    assert "squared error" in words
+    assert "Test squared error" in words
     assert sum(x.startswith("data:image/png") for x in sources) == 1
 
 
@@ -138,10 +140,10 @@ def test_a_page_that_cannot_be_made_fails_no_run(tmp_path, monkeypatch, capsys):
     result = {"accuracy": 0.5, "count": 2, "seconds": 1.0}
     monkeypatch.setattr(loop, "fit", lambda *_, **__: result)
     assert train_command.main(["quickstart", "--workdir", str(tmp_path / "none")]) == 0
-    said = capsys.readouterr()
-    assert "test accuracy 0.5000 of 2 images" in said.out
-    assert f"no report.html ({tmp_path}/none is not a run directory" in said.err
-    assert said.err.count("\n") == 1
+    out, err = capsys.readouterr()
+    assert "test accuracy 0.5000 of 2 images" in out
+    assert f"report.html was not written (UsageError: {tmp_path}/none is" in err
+    assert err.count("\n") == 1
     words = ["quickstart", "--workdir", str(tmp_path / "none"), "--no-report"]
     assert train_command.main(words) == 0
     assert capsys.readouterr().err == ""
@@ -161,7 +163,7 @@ def test_runs_are_laid_side_by_side(run, tmp_path, capsys):
     assert tools.main(words) == 0
     head, _, first, second, *_ = capsys.readouterr().out.splitlines()
     assert [len(x.split(" | ")) for x in (head, first, second)] == [9, 9, 9]
-    assert "(the first)" in first
+    assert "(reference)" in first
     assert "seed: 0 -> 7" in second
     last = read_metrics(run)[-1]
     low, high = scores.wilson(last["accuracy"] * 23, 23)
@@ -251,7 +253,7 @@ def test_calibration_is_the_mean_difference_over_the_images():
     assert np.isnan(found.accuracy[0])
 
 
-def test_the_surest_mistakes_come_first():
+def test_the_most_confident_errors_come_first():
     probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.7, 0.3]])
     labels = np.array([0, 0, 0, 1])
     assert scores.worst(probabilities, labels, 2).tolist() == [2, 3]
@@ -259,25 +261,25 @@ def test_the_surest_mistakes_come_first():
 
 def test_pictures_hold_their_pixels():
     pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 1), dtype=np.uint8)
-    address = run_page._png(pixels)
-    content = base64.b64decode(address.partition(",")[2])
+    image = run_page._image(to_png(pixels), "noise")
+    content = base64.b64decode(image.partition(",")[2].partition('"')[0])
     found = np.asarray(Image.open(io.BytesIO(content)))
     np.testing.assert_array_equal(found, pixels[..., 0])
 
 
 @pytest.mark.parametrize(
-    ("target", "held_out", "said"),
+    ("target", "held_out", "words"),
     [
         (None, 0, "Nothing was selected on the test images."),
-        (0.9, 0, "they selected their own result."),
-        (0.9, 10, "It ended when it reached 90.00% on images held out."),
+        (0.9, 0, "end at 90.00% on these images, so this result was selected on them."),
+        (0.9, 10, "set to end at 90.00% on held-out validation images."),
     ],
 )
-def test_a_card_says_what_its_result_was_selected_by(target, held_out, said):
-    net = modelfile.load(modelfile.find("cifar10-resnet20"))
+def test_a_card_says_what_its_result_was_selected_by(target, held_out, words):
+    net = modelfile.load(modelfile.locate("cifar10-resnet20"))
     data = replace(net.config.data, validation=held_out)
     changed = replace(net.config, target_accuracy=target, data=data)
-    assert said in modelcard.card(net._replace(config=changed), "x")
+    assert words in modelcard.card(net._replace(config=changed), "x")
 
 
 def test_parameters_of_an_autoencoder_have_the_decoder():
