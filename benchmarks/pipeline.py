@@ -1,12 +1,13 @@
-"""How fast images are read from disk, and where the time goes.
+"""The speed of reading images from disk, and its parts.
 
     python -m benchmarks.pipeline
     python -m benchmarks.pipeline --table
 
-Nothing trains: TFDS writes a data set of JPEG photographs' size (500 x 375), random
-parts of which are read as 224 x 224. One row says how long the parts of reading one
-take in one thread; others the images/s of the whole pipeline, in threads and in
-processes, which take turns. Rows go to ``benchmarks/results/pipeline.jsonl``.
+There is no training. TFDS writes a data set of JPEG images in the size of photographs
+(500 x 375), and random parts of them are read as 224 x 224. One row has the times of
+the parts of reading one image in one thread; the others have the images/s of the whole
+pipeline, in threads and in processes, which take turns. Rows go to
+``benchmarks/results/pipeline.jsonl``.
 """
 
 import io
@@ -23,9 +24,9 @@ import tyro
 
 from benchmarks.cpu import read_rows
 from benchmarks.measure import RESULTS, append, provenance, usable_cores
-from flax_resnetv2.data.images import random_part
+from flax_resnetv2.data.images import random_resized_crop
 from flax_resnetv2.data.streaming import TrainingRow, batches
-from flax_resnetv2.data.tfds_records import Records, label_of, parts
+from flax_resnetv2.data.tfds_records import Records, label_of, stored_splits
 from tests.support.prepared import prepare
 
 SIDE = 224
@@ -37,23 +38,23 @@ class Options:
     """What to measure."""
 
     images: int = 1000
-    """Of the data set that is written for it."""
+    """Images in the data set that is written."""
     batch: int = 64
-    """Images of a batch."""
+    """Images per batch."""
     batches: int = 30
-    """Of each way of reading in a round."""
+    """Batches per round for each way of reading."""
     rounds: int = 5
-    """In which the ways take turns."""
+    """Rounds, in which the ways of reading take turns."""
     workers: tuple[int, ...] = ()
-    """Numbers of processes to try; none: 1 and one a core."""
+    """Numbers of processes to try; an empty tuple means 1 and one per core."""
     out: Path = RESULTS / "pipeline.jsonl"
-    """Receives the rows."""
+    """File for the rows."""
     table: bool = False
-    """Measure nothing; print the table of the rows that are there."""
+    """Only print the table of the existing rows."""
 
 
 def photographs(count: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Smooth colors under noise: as JPEG about as large as ImageNet's, 70 kB."""
+    """Make images of smooth colors and noise, 70 kB as JPEG, about as ImageNet's."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -65,7 +66,7 @@ def photographs(count: int) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def time_parts(records: Records, count: int = 300) -> dict[str, float]:
-    """Median milliseconds of an image, by what is done to it, in one thread."""
+    """Return median milliseconds per image of each part of reading, in one thread."""
     import tensorflow_datasets as tfds
     from PIL import Image
 
@@ -79,7 +80,8 @@ def time_parts(records: Records, count: int = 300) -> dict[str, float]:
         times.append(time.perf_counter())
         image = Image.open(io.BytesIO(file)).convert("RGB")
         times.append(time.perf_counter())
-        np.asarray(random_part(SIDE, SCALE, np.random.default_rng(number))(image))
+        rng = np.random.default_rng(number)
+        np.asarray(random_resized_crop(SIDE, SCALE, rng)(image))
         times.append(time.perf_counter())
         for part, spent in zip(seconds.values(), np.diff(times), strict=True):
             part.append(spent)
@@ -87,7 +89,7 @@ def time_parts(records: Records, count: int = 300) -> dict[str, float]:
 
 
 def time_ways(records: Records, options: Options) -> dict[int, list[float]]:
-    """Images/s of each round by the number of processes; 0: threads of this one."""
+    """Return images/s of each round by the number of processes (0 means threads)."""
     row = TrainingRow(records, options.batch, seed=0, scale=SCALE)
     ways = (0, *(options.workers or sorted({1, usable_cores()})))
     rates: dict[int, list[float]] = {way: [] for way in ways}
@@ -114,8 +116,8 @@ def main() -> int:
             images = {"train": photographs(options.images)}
             kind = {"classes": 10, "encoding": "jpeg"}
             directory = prepare(Path(root), "photographs", images, **kind)
-            part = parts(directory)["train"]
-            records = Records(directory, part, label_of(directory), (SIDE, SIDE, 3))
+            stored = stored_splits(directory)["train"]
+            records = Records(directory, stored, label_of(directory), (SIDE, SIDE, 3))
             where = provenance()
             append(options.out, {"milliseconds": time_parts(records)} | where)
             for way, rates in time_ways(records, options).items():

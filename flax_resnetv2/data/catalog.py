@@ -1,6 +1,6 @@
-"""What is known of a data set before anything is opened: facts, no logic.
+"""Facts about data sets that are known before any file is opened.
 
-Names, sizes and classes are those of the makers' own pages and of TFDS's builders.
+Names, sizes and classes are those of the authors' pages and of TFDS's builders.
 """
 
 import math
@@ -9,74 +9,65 @@ from typing import Literal
 
 from flax_resnetv2.data import shapes
 
+TEST_EVERY = 10
+"""Without a test split, every tenth image is a test image."""
+
 
 @dataclass(frozen=True)
 class DatasetSummary:
     """A data set before its images are decoded."""
 
     image_shape: tuple[int, int, int]
-    """(height, width, channels) of a decoded image."""
+    """Shape of a decoded image, (height, width, channels)."""
     class_names: tuple[str, ...]
-    """In the order of the logits."""
+    """Names in the order of the logits."""
     num_images: dict[str, int]
-    """How many of the splits "train" and "test"."""
+    """Number of images of the splits "train" and "test"."""
     notes: tuple[str, ...] = ()
-    """What a person may not expect of it."""
+    """Properties that a user may not expect, for example ignored files."""
 
     @property
     def size(self) -> int:
-        """Bytes of all images, decoded."""
+        """Bytes of all decoded images."""
         return sum(self.num_images.values()) * math.prod(self.image_shape)
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """A data set of ours, or of TFDS, by what never changes of it."""
+    """The constant properties of a named data set."""
 
     title: str
-    """What its makers call it."""
+    """The name that its authors gave it."""
     stored: str
-    """Its name, and directory, among TFDS data sets."""
+    """Its name in TFDS, and of its directory."""
     image_shape: tuple[int, int, int]
-    """(height, width, channels) of every image."""
+    """Shape of every image, (height, width, channels)."""
     num_images: dict[str, int]
-    """How many a split has."""
+    """Number of images of each split."""
     classes: dict[str, tuple[str, ...]]
-    """The names of each feature that is a label."""
+    """Class names of each feature that is a label."""
     label: str = "label"
-    """The one of these that the net learns."""
-    source: Literal["archive", "files", "drawn", "tfds"] = "archive"
-    """What it is prepared from: an archive, four files, nothing at all; or TFDS has to
-    prepare it."""
+    """The feature that the net learns."""
+    source: Literal["official files", "drawing", "tfds"] = "official files"
+    """What it is prepared from; "tfds": only TFDS itself prepares it."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Of the label that the net learns, in the order of the logits."""
+        """Class names of the label that the net learns, in the order of the logits."""
         return self.classes[self.label]
 
 
 def _cifar(
     title: str, stored: str, classes: dict[str, str], label: str = "label"
 ) -> DatasetSpec:
-    return DatasetSpec(
-        title,
-        stored,
-        (32, 32, 3),
-        {"train": 50_000, "test": 10_000},
-        {feature: tuple(names.split()) for feature, names in classes.items()},
-        label,
-    )
+    counts = {"train": 50_000, "test": 10_000}
+    names = {feature: tuple(names.split()) for feature, names in classes.items()}
+    return DatasetSpec(title, stored, (32, 32, 3), counts, names, label)
 
 
 def _mnist(title: str, stored: str, *names: str) -> DatasetSpec:
-    return DatasetSpec(
-        title,
-        stored,
-        (28, 28, 1),
-        {"train": 60_000, "test": 10_000},
-        {"label": names},
-        source="files",
-    )
+    counts = {"train": 60_000, "test": 10_000}
+    return DatasetSpec(title, stored, (28, 28, 1), counts, {"label": names})
 
 
 _CIFAR100 = {
@@ -100,7 +91,7 @@ _CIFAR100 = {
         willow_tree wolf woman worm
     """,
 }
-"""In the order of the two bytes before an image."""
+"""Features in the order of the two label bytes of an archive."""
 
 _ATTRIBUTES = """
     5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips
@@ -110,7 +101,7 @@ _ATTRIBUTES = """
     Rosy_Cheeks Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat
     Wearing_Lipstick Wearing_Necklace Wearing_Necktie Young
 """
-"""Of CelebA, in the order of the alphabet, which is its makers', too."""
+"""The attributes of CelebA, in alphabetical order, as its authors list them."""
 
 DATASETS: dict[str, DatasetSpec] = {
     "cifar10": _cifar(
@@ -118,8 +109,7 @@ DATASETS: dict[str, DatasetSpec] = {
         "cifar10",
         {"label": "airplane automobile bird cat deer dog frog horse ship truck"},
     ),
-    # Names of their own rather than a field: what is asked of the net is another thing,
-    # and the number of its classes with it.
+    # Two names instead of a field, because the number of classes differs.
     "cifar100": _cifar("CIFAR-100", "cifar100", _CIFAR100),
     "cifar100_coarse": _cifar("CIFAR-100", "cifar100", _CIFAR100, "coarse_label"),
     "mnist": _mnist("MNIST", "mnist", *"0123456789"),
@@ -144,7 +134,7 @@ DATASETS: dict[str, DatasetSpec] = {
         (shapes.SIZE, shapes.SIZE, 3),
         {split: 10 * count for split, count in shapes.PER_CLASS.items()},
         {"label": shapes.SHAPE_CLASSES},
-        source="drawn",
+        source="drawing",
     ),
 }
-"""By the word of ``data.name``."""
+"""Data sets by ``data.name``."""

@@ -1,11 +1,10 @@
 """A folder of images in which every sub-folder is a class.
 
-Images may be of any size and mode; each is brought to a square as it is read. Nothing
-is ever written into the folder.
+Images may have any size and mode; each is cropped and scaled to a square as it is read.
+Nothing is ever written into the folder.
 """
 
 import hashlib
-import json
 import os
 import zlib
 from collections import Counter
@@ -16,264 +15,227 @@ from typing import Literal
 
 import numpy as np
 
-from flax_resnetv2.data.catalog import DatasetSummary
-from flax_resnetv2.data.decoded_cache import FORMAT, Decoded, find_kept, keep
-from flax_resnetv2.data.images import Fit, read_image, read_squares
-from flax_resnetv2.data.tfds_records import TENTH
+from flax_resnetv2.data.catalog import TEST_EVERY, DatasetSummary
+from flax_resnetv2.data.decoded_cache import (
+    Decoded,
+    DecodedCache,
+    cache_path,
+    fingerprint,
+)
+from flax_resnetv2.data.images import Resize, read_image, read_squares
 from flax_resnetv2.errors import UsageError
-from flax_resnetv2.system.files import user_cache
 
 SUFFIXES = {
     *(".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff"),
     ".webp",
 }
-"""Of files that are taken for images, in small letters."""
-TESTS = ("test", "val", "validation")
-"""Sub-folders beside "train" to test on, the first that is there."""
+"""Suffixes of image files, in lower case."""
+TEST_FOLDERS = ("test", "val", "validation")
+"""Folders of test images next to "train"; the first that exists is used."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """The images of a folder, listed."""
+    """The list of the images in a folder."""
 
     root: Path
     class_names: tuple[str, ...]
-    """The sub-folders, by name."""
+    """Names of the sub-folders, sorted."""
     files: dict[str, tuple[tuple[Path, int], ...]]
     """Path and class of each image of "train" and "test", in the order of the split."""
     notes: tuple[str, ...]
-    """What was left out, and what the test images are."""
+    """Which files were ignored, and which images are test images."""
 
-    def facts(self, size: int) -> DatasetSummary:
-        """Say what its images are once they are squares of this side."""
+    def summary(self, size: int) -> DatasetSummary:
+        """Describe the data set with images of ``size`` x ``size`` pixels."""
         counts = {split: len(files) for split, files in self.files.items()}
-        shape = (size, size, 3)
-        return DatasetSummary(shape, self.class_names, counts, notes=self.notes)
+        return DatasetSummary((size, size, 3), self.class_names, counts, self.notes)
+
+    def cache(self, size: int) -> DecodedCache:
+        """Return the cache of the decoded images, in the user's cache directory."""
+        root = self.root.resolve()
+        files = [
+            (path, (split, str(path), label))
+            for split, files in self.files.items()
+            for path, label in files
+        ]
+        try:
+            text = fingerprint(files, size, str(root))
+        except OSError as error:
+            raise UsageError(
+                f"{error.filename} cannot be read ({error.strerror}); remove it, or "
+                "make it readable"
+            ) from error
+        # The names of a hundred thousand files need not be stored themselves.
+        source = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+        return DecodedCache(source, [cache_path(root, f"folder-{root.name}-{size}")])
+
+    def read(self, size: int) -> Decoded:
+        """Read all images as squares, decoded now or earlier."""
+
+        def decode() -> Decoded:
+            arrays = {}
+            for split, files in self.files.items():
+                named = ((path, path) for path, _ in files)
+                labels = np.asarray([label for _, label in files], np.int32)
+                arrays[split] = read_squares(named, len(files), 3, size), labels
+            return arrays, self.class_names
+
+        return self.cache(size).get(decode)
 
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """Images that stay in their folder, in the order of a split."""
+    """The images of a split that are read from their folder one by one."""
 
     files: tuple[tuple[Path, int], ...]
-    """Path and class."""
+    """Path and class of each image, in the order of the split."""
     image_shape: tuple[int, int, int]
-    """(height, width, channels) of what is made of them: a square."""
+    """Shape of an image after resizing, (height, width, channels)."""
     multi_label: Literal[False] = False
 
     @property
     def num_images(self) -> int:
-        """How many."""
+        """Number of images."""
         return len(self.files)
 
-    def take(self, first: int, images: int) -> "Files":
-        """Some of them."""
-        return replace(self, files=self.files[first : first + images])
+    def take(self, first: int, count: int) -> "Files":
+        """Return ``count`` images from ``first`` on."""
+        return replace(self, files=self.files[first : first + count])
 
-    def read(self, index: int, fit: Fit) -> tuple[np.ndarray, np.ndarray]:
-        """Read an image, uint8 ``image_shape``, and its label, int32.
-
-        Args:
-            index: which.
-            fit: brings it to its size.
-
-        Raises:
-            UsageError: it cannot be read.
-        """
+    def read(self, index: int, resize: Resize) -> tuple[np.ndarray, np.ndarray]:
+        """Read and resize an image: uint8 ``image_shape``, label int32."""
         path, label = self.files[index]
-        image = read_image(path, path, self.image_shape[2], fit)
+        image = read_image(path, path, self.image_shape[2], resize)
         return image, np.asarray(label, np.int32)
 
     def checksum(self) -> int:
-        """CRC-32 of their names, classes and sizes, in their order."""
+        """CRC-32 of the names, classes and sizes of the files in their order."""
         found = [(path.name, k, path.stat().st_size) for path, k in self.files]
         return zlib.crc32(repr(found).encode(errors="surrogateescape"))
 
 
-def list_folder(said: str) -> Folder:
+def list_folder(path: str) -> Folder:
     """List the images of a folder.
 
-    Where it has a sub-folder "train", classes are the sub-folders of that one, and the
-    test images lie beside it in the same way (``TESTS``). Elsewhere every tenth image
-    of each class, in the order of the names, is a test image.
+    If there is a sub-folder "train", its sub-folders are the classes, and the first of
+    ``TEST_FOLDERS`` next to it holds the test images in the same way. Otherwise every
+    tenth image of each class, sorted by name, is a test image.
 
     Raises:
-        UsageError: it is no folder, has less than two classes, one without images, one
-            to test on that is not there to train on, or a link that leads out of it.
+        UsageError: ``path`` is not a folder, has fewer than two classes, a class
+            without images, a class with test images only, no test image, or a link
+            that leads out of it.
     """
-    root = Path(os.path.expanduser(said))
-    if not said or not os.path.isdir(root):
-        raise UsageError(
-            f"data.name=folder:{said} names no folder; give folder:PATH of one in "
-            "which every sub-folder is a class"
+
+    def refused(reason: str) -> UsageError:
+        return UsageError(f"data.name=folder:{path} {reason}")
+
+    root = Path(os.path.expanduser(path))
+    if not path or not os.path.isdir(root):
+        raise refused(
+            "names no folder; give folder:PATH of one in which every sub-folder is a "
+            "class"
         )
-    others: Counter[str] = Counter()
-    inside, notes = _folders(root), []
-    if "train" in inside:
-        test = next((name for name in TESTS if name in inside), None)
-        train = _classes(root, root / "train", others)
-        notes += _left_out(sorted(set(inside) - {"train", test}))
-    else:
-        test, train = None, _classes(root, root, others)
-    names = tuple(train)
+    ignored: Counter[str] = Counter()
+    folders, notes, test = [x.name for x in _entries(root) if x.is_dir()], [], None
+    if has_train := "train" in folders:
+        test = next((name for name in TEST_FOLDERS if name in folders), None)
+        if others := [name for name in folders if name not in ("train", test)]:
+            notes.append(f"left out beside train and test: {', '.join(others[:9])}")
+    train_images = _classes(root, root / "train" if has_train else root, ignored)
+    names = tuple(train_images)
     if len(names) < 2:
-        raise UsageError(
-            f"data.name=folder:{said} has {len(names)} classes ({', '.join(names)}); "
-            "give a folder with two sub-folders of images or more"
+        raise refused(
+            f"has {len(names)} classes ({', '.join(names)}); give a folder with two "
+            "sub-folders of images or more"
         )
-    if empty := [name for name, files in train.items() if not files]:
-        raise UsageError(
-            f"data.name=folder:{said} has no image of {', '.join(empty[:9])}; add some "
+    if empty := [name for name, images in train_images.items() if not images]:
+        raise refused(
+            f"has no image of {', '.join(empty[:9])}; add some "
             f"({' '.join(sorted(SUFFIXES))}), or remove the sub-folder"
         )
     if test is not None:
-        tests = _classes(root, root / test, others)
-        if strange := sorted(set(tests) - set(names)):
-            raise UsageError(
-                f"data.name=folder:{said} has {', '.join(strange[:9])} to test on but "
-                "not to train on; give both the same sub-folders"
+        test_images = _classes(root, root / test, ignored)
+        if unknown := sorted(set(test_images) - set(names)):
+            raise refused(
+                f"has {', '.join(unknown[:9])} to test on but not to train on; give "
+                "both the same sub-folders"
             )
     else:
-        tests = {name: files[TENTH - 1 :: TENTH] for name, files in train.items()}
-        for files in train.values():
-            del files[TENTH - 1 :: TENTH]
+        test_images, every = {}, slice(TEST_EVERY - 1, None, TEST_EVERY)
+        for name, images in train_images.items():
+            test_images[name] = images[every]
+            del images[every]
         notes.append(
             f"every tenth image of a class is tested on, as {root} has no "
             "sub-folders train and test"
         )
-    files = {
-        "train": _ordered(root, names, train),
-        "test": _ordered(root, names, tests),
-    }
+    splits = {"train": train_images, "test": test_images}
+    files = {split: _shuffled(root, names, x) for split, x in splits.items()}
     if not files["test"]:
-        raise UsageError(
-            f"data.name=folder:{said} has no image to test on; give ten of a class or "
-            "more, or sub-folders train and test"
+        raise refused(
+            "has no image to test on; give ten of a class or more, or sub-folders "
+            "train and test"
         )
-    if others:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
+    if ignored:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in ignored.most_common(5))
         notes.append(f"left out as no images: {kinds}")
     return Folder(root, names, files, tuple(notes))
 
 
-def read_folder(folder: Folder, size: int) -> Decoded:
-    """Read all images of a folder as squares, now or earlier.
-
-    What was decoded is kept in the user's cache, and used while no file has changed.
-
-    Raises:
-        UsageError: an image cannot be read.
-    """
-
-    def decode() -> Decoded:
-        arrays = {}
-        for split, files in folder.files.items():
-            named = ((path, path) for path, _ in files)
-            arrays[split] = (
-                read_squares(named, len(files), 3, size),
-                np.asarray([label for _, label in files], np.int32),
-            )
-        return arrays, folder.class_names
-
-    return keep(_fingerprint(folder, size), [_place(folder, size)], decode)
-
-
-def find_decoded_folder(folder: Folder, size: int) -> Path | None:
-    """Find the file that ``read_folder`` would use; None: it would decode."""
-    return find_kept(_fingerprint(folder, size), [_place(folder, size)])
-
-
-def _folders(directory: Path) -> list[str]:
-    """Names of the sub-folders; hidden ones belong to programs."""
-    names = sorted(
-        path.name
-        for path in _listed(directory)
-        if not path.name.startswith(".") and path.is_dir()
-    )
-    for name in names:
-        _check_no_link(directory / name)
-    return names
-
-
-def _listed(directory: Path) -> Iterator[Path]:
+def _entries(directory: Path) -> list[Path]:
+    """List a directory, sorted, without hidden entries and without linked folders."""
     try:
-        yield from directory.iterdir()
+        found = sorted(x for x in directory.iterdir() if not x.name.startswith("."))
     except OSError as error:
         raise UsageError(
             f"{directory} cannot be read ({error.strerror}); make it readable"
         ) from error
+    for path in found:
+        if path.is_symlink() and path.is_dir():  # it could lead out, or in circles
+            raise UsageError(
+                f"{path} is a link to a folder; copy what is in it there, or name the "
+                "folder itself"
+            )
+    return found
 
 
-def _classes(root: Path, parent: Path, others: Counter[str]) -> dict[str, list[Path]]:
-    """The images of each sub-folder, by name; counts what is none."""
+def _classes(root: Path, parent: Path, ignored: Counter[str]) -> dict[str, list[Path]]:
+    """Return the sorted images of each sub-folder, and count the other files."""
     return {
-        name: sorted(_images(root, parent / name, others)) for name in _folders(parent)
+        folder.name: sorted(_images(root, folder, ignored))
+        for folder in _entries(parent)
+        if folder.is_dir()
     }
 
 
-def _images(root: Path, directory: Path, others: Counter[str]) -> Iterator[Path]:
-    """Yield the images below a directory, however deep."""
-    for path in _listed(directory):
-        if path.name.startswith("."):
-            continue
+def _images(root: Path, directory: Path, ignored: Counter[str]) -> Iterator[Path]:
+    """Yield the images below a directory at any depth."""
+    for path in _entries(directory):
         if path.is_dir():
-            _check_no_link(path)
-            yield from _images(root, path, others)
+            yield from _images(root, path, ignored)
         elif path.suffix.lower() not in SUFFIXES:
-            others[path.suffix.lower() or "without a suffix"] += 1
+            ignored[path.suffix.lower() or "without a suffix"] += 1
+        elif path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
+            raise UsageError(
+                f"{path} is a link that leads out of {root}; copy the image there"
+            )
         else:
-            if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
-                raise UsageError(
-                    f"{path} is a link that leads out of {root}; copy the image there"
-                )
             yield path
 
 
-def _check_no_link(directory: Path) -> None:
-    """A folder that is a link could lead out, or round in circles."""
-    if directory.is_symlink():
-        raise UsageError(
-            f"{directory} is a link to a folder; copy what is in it there, or name the "
-            "folder itself"
-        )
-
-
-def _left_out(names: list[str]) -> list[str]:
-    return [f"left out beside train and test: {', '.join(names[:9])}"] if names else []
-
-
-def _ordered(
+def _shuffled(
     root: Path, names: tuple[str, ...], images: dict[str, list[Path]]
 ) -> tuple[tuple[Path, int], ...]:
-    """Mix the classes, alike on every machine: the last images may be held out."""
-    found = [(path, names.index(name)) for name in images for path in images[name]]
+    """Mix the classes, because ``data.validation`` holds out the last images.
 
-    def place(item: tuple[Path, int]) -> bytes:
+    The order depends on the names only, so it is the same on every machine.
+    """
+
+    def digest(item: tuple[Path, int]) -> bytes:
         name = item[0].relative_to(root).as_posix()
         return hashlib.sha256(os.fsencode(name)).digest()
 
-    return tuple(sorted(found, key=place))
-
-
-def _fingerprint(folder: Folder, size: int) -> str:
-    """Name, size and time of every file, in one line."""
-    try:
-        files = [
-            (split, str(path), label, (s := path.stat()).st_size, s.st_mtime_ns)
-            for split, listed in folder.files.items()
-            for path, label in listed
-        ]
-    except OSError as error:
-        raise UsageError(
-            f"{error.filename} cannot be read ({error.strerror}); remove it, or see to "
-            "it"
-        ) from error
-    # The names of a hundred thousand files need not be kept themselves.
-    text = json.dumps([FORMAT, size, str(folder.root.resolve()), files])
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
-
-
-def _place(folder: Folder, size: int) -> Path:
-    root = folder.root.resolve()
-    whole = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
-    return user_cache() / "decoded" / f"folder-{root.name}-{size}-{whole}.npz"
+    found = [(path, names.index(name)) for name in images for path in images[name]]
+    return tuple(sorted(found, key=digest))

@@ -1,4 +1,4 @@
-"""From an image file to pixels, whatever its size, its mode and its camera's turn."""
+"""Read image files of any size, mode and orientation into arrays."""
 
 import contextlib
 import io
@@ -16,110 +16,101 @@ import numpy as np
 from flax_resnetv2.errors import UsageError
 
 LONGEST_SIDE = 65_535
-"""Pixels, as of JPEG. Scaling a longer one would take gigabytes, however narrow it is;
-PIL itself limits the number of pixels."""
+"""Largest side in pixels, as in JPEG. Pillow limits only the number of pixels, but
+resizing a longer image would take gigabytes, however narrow it is."""
+_CHUNK = 1024
+"""Images whose files are open or in memory at the same time."""
 
-_AT_ONCE = 1024
-"""Images whose files are open or in memory."""
-
-Fit = Callable[[Any], Any]
-"""A PIL image of the mode L or RGB -> one of the size that is wanted."""
-
-
-def stretched(height: int, width: int) -> Fit:
-    """Scale the whole image to this size, whatever its sides were to each other."""
-
-    def fit(image: Any) -> Any:
-        from PIL import Image
-
-        return image.resize((width, height), Image.Resampling.BICUBIC)
-
-    return fit
+Resize = Callable[[Any], Any]
+"""Crops and scales a Pillow image of mode L or RGB to the wanted size."""
 
 
-def square(side: int, share: float = 1.0) -> Fit:
-    """Cut out the central square and scale it; an image of this size stays as it is.
+def stretch(height: int, width: int) -> Resize:
+    """Scale the whole image; its aspect ratio may change."""
+    return lambda image: _scaled(image, (width, height))
 
-    Pixels are averaged over all that they stand for.
 
-    Args:
-        side: in pixels of what comes out.
-        share: of the shorter side that the square has. 1: the shorter side is scaled to
-            ``side``, the middle kept; 0.875 is 224 of 256.
+def center_crop(side: int, scale: float = 1.0) -> Resize:
+    """Crop the central square and scale it to ``side`` x ``side`` pixels.
+
+    ``scale`` is the side of the crop relative to the shorter side of the image: 0.875
+    corresponds to 224 of 256 pixels. Each pixel of the result is a bicubic average over
+    all pixels that it covers; an image of the wanted size does not change.
     """
 
-    def fit(image: Any) -> Any:
-        cut = share * min(image.size)
-        left, top = (image.width - cut) / 2, (image.height - cut) / 2
-        return _scaled(image, side, (left, top, left + cut, top + cut))
+    def resize(image: Any) -> Any:
+        crop = scale * min(image.size)
+        left, top = (image.width - crop) / 2, (image.height - crop) / 2
+        return _scaled(image, (side, side), (left, top, left + crop, top + crop))
 
-    return fit
+    return resize
 
 
-def random_part(
-    side: int, scale: tuple[float, float], draw: np.random.Generator
-) -> Fit:
-    """Cut out a random part and scale it to a square (Szegedy et al. 2014, Inception).
+def random_resized_crop(
+    side: int, scale: tuple[float, float], rng: np.random.Generator
+) -> Resize:
+    """Crop a random rectangle and scale it to a square, as of Szegedy et al. (2014).
 
-    Args:
-        side: in pixels of what comes out.
-        scale: the least and the largest share of the area that a part has; its sides
-            are in the proportion of 3:4 to 4:3.
-        draw: random numbers.
+    ``scale`` is the smallest and the largest area of the crop relative to the image;
+    its aspect ratio is between 3:4 and 4:3.
     """
 
-    def fit(image: Any) -> Any:
+    def resize(image: Any) -> Any:
         width, height = image.size
         for _ in range(10):
-            area = width * height * draw.uniform(*scale)
-            proportion = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
-            w, h = math.sqrt(area * proportion), math.sqrt(area / proportion)
+            area = width * height * rng.uniform(*scale)
+            ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+            w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
             if w <= width and h <= height:
-                left, top = draw.uniform(0, width - w), draw.uniform(0, height - h)
-                return _scaled(image, side, (left, top, left + w, top + h))
-        # A long and narrow image has no such part.
-        return square(side)(image)
+                left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+                return _scaled(image, (side, side), (left, top, left + w, top + h))
+        # A long and narrow image has no such rectangle.
+        return center_crop(side)(image)
 
-    return fit
+    return resize
 
 
-def _scaled(image: Any, side: int, box: tuple[float, float, float, float]) -> Any:
+def _scaled(
+    image: Any,
+    size: tuple[int, int],
+    box: tuple[float, float, float, float] | None = None,
+) -> Any:
     from PIL import Image
 
-    return image.resize((side, side), Image.Resampling.BICUBIC, box)
+    return image.resize(size, Image.Resampling.BICUBIC, box)
 
 
 @contextlib.contextmanager
-def careful() -> Iterator[None]:
-    """Have PIL raise where it warns of too many pixels, and else be silent.
+def strict_pillow() -> Iterator[None]:
+    """Make Pillow raise for too many pixels, and ignore its other warnings.
 
-    Around threads, not within them: Python has one list of such rules.
+    Enter it around threads, not within them: the warning filters are global.
     """
     from PIL import Image
 
     with warnings.catch_warnings():
-        # PIL speaks of oddities of a file that change no pixel.
+        # The other warnings are about metadata that changes no pixel.
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield
 
 
 def read_image(
-    file: str | Path | IO[bytes], name: str | Path, channels: int, fit: Fit
+    file: str | Path | IO[bytes], name: str | Path, channels: int, resize: Resize
 ) -> np.ndarray:
-    """Read an image as uint8 [H, W, channels]; within ``careful``.
+    """Read an image as uint8 [H, W, channels]; call it within ``strict_pillow``.
 
-    Of an animation it is the first frame, turned as its camera says; what is
-    transparent has the color that is stored there; 16 bits become 8.
+    Reads the first frame, in the orientation that EXIF gives, ignores transparency, and
+    scales 16 bits per channel to 8.
 
     Args:
-        file: its path, or the open file.
+        file: the path, or the open file.
         name: for messages.
-        channels: 3, or 1 for shades of gray.
-        fit: brings it to a size.
+        channels: 3, or 1 for gray.
+        resize: brings the image to its size.
 
     Raises:
-        UsageError: not a file, not an image, cut short, or too large.
+        UsageError: not a file, not an image, truncated, or too large.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -131,21 +122,28 @@ def read_image(
                     f"{name} is {image.width}x{image.height} pixels; the limit "
                     f"of a side is {LONGEST_SIDE}; scale it down"
                 )
-            # ``careful`` is not known in every thread and process that reads.
+            # Worker threads and processes do not run within ``strict_pillow``.
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise UsageError(
                     f"{name} is too large ({image.width}x{image.height} pixels; the "
                     f"limit is {Image.MAX_IMAGE_PIXELS:,}); scale it down"
                 )
-            pixels = _eight_bits(ImageOps.exif_transpose(image), name)
-            pixels = fit(pixels.convert("RGB" if channels == 3 else "L"))
+            if image.mode in ("I", "F"):
+                raise UsageError(
+                    f"{name} has pixels of mode {image.mode}, whose range is not "
+                    "known; give an image of 8 or 16 bits a channel"
+                )
+            pixels = ImageOps.exif_transpose(image)
+            if pixels.mode.startswith("I;16"):  # Pillow would clip at 255
+                pixels = Image.fromarray((np.asarray(pixels) >> 8).astype(np.uint8))
+            pixels = resize(pixels.convert("RGB" if channels == 3 else "L"))
     except UsageError:
         raise
     except UnidentifiedImageError as error:
         raise UsageError(f"{name} is not an image; give a PNG or JPEG file") from error
     except bombs as error:
         raise UsageError(f"{name} is too large ({error}); scale it down") from error
-    except Exception as error:  # decoders raise anything where a file is damaged
+    except Exception as error:  # decoders raise anything for a damaged file
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UsageError(
             f"{name} cannot be read ({reason}); give a whole PNG or JPEG file"
@@ -159,31 +157,22 @@ def read_squares(
     channels: int,
     side: int,
 ) -> np.ndarray:
-    """Read many images as squares, several at a time: uint8 [count, side, side, C].
+    """Read images as central squares in several threads: uint8 [count, side, side, C].
 
-    Args:
-        files: the first two arguments of ``read_image``.
-        count: how many there are.
-        channels, side: of the results.
-
-    Raises:
-        UsageError: of the first that cannot be read.
+    ``files`` yields the first two arguments of ``read_image``, ``count`` times.
     """
-    images, fit, files = (
-        np.empty((count, side, side, channels), np.uint8),
-        square(side),
-        iter(files),
-    )
+    images, files = np.empty((count, side, side, channels), np.uint8), iter(files)
+    resize = center_crop(side)
 
-    def read(place: int, file: Any, name: str | Path) -> None:
-        images[place] = read_image(file, name, channels, fit)
+    def read(index: int, file: Any, name: str | Path) -> None:
+        images[index] = read_image(file, name, channels, resize)
 
-    # PIL decodes outside of Python's lock.
-    with careful(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        for first in range(0, count, _AT_ONCE):
-            some = list(itertools.islice(files, _AT_ONCE))
-            places = range(first, first + len(some))
-            list(pool.map(read, places, *zip(*some, strict=True)))
+    # Pillow decodes without holding the interpreter lock.
+    with strict_pillow(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        for first in range(0, count, _CHUNK):
+            chunk = list(itertools.islice(files, _CHUNK))
+            indices = range(first, first + len(chunk))
+            list(pool.map(read, indices, *zip(*chunk, strict=True)))
     return images
 
 
@@ -195,17 +184,3 @@ def to_png(pixels: np.ndarray) -> bytes:
     gray = pixels.shape[-1] == 1
     Image.fromarray(pixels[..., 0] if gray else pixels).save(file, "PNG")
     return file.getvalue()
-
-
-def _eight_bits(image: Any, name: str | Path) -> Any:
-    """Scale 16 bits: PIL would cut all that is brighter than 255."""
-    from PIL import Image
-
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise UsageError(
-            f"{name} has pixels of mode {image.mode}, whose range is not known; give "
-            "an image of 8 or 16 bits a channel"
-        )
-    return image

@@ -1,11 +1,10 @@
-"""The embedded data set: ten shapes that the project draws itself, bit for bit.
+"""The embedded data set: ten shapes, drawn by this module bit for bit.
 
-For machines without data and without a network. Each image has one shape of any place,
-size, turn and color on a shaded ground with strokes and specks, all of it drawn from a
-counted random stream by arithmetic that IEEE 754 rounds alike on every machine
-(+ - * / sqrt), so that the pixels are the same everywhere. Because dark and bright
-change places from image to image, a linear model learns next to nothing; a person names
-the shape at a glance.
+For machines without data and network. Each image has one shape of random position,
+size, rotation and color on a shaded ground with strokes and specks. The random numbers
+are raw words of a fixed generator, and only operations that IEEE 754 rounds exactly
+(+ - * / sqrt) follow, so the pixels are the same on every machine. Foreground and
+background colors vary independently, so a linear model learns almost nothing.
 
 >>> images, labels = draw_shapes("test")
 >>> images.shape, SHAPE_CLASSES[labels[0]]
@@ -15,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from flax_resnetv2.errors import UsageError
+from flax_resnetv2.validation import check_choice
 
 NAME = "embedded_shapes"
 SIZE = 32
@@ -23,50 +22,44 @@ PER_CLASS = {"train": 1000, "test": 200}
 _SEEDS = {"train": 20160316, "test": 20160725}
 
 Field = np.ndarray
-"""float64 [N, SIZE, SIZE]: a value a pixel, lengths in pixels."""
+"""A value per pixel, float64 [N, SIZE, SIZE]; lengths are in pixels."""
+Shape = Callable[[Field, Field, Field], Field]
 
 
 def draw_shapes(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Draw all images of a split, the classes mixed.
+    """Draw all images of a split, with the classes shuffled.
 
     Args:
         split: "train" (10,000 images) or "test" (2,000).
 
     Returns:
-        Images uint8 [N, 32, 32, 3] and labels int64 [N], as many of each class.
+        Images uint8 [N, 32, 32, 3] and labels int64 [N], the same number per class.
 
     Raises:
-        UsageError: another split.
+        UsageError: ``split`` is unknown.
     """
-    if split not in PER_CLASS:
-        raise UsageError(
-            f"split={split!r} is unknown; choose one of "
-            f"{', '.join(map(repr, PER_CLASS))}"
-        )
+    check_choice("split", split, tuple(PER_CLASS))
     stream = _Stream(_SEEDS[split])
     count = PER_CLASS[split]
     images = np.concatenate([_draw_class(s, count, stream) for s in _SHAPES.values()])
     labels = np.repeat(np.arange(len(_SHAPES)), count)
-    # The order of random numbers, not an unstable sort, decides: they are all distinct.
     order = np.argsort(stream.uniform(len(labels)), kind="stable")
     return images[order], labels[order]
 
 
 class _Stream:
-    """Uniform numbers from the raw 64-bit words of PCG64, which NumPy never changes."""
+    """Uniform numbers from the raw words of PCG64, which NumPy promises to keep."""
 
     def __init__(self, seed: int) -> None:
         self._generator = np.random.PCG64(seed)
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> np.ndarray:
-        """Numbers in [low, high), float64 ``shape``."""
+        """Return numbers in [low, high), float64 ``shape``."""
         raw = self._generator.random_raw(int(np.prod(shape))) >> np.uint64(11)
         return low + (high - low) * (raw.reshape(shape) * 2.0**-53)
 
 
-def _draw_class(
-    shape: Callable[[Field, Field, Field], Field], count: int, stream: _Stream
-) -> np.ndarray:
+def _draw_class(shape: Shape, count: int, stream: _Stream) -> np.ndarray:
     """Draw ``count`` images of one shape, uint8 [count, SIZE, SIZE, 3]."""
     axis = np.arange(SIZE) + 0.5
     x, y = np.broadcast_arrays(axis[None, None, :], axis[None, :, None])
@@ -75,7 +68,7 @@ def _draw_class(
         return stream.uniform(count, 1, 1, low=low, high=high)
 
     ground = stream.uniform(count, 1, 1, 3)
-    # Each channel at least 0.35 away from the ground's, brighter or darker by chance.
+    # Each channel differs from the ground by at least 0.35, up or down.
     ink = (ground + stream.uniform(count, 1, 1, 3, low=0.35, high=0.65)) % 1.0
     slope = stream.uniform(2, count, 1, 1, 3, low=-0.012, high=0.012)
     shade = slope[0] * (x[..., None] - SIZE / 2) + slope[1] * (y[..., None] - SIZE / 2)
@@ -96,20 +89,20 @@ def _draw_class(
 
 
 def _paint(image: np.ndarray, distance: Field, color: np.ndarray) -> np.ndarray:
-    """Cover the pixels with a negative distance; half a pixel of soft edge."""
+    """Paint the pixels of negative distance, with an edge half a pixel soft."""
     cover = np.clip(0.5 - distance, 0.0, 1.0)[..., None]
     return image + cover * (color - image)
 
 
 def _stroke(x: Field, y: Field, stream: _Stream, count: int) -> Field:
-    """Distance to a thin straight line right across the image."""
+    """Return the signed distance to a thin line across the image."""
     cosine, sine = _direction(stream, count)
     across = stream.uniform(2, count, 1, 1, low=0.0, high=SIZE)
     return np.abs((x - across[0]) * cosine + (y - across[1]) * sine) - 0.5
 
 
 def _direction(stream: _Stream, count: int) -> tuple[Field, Field]:
-    """Cosine and sine of any turn, [count, 1, 1], without the inexact functions."""
+    """Return cosine and sine of random angles, [count, 1, 1], in exact arithmetic."""
     vector = stream.uniform(2, count, 1, 1, low=-1.0, high=1.0)
     length = _length(*vector) + 2.0**-60
     return vector[0] / length, vector[1] / length
@@ -123,30 +116,10 @@ def _box(u: Field, v: Field, half_width: Field, half_height: Field) -> Field:
     return np.maximum(np.abs(u) - half_width, np.abs(v) - half_height)
 
 
-def _disc(u: Field, v: Field, r: Field) -> Field:
-    return _length(u, v) - r
-
-
-def _ring(u: Field, v: Field, r: Field) -> Field:
-    return np.abs(_length(u, v) - 0.78 * r) - 0.2 * r
-
-
-def _square(u: Field, v: Field, r: Field) -> Field:
-    return _box(u, v, 0.8 * r, 0.8 * r)
-
-
-def _frame(u: Field, v: Field, r: Field) -> Field:
-    return np.abs(_box(u, v, 0.68 * r, 0.68 * r)) - 0.18 * r
-
-
 def _triangle(u: Field, v: Field, r: Field) -> Field:
     half, side = 0.5, 0.75**0.5
     slanted = np.maximum(side * u + half * v, half * v - side * u)
     return np.maximum(slanted, -v) - 0.55 * r
-
-
-def _cross(u: Field, v: Field, r: Field) -> Field:
-    return np.minimum(_box(u, v, r, 0.27 * r), _box(u, v, 0.27 * r, r))
 
 
 def _bars(u: Field, v: Field, r: Field) -> Field:
@@ -154,31 +127,25 @@ def _bars(u: Field, v: Field, r: Field) -> Field:
     return np.maximum(np.minimum(np.abs(u), outer) - 0.19 * r, np.abs(v) - 0.85 * r)
 
 
-def _crescent(u: Field, v: Field, r: Field) -> Field:
-    return np.maximum(_disc(u, v, r), -_disc(u - 0.55 * r, v, 0.8 * r))
-
-
-def _half_disc(u: Field, v: Field, r: Field) -> Field:
-    return np.maximum(_disc(u - 0.4 * r, v, r), u - 0.4 * r)
-
-
-def _dots(u: Field, v: Field, r: Field) -> Field:
-    return _disc(np.abs(u) - 0.62 * r, np.abs(v) - 0.62 * r, 0.32 * r)
-
-
-_SHAPES: dict[str, Callable[[Field, Field, Field], Field]] = {
-    "disc": _disc,
-    "ring": _ring,
-    "square": _square,
-    "frame": _frame,
+_SHAPES: dict[str, Shape] = {
+    "disc": lambda u, v, r: _length(u, v) - r,
+    "ring": lambda u, v, r: np.abs(_length(u, v) - 0.78 * r) - 0.2 * r,
+    "square": lambda u, v, r: _box(u, v, 0.8 * r, 0.8 * r),
+    "frame": lambda u, v, r: np.abs(_box(u, v, 0.68 * r, 0.68 * r)) - 0.18 * r,
     "triangle": _triangle,
-    "cross": _cross,
+    "cross": lambda u, v, r: np.minimum(
+        _box(u, v, r, 0.27 * r), _box(u, v, 0.27 * r, r)
+    ),
     "bars": _bars,
-    "crescent": _crescent,
-    "half disc": _half_disc,
-    "four dots": _dots,
+    "crescent": lambda u, v, r: np.maximum(
+        _length(u, v) - r, 0.8 * r - _length(u - 0.55 * r, v)
+    ),
+    "half disc": lambda u, v, r: np.maximum(_length(u - 0.4 * r, v) - r, u - 0.4 * r),
+    "four dots": lambda u, v, r: (
+        _length(np.abs(u) - 0.62 * r, np.abs(v) - 0.62 * r) - 0.32 * r
+    ),
 }
-"""Signed distance in pixels to each shape's edge, negative inside."""
+"""Signed distance to each shape's edge, negative inside, in coordinates (u, v) from the
+center of a shape of radius r."""
 
 SHAPE_CLASSES = tuple(_SHAPES)
-"""Class names of the drawn shapes, in the order of their labels."""

@@ -1,10 +1,10 @@
-"""Images that stay on disk: read, decoded and cut to size ahead of their step.
+"""Read images from disk ahead of their step, for data sets larger than the memory.
 
-For data sets that do not fit into memory, as ImageNet. What a batch holds is a function
-of the seed and the step, so a run that goes on gets the batches that one that was not
-stopped gets. Grain reads ahead, in threads or in processes of its own.
+A batch is a function of the seed and the step, so a resumed run sees the same batches.
+Grain reads ahead, in threads or in worker processes.
 
->>> records = Records(directory, "train", 0, 1_281_167, (224, 224, 3))
+>>> records = Records(directory, stored_splits(directory)["train"],
+...                   label_of(directory), (224, 224, 3))
 >>> row = TrainingRow(records, batch_size=256, seed=0, scale=(0.08, 1.0))
 >>> for image, label, mask in batches(row, share=256, first=0, last=5004, workers=8):
 ...     ...
@@ -22,58 +22,56 @@ import numpy as np
 
 from flax_resnetv2.data.batch import epoch_order
 from flax_resnetv2.data.folder import Files
-from flax_resnetv2.data.images import random_part, square
+from flax_resnetv2.data.images import center_crop, random_resized_crop
 from flax_resnetv2.data.tfds_records import Records
 
 Row = tuple[np.ndarray, np.ndarray, np.bool_]
-"""A row of a ``Batch``: image uint8 [H, W, C], label, and whether there is one."""
+"""A row of a ``Batch``: image uint8 [H, W, C], label, mask."""
+_CROPS = 0x7061727473
+"""Separates the random numbers of crops from other uses of the seed."""
 
-_PARTS = 0x7061727473
-"""Keeps the draws of parts apart from other uses of the seed."""
+_epoch_order = lru_cache(maxsize=2)(epoch_order)
 
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """place -> row; places count on over the steps of a whole run."""
+    """Reads the row at a position; positions count over all steps of a run."""
 
     records: Records | Files
     batch_size: int
     """Images of a step, over all devices."""
     seed: int
     scale: tuple[float, float] | None = None
-    """As ``random_part`` has it; None: the whole central square."""
+    """As of ``random_resized_crop``; None: crop the central square."""
 
-    def __call__(self, place: int) -> Row:
-        """Give the row at a place."""
-        size, batch = self.records.num_images, self.batch_size
-        epoch, rest = divmod(place, size // batch * batch)
-        fit = square(self.records.image_shape[0])
+    def __call__(self, position: int) -> Row:
+        """Read a row."""
+        count, side = self.records.num_images, self.records.image_shape[0]
+        per_epoch = count // self.batch_size * self.batch_size
+        epoch, rest = divmod(position, per_epoch)
+        resize = center_crop(side)
         if self.scale is not None:
-            draw = np.random.default_rng([self.seed, place, _PARTS])
-            fit = random_part(self.records.image_shape[0], self.scale, draw)
-        index = int(_order(size, batch, self.seed, epoch)[rest])
-        return *self.records.read(index, fit), np.True_
-
-
-@lru_cache(maxsize=2)
-def _order(count: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    return epoch_order(count, batch_size, seed, epoch)
+            rng = np.random.default_rng([self.seed, position, _CROPS])
+            resize = random_resized_crop(side, self.scale, rng)
+        order = _epoch_order(count, self.batch_size, self.seed, epoch)
+        return *self.records.read(int(order[rest]), resize), np.True_
 
 
 @dataclass(frozen=True)
 class EvaluationRow:
-    """place -> row: every image once, then rows that only fill the last batch up."""
+    """Reads the row at a position: each image once, then padding."""
 
     records: Records | Files
-    share: float = 1.0
-    """As ``square`` has it."""
+    scale: float = 1.0
+    """As of ``center_crop``."""
 
-    def __call__(self, place: int) -> Row:
-        """Give the row at a place."""
-        there = place < self.records.num_images
-        fit = square(self.records.image_shape[0], self.share)
-        # Any image fills a row up; the mask says that it does not count.
-        return *self.records.read(place if there else 0, fit), np.bool_(there)
+    def __call__(self, position: int) -> Row:
+        """Read a row."""
+        exists = position < self.records.num_images
+        resize = center_crop(self.records.image_shape[0], self.scale)
+        # Any image will do as padding, because the mask excludes it.
+        row = self.records.read(position if exists else 0, resize)
+        return *row, np.bool_(exists)
 
 
 def batches(
@@ -85,60 +83,60 @@ def batches(
     workers: int,
     part: tuple[int, int] = (0, 1),
 ) -> Any:
-    """Read batches ahead of their use, in their order.
+    """Read batches in their order, ahead of their use.
 
     Args:
-        row: gives the row at a place of the batches of all processes, one after the
-            other.
+        row: reads the row at a position in the batches of all processes.
         share: rows of a batch that this process reads.
-        first, last: the first batch, and the one before which it ends.
-        workers: processes that read for this one; 0: its threads do.
-        part: (number of this process, how many train): each reads its own rows.
+        first, last: the first batch, and the one after the last.
+        workers: worker processes that read for this process; 0: threads do.
+        part: (index of this process, number of processes).
 
     Returns:
-        An iterator of (images uint8 [share, H, W, C], labels, mask bool [share]); its
-        ``close()`` ends what reads ahead.
+        An iterator of (images uint8 [share, H, W, C], labels, mask bool [share]);
+        its ``close()`` stops reading ahead.
     """
     import grain
     from absl import flags
 
-    if not flags.FLAGS.is_parsed():  # grain's processes ask for a flag of theirs
+    if not flags.FLAGS.is_parsed():  # grain's workers read a flag
         flags.FLAGS.mark_as_parsed()
     rows = grain.MapDataset.range(first * share, last * share).map(
-        _Mine(row, share, *part)
+        _ProcessRow(row, share, *part)
     )
-    # As batches, not as images: of each a few are ready, and no more.
+    # Prefetch batches instead of rows, so that only a few are in memory.
     threads = 1 if workers else os.cpu_count()
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     read = rows.batch(share, drop_remainder=True).to_iter_dataset(ahead)
     if workers:
-        # A quick exit overtakes the thread in which grain frees what processes share;
-        # Python's tracker frees the rest, and need not warn of it.
+        # On a quick exit, Python's tracker frees the shared memory before grain does,
+        # and would warn about it.
         sys.warnoptions.append("ignore:resource_tracker")
         processes = grain.MultiprocessingOptions(workers, per_worker_buffer_size=1)
-        read = read.mp_prefetch(processes, worker_init_fn=_leave_signals).map(_copied)
+        read = read.mp_prefetch(processes, worker_init_fn=_ignore_interrupts)
+        read = read.map(_copy)
     return iter(read)
 
 
 @dataclass(frozen=True)
-class _Mine:
-    """Rows of one of several processes: its place -> the place in all batches."""
+class _ProcessRow:
+    """Reads the row at a position in the batches of one of several processes."""
 
     row: Callable[[int], Row]
     share: int
-    number: int
+    index: int
     processes: int
 
-    def __call__(self, place: int) -> Row:
-        batch, rest = divmod(place, self.share)
-        return self.row((batch * self.processes + self.number) * self.share + rest)
+    def __call__(self, position: int) -> Row:
+        batch, rest = divmod(position, self.share)
+        return self.row((batch * self.processes + self.index) * self.share + rest)
 
 
-def _copied(rows: Row) -> Row:
-    """Free the memory that the processes share as soon as it is read."""
+def _copy(rows: Row) -> Row:
+    """Copy rows out of the memory that the processes share, which frees it."""
     return tuple(np.array(x) for x in rows)
 
 
-def _leave_signals(_worker: int, _workers: int) -> None:
-    """In a process that reads: Ctrl-C is for the one that trains."""
+def _ignore_interrupts(_worker: int, _workers: int) -> None:
+    """Leave Ctrl-C to the process that trains."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Reading what TFDS prepared, without TensorFlow: array_record in, NumPy arrays out."""
+"""Read data sets that TFDS prepared as array_record, without TensorFlow."""
 
 import contextlib
 import io
@@ -13,127 +13,113 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flax_resnetv2.data.images import Fit, careful, read_image, read_squares
+from flax_resnetv2.data.catalog import TEST_EVERY
+from flax_resnetv2.data.images import Resize, read_image, read_squares, strict_pillow
 from flax_resnetv2.errors import UsageError
 
 USUAL_LABELS = ("label", "attributes")
-"""Features that are learned, the first that is there."""
-TENTH = 10
-"""One image of so many is tested on, where a data set does not say which."""
-_AT_ONCE = 1024
-"""Records."""
+"""Features to learn; the first that a data set has is used."""
+_CHUNK = 1024
+"""Records in memory at the same time, as files."""
 
 
 def find_prepared(name: str, root: Path) -> Path | None:
-    """Find the newest version of a data set that is readable without TensorFlow.
-
-    Args:
-        name: of the data set, as "cifar10".
-        root: a directory of TFDS data sets.
-
-    Returns:
-        The directory root/name/version; None: no version is there.
+    """Return root/name/VERSION of the newest version that is readable here, if any.
 
     Raises:
-        UsageError: what is there is broken, or in a format that needs TensorFlow.
+        UsageError: the data set is broken, or in a format that needs TensorFlow.
     """
-    # Other names are of directories that TFDS is writing, or was when it was killed.
-    found = sorted(
-        (
-            path.parent
-            for path in root.glob(f"{name}/*/dataset_info.json")
-            if re.fullmatch(r"[0-9]+(\.[0-9]+)*", path.parent.name)
-        ),
-        key=lambda directory: [int(part) for part in directory.name.split(".")],
-        reverse=True,
-    )
-    described = {directory: _described(directory) for directory in found}
-    for directory, (file_format, shards) in described.items():
-        if file_format == "array_record":
-            _check_files(directory, shards)
-            return directory
-    if found:
+    versions = [
+        path.parent
+        for path in root.glob(f"{name}/*/dataset_info.json")
+        # While TFDS writes a version, its directory has a longer name.
+        if re.fullmatch(r"[0-9]+(\.[0-9]+)*", path.parent.name)
+    ]
+    versions.sort(key=lambda x: [int(n) for n in x.name.split(".")], reverse=True)
+    for directory in versions:
+        file_format, shards = _description(directory)
+        if file_format != "array_record":
+            continue
+        for split, lengths in shards.items():
+            expected = len(lengths)
+            pattern = f"*-{split}.array_record-*-of-{expected:05d}"
+            if missing := expected - len(list(directory.glob(pattern))):
+                raise UsageError(
+                    f"{directory} lacks {missing} of {expected} record files of the "
+                    f"split {split!r}; remove it to have it prepared again, or give "
+                    "another --data.dir"
+                )
+        return directory
+    if versions:
         raise UsageError(
-            f"{found[0]} is in the format {described[found[0]][0]}, which only "
-            "TensorFlow reads; array_record is needed: give an empty --data.dir to "
-            "have the data set prepared again, or prepare it where TensorFlow is with "
-            f"tfds build {name} --file_format=array_record"
+            f"{versions[0]} is in the format {_description(versions[0])[0]}, which "
+            "only TensorFlow reads; array_record is needed: give an empty --data.dir "
+            "to have the data set prepared again, or prepare it where TensorFlow is "
+            f"with tfds build {name} --file_format=array_record"
         )
     return None
 
 
-class Part(NamedTuple):
-    """Where the images of a split of ours are stored."""
+class StoredSplit(NamedTuple):
+    """The records of a split."""
 
-    split: str
-    """Of TFDS."""
-    places: range | np.ndarray
-    """Of the records there, rising."""
+    name: str
+    """The split of TFDS that contains them."""
+    indices: range | np.ndarray
+    """Their indices in that split, ascending."""
 
 
-def parts(directory: Path) -> dict[str, Part]:
-    """Say which records are the splits "train" and "test".
+def stored_splits(directory: Path) -> dict[str, StoredSplit]:
+    """Return the records of "train" and "test"; ``UsageError`` without a "train".
 
-    "test" is TFDS's own one, or else its "validation" (as of ImageNet, whose test
-    labels are not public), or else every tenth record of "train", which then lacks it.
-
-    Raises:
-        UsageError: there is no split "train".
+    "test" is TFDS's split of that name, or else "validation" (ImageNet's test labels
+    are not public), or else every tenth record of "train", which "train" then lacks.
     """
-    sizes = split_sizes(directory)
-    if "train" not in sizes:
+    splits = {k: StoredSplit(k, range(n)) for k, n in split_sizes(directory).items()}
+    if "train" not in splits:
         raise UsageError(
             f"{directory} has no split 'train'; it has "
-            f"{', '.join(map(repr, sizes)) or 'none'}; choose another --data.name"
+            f"{', '.join(map(repr, splits)) or 'none'}; choose another --data.name"
         )
-    whole = {name: Part(name, range(size)) for name, size in sizes.items()}
+    train = splits["train"]
     for test in ("test", "validation"):
-        if test in whole:
-            return {"train": whole["train"], "test": whole[test]}
-    count = sizes["train"]
-    tenth = range(TENTH - 1, count, TENTH)
-    return {
-        "train": Part("train", np.setdiff1d(np.arange(count), tenth)),
-        "test": Part("train", tenth),
-    }
+        if test in splits:
+            return {"train": train, "test": splits[test]}
+    tested = train.indices[TEST_EVERY - 1 :: TEST_EVERY]
+    kept = np.setdiff1d(train.indices, tested)
+    return {"train": StoredSplit("train", kept), "test": StoredSplit("train", tested)}
 
 
 def notes(directory: Path) -> tuple[str, ...]:
-    """Say what a person may not expect of the splits."""
-    tested = parts(directory)["test"].split
+    """Return which records are tested on, unless it is the split "test"."""
+    tested = stored_splits(directory)["test"].name
     if tested == "train":
         return ("every tenth record is tested on, as there is no split but train",)
     return () if tested == "test" else (f"the split {tested} is tested on",)
 
 
-class Label(NamedTuple):
-    """What a record says that the net learns."""
+class LabelFeature(NamedTuple):
+    """The feature of a record that the net learns."""
 
-    feature: str
-    names: tuple[str, ...]
-    """Of the classes."""
-    multi: bool
-    """Every one is there or not (features of bool); else it is one of them."""
+    name: str
+    class_names: tuple[str, ...]
+    multi_label: bool
+    """Whether it is a group of flags, one per class, instead of one class."""
 
 
-def label_of(directory: Path, feature: str | None = None) -> Label:
-    """Describe a feature of a data set; None: the first of ``USUAL_LABELS``.
-
-    Raises:
-        UsageError: it does not exist, or is no label of this kind.
-    """
-    builder = _builder(directory)
+def label_of(directory: Path, name: str | None = None) -> LabelFeature:
+    """Describe a label, by default the first of ``USUAL_LABELS``, or refuse it."""
     with reading(directory):
-        features = dict(builder.info.features.items())
-        if feature is None:
-            feature = next((f for f in USUAL_LABELS if f in features), None)
-        found = features.get(feature)
+        features = dict(_builder(directory).info.features.items())
+        if name is None:
+            name = next((f for f in USUAL_LABELS if f in features), None)
+        found = features.get(name)
         if hasattr(found, "num_classes"):
-            return Label(feature, tuple(found.names), multi=False)
-        # TFDS gives them in another order than they were written.
-        each = dict(found.items()) if hasattr(found, "items") else {}
-        if each and all(np.dtype(flag.np_dtype) == bool for flag in each.values()):
-            return Label(feature, tuple(sorted(each)), multi=True)
+            return LabelFeature(name, tuple(found.names), multi_label=False)
+        flags = dict(found.items()) if hasattr(found, "items") else {}
+        if flags and all(np.dtype(flag.np_dtype) == bool for flag in flags.values()):
+            # TFDS does not keep the order in which they were written.
+            return LabelFeature(name, tuple(sorted(flags)), multi_label=True)
     raise UsageError(
         f"{directory} has no feature 'label' of one class and no 'attributes' of "
         f"several; it has {', '.join(features)}; choose a data set for classification"
@@ -141,14 +127,9 @@ def label_of(directory: Path, feature: str | None = None) -> Label:
 
 
 def image_shape_of(directory: Path) -> tuple[int | None, int | None, int]:
-    """(height, width, channels) of the images; None where they differ.
-
-    Raises:
-        UsageError: there is no feature "image" of 1 or 3 channels.
-    """
-    builder = _builder(directory)
+    """Return (height, width, channels) of the images; None for a side that varies."""
     with reading(directory):
-        features = dict(builder.info.features.items())
+        features = dict(_builder(directory).info.features.items())
         shape = features["image"].shape if "image" in features else ()
     if len(shape) != 3 or shape[2] not in (1, 3):
         raise UsageError(
@@ -164,236 +145,192 @@ def read_split(
     """Read a whole split in the order of its records.
 
     Args:
-        directory: of ``find_prepared``.
-        split: "train" or "test", see ``parts``.
-        label: the feature to learn; None: see ``label_of``.
-        size: side of the squares that the images are brought to; None: they must be
-            alike.
+        directory: as of ``find_prepared``.
+        split: "train" or "test".
+        label: the feature to learn; None: as of ``label_of``.
+        size: side of the central squares that are read; None: the images have one size.
 
     Returns:
         Images uint8 [N, H, W, C] and labels int32 [N], or uint8 [N, K] of K attributes.
 
     Raises:
-        UsageError: the split does not exist, its files are damaged or cannot be read,
-            its images are not alike, or a label has no class.
+        UsageError: the files are damaged, the images differ in size or mode, or a label
+            has no class.
     """
-    import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordReader
 
-    builder, told = _builder(directory), label_of(directory, label)
-    stored_split, places = parts(directory)[split]
-    # PIL decodes small PNG files faster than TFDS's own decoder does without OpenCV.
-    skip = {"image": tfds.decode.SkipDecoding()}
-    labels = []
-    with reading(directory, f"the split {stored_split!r} of "):
-        source = builder.as_data_source(stored_split, decoders=skip)
-        # TFDS reads as many as the description says, of however many there are.
-        paths = directory.glob(f"*-{stored_split}.array_record-*")
-        stored = sum(ArrayRecordReader(str(path)).num_records() for path in paths)
-        if stored != len(source):
-            raise ValueError(f"it has {stored} records, described as {len(source)}")
+    feature, labels = label_of(directory, label), []
+    stored, indices = stored_splits(directory)[split]
+    with reading(directory, f"the split {stored!r} of "):
+        source = _source(directory, stored)
+        # TFDS reads as many records as the description counts.
+        paths = directory.glob(f"*-{stored}.array_record-*")
+        count = sum(ArrayRecordReader(str(path)).num_records() for path in paths)
+        if count != len(source):
+            raise ValueError(f"it has {count} records, described as {len(source)}")
 
         def files() -> Iterator[bytes]:
-            # The files of all images at once could be as large as the images.
-            for first in range(0, len(places), _AT_ONCE):
-                at = places[first : first + _AT_ONCE]
-                for record in source.__getitems__([int(place) for place in at]):
-                    labels.append(record[told.feature])
+            for first in range(0, len(indices), _CHUNK):
+                chunk = [int(index) for index in indices[first : first + _CHUNK]]
+                for record in source.__getitems__(chunk):
+                    labels.append(record[feature.name])
                     yield record["image"]
 
         if size is None:
-            images = _alike(files(), len(places))
+            images = _read_alike(files(), len(indices))
         else:
             named = ((io.BytesIO(f), f"image {k}") for k, f in enumerate(files()))
             channels = image_shape_of(directory)[2]
-            images = read_squares(named, len(places), channels, size)
-        return images, _numbers(labels, told)
+            images = read_squares(named, len(indices), channels, size)
+        return images, _label_array(labels, feature)
 
 
-def _numbers(labels: list[Any], told: Label) -> np.ndarray:
-    """Labels as an array; refuse one that has no class."""
-    if told.multi:
-        rows = [[label[name] for name in told.names] for label in labels]
+def _label_array(labels: list[Any], feature: LabelFeature) -> np.ndarray:
+    """Return labels as of ``read_split``, and refuse one that has no class."""
+    if feature.multi_label:
+        rows = [[label[name] for name in feature.class_names] for label in labels]
         return np.asarray(rows, np.uint8)
-    numbers, count = np.asarray(labels, np.int32), len(told.names)
-    if strange := set(numbers.tolist()) - set(range(count)):
-        raise ValueError(f"the label {min(strange)} of {count} classes")
+    numbers, count = np.asarray(labels, np.int32), len(feature.class_names)
+    if unknown := set(numbers.tolist()) - set(range(count)):
+        raise ValueError(f"the label {min(unknown)} of {count} classes")
     return numbers
 
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """Images that stay on disk, in the order of their records."""
+    """The images of a split that are read from their records one by one."""
 
     directory: Path
-    part: Part
-    label: Label
+    stored: StoredSplit
+    label: LabelFeature
     image_shape: tuple[int, int, int]
-    """(height, width, channels) of what is made of them: a square."""
+    """Shape of an image after resizing, (height, width, channels)."""
 
     @property
     def num_images(self) -> int:
-        """How many."""
-        return len(self.part.places)
+        """Number of images."""
+        return len(self.stored.indices)
 
     @property
     def multi_label(self) -> bool:
-        """Whether a label says of each class whether it is there."""
-        return self.label.multi
+        """Whether an image has several labels instead of one class."""
+        return self.label.multi_label
 
-    def take(self, first: int, images: int) -> "Records":
-        """Some of them."""
-        places = self.part.places[first : first + images]
-        return replace(self, part=self.part._replace(places=places))
+    def take(self, first: int, count: int) -> "Records":
+        """Return ``count`` images from ``first`` on."""
+        indices = self.stored.indices[first : first + count]
+        return replace(self, stored=self.stored._replace(indices=indices))
 
-    def read(self, index: int, fit: Fit) -> tuple[np.ndarray, np.ndarray]:
-        """Read an image, uint8 ``image_shape``, and its label as ``read_split`` does.
-
-        Args:
-            index: which.
-            fit: brings it to its size.
+    def read(self, index: int, resize: Resize) -> tuple[np.ndarray, np.ndarray]:
+        """Read and resize an image: uint8 ``image_shape``, label as of ``read_split``.
 
         Raises:
-            UsageError: the files are damaged or gone, it is no image, or of no class.
+            UsageError: the files are damaged or gone, or the label has no class.
         """
-        split, place = self.part.split, int(self.part.places[index])
-        named = f"image {place} of the split {split!r} of "
-        with reading(self.directory, named):
-            record = _source(self.directory, split)[place]
-            (label,) = _numbers([record[self.label.feature]], self.label)
+        split, record_index = self.stored.name, int(self.stored.indices[index])
+        name = f"image {record_index} of the split {split!r} of "
+        with reading(self.directory, name):
+            record = _shared_source(self.directory, split)[record_index]
+            (label,) = _label_array([record[self.label.name]], self.label)
         file, channels = io.BytesIO(record["image"]), self.image_shape[2]
-        return read_image(file, f"{named}{self.directory}", channels, fit), label
+        return read_image(file, f"{name}{self.directory}", channels, resize), label
 
     def checksum(self) -> int:
-        """CRC-32 of which they are, and of the names and sizes of their files."""
-        files = sorted(self.directory.glob(f"*-{self.part.split}.array_record-*"))
+        """CRC-32 of the indices, and of the names and sizes of the record files."""
+        files = sorted(self.directory.glob(f"*-{self.stored.name}.array_record-*"))
         found = [(path.name, path.stat().st_size) for path in files]
-        places = np.asarray(self.part.places, np.int64)
-        return zlib.crc32(places, zlib.crc32(repr(found).encode()))
+        indices = np.asarray(self.stored.indices, np.int64)
+        return zlib.crc32(indices, zlib.crc32(repr(found).encode()))
 
 
-@lru_cache(maxsize=4)
-def _source(directory: Path, split: str) -> Any:
-    """Opened once in each process that reads; images are given as files."""
+def _builder(directory: Path) -> Any:
+    """Have TFDS read the description of a data set."""
     import tensorflow_datasets as tfds
 
+    for path in directory.iterdir():  # errors of array_record do not name a cause
+        if path.is_file():
+            path.open("rb").close()
+    return tfds.builder_from_directory(directory)
+
+
+def _source(directory: Path, split: str) -> Any:
+    """Open a split for random access; each record has its image as a file."""
+    import tensorflow_datasets as tfds
+
+    # Pillow decodes small PNG files faster than TFDS does without OpenCV.
     skip = {"image": tfds.decode.SkipDecoding()}
     return _builder(directory).as_data_source(split, decoders=skip)
 
 
-def _builder(directory: Path) -> Any:
-    """Have TFDS read the descriptions of a data set."""
-    import tensorflow_datasets as tfds
-
-    with reading(directory):
-        for path in directory.iterdir():  # array_record has one word for all causes
-            if path.is_file():
-                path.open("rb").close()
-        return tfds.builder_from_directory(directory)
+_shared_source = lru_cache(maxsize=4)(_source)
 
 
 @contextlib.contextmanager
 def reading(directory: Path, part: str = "") -> Iterator[None]:
-    """Turn what reading a damaged data set raises into one line."""
+    """Turn exceptions about a damaged data set into a ``UsageError``."""
     try:
         yield
-    except (UsageError, MemoryError):
-        raise  # the data set is blamed already, or not to blame
-    except Exception as error:  # foreign readers raise anything
+    except Exception as error:  # the readers raise anything
         # TFDS asks for TensorFlow where it does not understand a description.
-        if isinstance(error, ImportError) and error.name != "tensorflow":
+        other = isinstance(error, ImportError) and error.name != "tensorflow"
+        if other or isinstance(error, UsageError | MemoryError):
             raise
-        if isinstance(error, OSError) and error.strerror:
-            raise UsageError(
-                f"{part}{directory} cannot be read ({error.strerror}: "
-                f"{error.filename}); see to it, or give another --data.dir"
-            ) from error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UsageError(
-            f"{part}{directory} cannot be read ({reason}); remove it to have the data "
-            "set prepared again, or bring back a copy of one that TFDS prepared"
-        ) from error
+        repair = "remove it to have the data set prepared again, or restore a copy"
+        if isinstance(error, OSError) and error.strerror:
+            reason = f"{error.strerror}: {error.filename}"
+            repair = "repair that, or give another --data.dir"
+        message = f"{part}{directory} cannot be read ({reason}); {repair}"
+        raise UsageError(message) from error
 
 
-def _alike(files: Iterator[bytes], count: int) -> np.ndarray:
-    """Decode images of one size and mode, uint8 [count, H, W, C].
-
-    Raises:
-        ValueError: there is none, or they differ from the first, or from 8 bits a
-            channel in gray or red, green, blue.
-        OSError: one is no image, or cut short.
-    """
+def _read_alike(files: Iterator[bytes], count: int) -> np.ndarray:
+    """Decode images of one size, all gray or all RGB: uint8 [count, H, W, C]."""
     from PIL import Image
 
-    images, first = None, None
-    with careful():
-        for place, file in enumerate(files):
+    images = first = None
+    with strict_pillow():
+        for index, file in enumerate(files):
             image = Image.open(io.BytesIO(file))
-            kind = image.mode, *image.size
+            kind = f"{image.mode} of {image.width}x{image.height} pixels"
             first = first or kind
             if kind != first or image.mode not in ("L", "RGB"):
                 raise ValueError(
-                    f"image {place} is {_in_words(kind)}, the first "
-                    f"{_in_words(first)}; all must be alike, of mode L or RGB"
+                    f"image {index} is {kind}, the first {first}; all must be alike, "
+                    "of mode L or RGB"
                 )
-            pixels = np.asarray(image)
+            pixels = np.atleast_3d(image)
             if images is None:
-                # A gray image has no channel axis of its own.
-                shape = (*pixels.shape[:2], pixels.size // (image.width * image.height))
-                images = np.empty((count, *shape), np.uint8)
-            images[place] = pixels.reshape(images.shape[1:])
+                images = np.empty((count, *pixels.shape), np.uint8)
+            images[index] = pixels
     if images is None:
         raise ValueError("it has no images")
     return images
 
 
-def _in_words(kind: tuple[str, int, int]) -> str:
-    mode, width, height = kind
-    return f"{mode} of {width}x{height} pixels"
-
-
 def split_sizes(directory: Path) -> dict[str, int]:
-    """Count the images of each split, as the description does."""
-    _, shards = _described(directory)
+    """Return the number of images of each split, according to the description."""
+    _, shards = _description(directory)
     return {split: sum(lengths) for split, lengths in shards.items()}
 
 
-def _described(directory: Path) -> tuple[str, dict[str, list[int]]]:
-    """Read format and lengths of the files of each split from ``dataset_info.json``."""
+def _description(directory: Path) -> tuple[str, dict[str, list[int]]]:
+    """Return the file format, and the lengths of the record files of each split."""
     path = directory / "dataset_info.json"
     try:
-        # TFDS leaves the format out where it is its old default.
-        fields = {
-            "fileFormat": "tfrecord",
-            "splits": [],
-            **json.loads(path.read_text()),
-        }
+        fields = json.loads(path.read_text())
         shards = {
-            s["name"]: [int(length) for length in s["shardLengths"]]
-            for s in fields["splits"]
+            split["name"]: [int(length) for length in split["shardLengths"]]
+            for split in fields.get("splits", [])
         }
-        return fields["fileFormat"], shards
+        return fields.get("fileFormat", "tfrecord"), shards  # left out: the default
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be read ({error.strerror}); see to it, or give another "
+            f"{path} cannot be read ({error.strerror}); repair that, or give another "
             "--data.dir"
         ) from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(
             f"{path} is not a description of a data set ({error}); remove {directory} "
             "to have it prepared again"
         ) from error
-
-
-def _check_files(directory: Path, shards: dict[str, list[int]]) -> None:
-    """Refuse a directory that lacks a record file its description counts."""
-    for split, lengths in shards.items():
-        expected = len(lengths)
-        pattern = f"*-{split}.array_record-*-of-{expected:05d}"
-        present = len(list(directory.glob(pattern)))
-        if present != expected:
-            raise UsageError(
-                f"{directory} lacks {expected - present} of {expected} record files of "
-                f"the split {split!r}; remove it to have it prepared again, or "
-                "give another --data.dir"
-            )

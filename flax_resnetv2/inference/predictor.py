@@ -12,7 +12,7 @@ from typing import IO, Any, NamedTuple
 import jax
 import numpy as np
 
-from flax_resnetv2.data.images import careful, read_image, square, stretched
+from flax_resnetv2.data.images import center_crop, read_image, stretch, strict_pillow
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.inference import modelfile
 from flax_resnetv2.model.modules import Latent, ResNetV2
@@ -146,12 +146,12 @@ class Predictor:
             UsageError: not a file, not an image, truncated, or too large.
         """
         height, width, channels = self.image_shape
-        fit = stretched(height, width)
+        resize = stretch(height, width)
         if self.square:
-            fit = square(height, self.normalization.test_crop)
+            resize = center_crop(height, self.normalization.test_crop)
         name = file if isinstance(file, str | Path) else getattr(file, "name", file)
-        with careful():
-            return read_image(file, name, channels, fit)
+        with strict_pillow():
+            return read_image(file, name, channels, resize)
 
     def top_classes(
         self, probabilities: np.ndarray, count: int

@@ -11,7 +11,7 @@ from PIL import Image
 from flax_resnetv2 import Predictor
 from flax_resnetv2.cli import predict as predict_command, train as train_command
 from flax_resnetv2.data.catalog import DATASETS
-from flax_resnetv2.data.folder import list_folder, read_folder
+from flax_resnetv2.data.folder import list_folder
 from tests.support import archives
 
 SMALL = (
@@ -131,7 +131,7 @@ def test_a_folder_of_images_of_many_kinds(home, capsys):
         *("cat", "dog", "newt")
     }
     # The pixels are those that it was trained on.
-    arrays, _ = read_folder(list_folder("pets"), 8)
+    arrays, _ = list_folder("pets").read(8)
     path, place = next(
         (path, k)
         for k, (path, _) in enumerate(list_folder("pets").files["train"])

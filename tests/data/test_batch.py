@@ -114,12 +114,11 @@ def test_the_validation_images_are_the_last_training_images(prepared):
         ({}, None),
     ],
 )
-def test_a_source_that_is_not_needed_is_told(prepared, capsys, given, said):
-    open_dataset(DataConfig(dir=prepared, **given))
-    expected = (
-        f"{prepared} is prepared already and used; not used: {said}\n" if said else ""
-    )
-    assert capsys.readouterr().out == expected
+def test_a_source_that_is_not_needed_is_told(prepared, caplog, given, said):
+    with caplog.at_level("INFO", "flax_resnetv2"):
+        open_dataset(DataConfig(dir=prepared, **given))
+    expected = [f"{prepared} is prepared already; not used: {said}"] if said else []
+    assert caplog.messages == expected
 
 
 @pytest.mark.parametrize("name", ["cifar10", "embedded_shapes"])

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from flax_resnetv2.data import decoded_cache, tfds_records
+from flax_resnetv2.data import decoded_cache, shapes, tfds_records
 from flax_resnetv2.data.decoded_cache import read_dataset
 from flax_resnetv2.data.prepare import write_tfds
 
@@ -22,7 +22,7 @@ def drawn(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         sizes = {"train": images(30), "test": images(10)}
-        patch.setattr(write_tfds.embedded, "draw", lambda split: sizes[split])
+        patch.setattr(shapes, "draw_shapes", lambda split: sizes[split])
         write_tfds.prepare_embedded(root)
     return tfds_records.find_prepared("embedded_shapes", root)
 
@@ -72,7 +72,7 @@ def test_a_data_set_is_decoded_once(prepared, decodings):
             first[0][split], tfds_records.read_split(prepared, split), strict=True
         ):
             np.testing.assert_array_equal(ours, straight)
-    assert first[1] == tfds_records.label_of(prepared).names
+    assert first[1] == tfds_records.label_of(prepared).class_names
 
 
 def test_what_is_kept_opens_without_tfds(prepared, monkeypatch):

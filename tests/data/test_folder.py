@@ -9,7 +9,7 @@ from PIL import Image
 
 from flax_resnetv2 import UsageError
 from flax_resnetv2.data import folder
-from flax_resnetv2.data.folder import list_folder, read_folder
+from flax_resnetv2.data.folder import list_folder
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,7 @@ def test_the_order_mixes_the_classes_and_is_the_same_elsewhere(tmp_path):
 def test_images_are_read_once_and_again_when_one_changes(tmp_path, monkeypatch):
     root = fill(tmp_path / "a", {"cat": 10, "dog": 10})
     found = list_folder(str(root))
-    arrays, class_names = read_folder(found, 4)
+    arrays, class_names = found.read(4)
     images, labels = arrays["train"]
     assert (images.shape, images.dtype) == ((18, 4, 4, 3), np.uint8)
     assert (labels.dtype, class_names) == (np.int32, ("cat", "dog"))
@@ -104,13 +104,13 @@ def test_images_are_read_once_and_again_when_one_changes(tmp_path, monkeypatch):
     read = folder.read_squares
     calls = []
     monkeypatch.setattr(folder, "read_squares", lambda *a: calls.append(a) or read(*a))
-    assert folder.find_decoded_folder(found, 4).is_file()
-    assert folder.find_decoded_folder(found, 5) is None
-    read_folder(found, 4)
+    assert found.cache(4).find().is_file()
+    assert found.cache(5).find() is None
+    found.read(4)
     assert not calls
     image(root / "cat" / "000.png", 99)
     os.utime(root / "cat" / "000.png", ns=(1, 1))
-    again, _ = read_folder(list_folder(str(root)), 4)
+    again, _ = list_folder(str(root)).read(4)
     assert len(calls) == 2
     assert 99 in again["train"][0]
     assert sorted(path.name for path in root.iterdir()) == ["cat", "dog"]
@@ -214,7 +214,7 @@ def test_a_damaged_image_is_named(tmp_path):
     path = root / "cat" / "003.png"
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(UsageError, match=r"cat/003.png cannot be read \(.*truncated"):
-        read_folder(list_folder(str(root)), 4)
+        list_folder(str(root)).read(4)
 
 
 def test_an_image_that_vanishes_meanwhile_is_named(tmp_path):
@@ -222,7 +222,7 @@ def test_an_image_that_vanishes_meanwhile_is_named(tmp_path):
     found = list_folder(str(root))
     (root / "dog" / "004.png").unlink()
     with pytest.raises(UsageError, match=r"dog/004.png cannot be read \(No such file"):
-        read_folder(found, 4)
+        found.read(4)
 
 
 # macOS refuses to write such a name, and Windows has no bytes in names.
@@ -231,5 +231,5 @@ def test_a_name_may_be_of_any_bytes(tmp_path):
     root = fill(tmp_path / "a", {"cat": 10, "dog": 10})
     (root / "cat" / "003.png").rename(root / "cat" / os.fsdecode(b"caf\xe9.png"))
     for _ in range(2):  # decoded, and then as it was kept
-        arrays, _ = read_folder(list_folder(str(root)), 4)
+        arrays, _ = list_folder(str(root)).read(4)
         assert len(arrays["train"][1]) == 18

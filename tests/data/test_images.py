@@ -9,11 +9,11 @@ from PIL import Image
 
 from flax_resnetv2 import UsageError
 from flax_resnetv2.data.images import (
-    careful,
+    center_crop,
     read_image,
     read_squares,
-    square,
-    stretched,
+    stretch,
+    strict_pillow,
 )
 
 
@@ -26,8 +26,8 @@ def file_of(pixels, kind="PNG", mode=None, **how):
 
 
 def read(file, side, channels=3):
-    with careful():
-        return read_image(file, "it", channels, square(side))
+    with strict_pillow():
+        return read_image(file, "it", channels, center_crop(side))
 
 
 def test_an_image_of_this_size_stays_as_it_is():
@@ -62,8 +62,8 @@ def test_what_is_made_smaller_is_averaged():
 def test_a_whole_image_may_be_stretched_instead():
     pixels = np.zeros((8, 24, 3), np.uint8)
     pixels[:, 16:] = 255
-    with careful():
-        found = read_image(file_of(pixels), "it", 3, stretched(8, 8))
+    with strict_pillow():
+        found = read_image(file_of(pixels), "it", 3, stretch(8, 8))
     assert found[:, 0].max() == 0
     assert found[:, -1].min() == 255
 
@@ -115,11 +115,11 @@ def test_one_of_many_that_cannot_be_read_is_named():
 
 
 def test_too_many_pixels_are_refused_without_help_from_the_thread(monkeypatch):
-    """As in the workers of a stream, where nobody is ``careful``."""
+    """As in the workers of a stream, outside ``strict_pillow``."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
-    read_image(file_of(np.zeros((9, 11), np.uint8)), "a", 3, square(2))
+    read_image(file_of(np.zeros((9, 11), np.uint8)), "a", 3, center_crop(2))
     message = r"^b is too large \(12x9 pixels; the limit is 99\); scale it down$"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(UsageError, match=message):
-            read_image(file_of(np.zeros((9, 12), np.uint8)), "b", 3, square(2))
+            read_image(file_of(np.zeros((9, 12), np.uint8)), "b", 3, center_crop(2))

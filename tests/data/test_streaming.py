@@ -12,9 +12,9 @@ import pytest
 from flax_resnetv2 import UsageError
 from flax_resnetv2.data.batch import Split
 from flax_resnetv2.data.datasets import Dataset
-from flax_resnetv2.data.images import random_part, square
+from flax_resnetv2.data.images import center_crop, random_resized_crop
 from flax_resnetv2.data.streaming import EvaluationRow, TrainingRow, batches
-from flax_resnetv2.data.tfds_records import Records, label_of, parts
+from flax_resnetv2.data.tfds_records import Records, label_of, stored_splits
 from flax_resnetv2.errors import Stopped
 from flax_resnetv2.run import run_directory
 from flax_resnetv2.training.augment import AugmentConfig
@@ -61,13 +61,14 @@ def streamed_from(directory):
 
 def of(directory, shape):
     label = label_of(directory)
-    return {k: Records(directory, p, label, shape) for k, p in parts(directory).items()}
+    stored = stored_splits(directory)
+    return {k: Records(directory, s, label, shape) for k, s in stored.items()}
 
 
 @pytest.fixture(scope="module")
 def in_memory(streamed):
     def read(records):
-        rows = [records.read(k, square(8)) for k in range(records.num_images)]
+        rows = [records.read(k, center_crop(8)) for k in range(records.num_images)]
         return Split(*map(np.stack, zip(*rows, strict=True)))
 
     return replace(streamed, splits={k: read(s) for k, s in streamed.splits.items()})
@@ -98,24 +99,24 @@ def gradient(width, height):
 
 
 def test_the_square_is_central_and_its_pixels_averages():
-    small = np.asarray(square(2)(gradient(200, 100)), float)
+    small = np.asarray(center_crop(2)(gradient(200, 100)), float)
     # Left and right half of the columns 50 to 149; rows 0 to 99 likewise.
     np.testing.assert_allclose(small[0, :, 0], [74.5, 124.5], atol=4)
     np.testing.assert_allclose(small[:, 0, 1], [24.5, 74.5], atol=4)
-    small = np.asarray(square(2, 0.5)(gradient(200, 100)), float)
+    small = np.asarray(center_crop(2, 0.5)(gradient(200, 100)), float)
     np.testing.assert_allclose(small[0, :, 0], [87, 112], atol=4)
 
 
 def test_an_image_of_the_size_stays_as_it_is():
     image = gradient(32, 32)
-    np.testing.assert_array_equal(np.asarray(square(32)(image)), np.asarray(image))
+    np.testing.assert_array_equal(np.asarray(center_crop(32)(image)), np.asarray(image))
 
 
 def test_a_random_part_covers_the_share_that_is_said():
     image, shares, proportions = gradient(240, 160), [], []
     for seed in range(300):
         draw = np.random.default_rng(seed)
-        part = np.asarray(random_part(64, (0.2, 0.6), draw)(image), float)
+        part = np.asarray(random_resized_crop(64, (0.2, 0.6), draw)(image), float)
         # Both gradients are straight lines: their slopes say how large the part was.
         width = np.polyfit(np.arange(8, 56), part[32, 8:56, 0], 1)[0] * 64
         height = np.polyfit(np.arange(8, 56), part[8:56, 32, 1], 1)[0] * 64
@@ -127,9 +128,11 @@ def test_a_random_part_covers_the_share_that_is_said():
 
 
 def test_a_narrow_image_is_seen_whole():
-    part = random_part(8, (1.0, 1.0), np.random.default_rng(0))(gradient(200, 20))
+    part = random_resized_crop(8, (1.0, 1.0), np.random.default_rng(0))(
+        gradient(200, 20)
+    )
     np.testing.assert_array_equal(
-        np.asarray(part), np.asarray(square(8)(gradient(200, 20)))
+        np.asarray(part), np.asarray(center_crop(8)(gradient(200, 20)))
     )
 
 

@@ -15,7 +15,12 @@ from flax_resnetv2 import DataConfig, UsageError, open_dataset
 from flax_resnetv2.data import decoded_cache, shapes
 from flax_resnetv2.data.catalog import DATASETS
 from flax_resnetv2.data.datasets import describe
-from flax_resnetv2.data.images import careful, read_image, square
+from flax_resnetv2.data.images import (
+    center_crop,
+    read_image,
+    strict_pillow,
+    to_png,
+)
 from flax_resnetv2.data.prepare import write_tfds
 from flax_resnetv2.data.tfds_records import find_prepared, label_of, read_split, reading
 from tests.support.archives import celeba_bit, encoded, write_celeba, write_prepared
@@ -25,8 +30,8 @@ def write(root, files, labels=None):
     """Prepare a data set of these image files, by the writer of the project."""
     labels = np.arange(len(files)) if labels is None else labels
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shapes, "draw", lambda split: (files, labels))
-        patch.setattr(write_tfds, "_png", lambda file: file)
+        patch.setattr(shapes, "draw_shapes", lambda split: (files, labels))
+        patch.setattr(write_tfds, "to_png", lambda file: file)
         write_tfds.prepare_embedded(root)
     return find_prepared(shapes.NAME, root)
 
@@ -41,7 +46,7 @@ def png(mode="RGB", size=(4, 4), kind="PNG", color=None):
 def whole(tmp_path_factory):
     """Ten images of noise: as many bytes as pixels."""
     rng = np.random.default_rng(0)
-    images = [write_tfds._png(rng.integers(0, 256, (32, 32, 3), np.uint8))] * 10
+    images = [to_png(rng.integers(0, 256, (32, 32, 3), np.uint8))] * 10
     return write(tmp_path_factory.mktemp("whole"), images)
 
 
@@ -225,9 +230,9 @@ def test_celeba_has_forty_labels_an_image(tmp_path):
     assert label_of(directory) == ("attributes", names, True)
     assert (len(names), list(names)) == (40, sorted(names))
     expected = {}
-    with careful():
+    with strict_pillow():
         for k in range(12):
-            pixels = read_image(encoded((218, 178, 3), k), "it", 3, square(16))
+            pixels = read_image(encoded((218, 178, 3), k), "it", 3, center_crop(16))
             expected[pixels.tobytes()] = [celeba_bit(k, j) for j in range(40)]
     images, labels = read_split(directory, "train", size=16)
     assert (labels.shape, labels.dtype) == ((12, 40), np.uint8)
@@ -283,18 +288,17 @@ def config(root, **fields):
         ({"train": 6, "validation": 4, "test": 3}, {"train": 6, "test": 3}, None),
     ],
 )
-def test_any_set_of_tfds_is_read_by_its_name(tmp_path, capsys, splits, sizes, note):
+def test_any_set_of_tfds_is_read_by_its_name(tmp_path, caplog, splits, sizes, note):
     other(tmp_path, splits)
-    facts = describe(config(tmp_path, image_size=6))
-    assert facts.num_images == sizes
-    assert facts.image_shape == (6, 6, 3)
-    capsys.readouterr()
-    dataset = open_dataset(config(tmp_path, image_size=6))
-    assert dataset.class_names == facts.class_names == tuple("abcde")
+    summary = describe(config(tmp_path, image_size=6))
+    assert summary.num_images == sizes
+    assert summary.image_shape == (6, 6, 3)
+    with caplog.at_level("INFO", "flax_resnetv2"):
+        dataset = open_dataset(config(tmp_path, image_size=6))
+    assert dataset.class_names == summary.class_names == tuple("abcde")
     assert {k: len(s.label) for k, s in dataset.splits.items()} == sizes
     assert dataset.image_shape == (6, 6, 3)
-    said = capsys.readouterr().out
-    assert (f"other: {note}" in said) if note else not said
+    assert (f"other: {note}" in caplog.text) if note else not caplog.text
     # Every image is in one split only.
     images = [x.tobytes() for split in dataset.splits.values() for x in split.image]
     assert len(set(images)) == sum(sizes.values())

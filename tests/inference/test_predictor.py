@@ -8,7 +8,7 @@ from PIL import Image
 
 from flax_resnetv2 import Checkpointer, Predictor, UsageError, create_model
 from flax_resnetv2.cli import predict as predict_command
-from flax_resnetv2.data.images import square
+from flax_resnetv2.data.images import center_crop
 from flax_resnetv2.run import loop
 from flax_resnetv2.run.run_directory import load_config
 from flax_resnetv2.training.augment import AugmentConfig
@@ -249,6 +249,6 @@ def test_an_image_is_cut_as_in_evaluation(run, tmp_path):
         tiny.SHAPE,
         square=True,
     )
-    expected = np.asarray(square(8, 0.5)(image))
+    expected = np.asarray(center_crop(8, 0.5)(image))
     np.testing.assert_array_equal(predictor.load(tmp_path / "noise.png"), expected)
-    assert (np.asarray(square(8)(image)) != expected).any()
+    assert (np.asarray(center_crop(8)(image)) != expected).any()

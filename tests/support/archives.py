@@ -226,7 +226,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, content, files=None):
         self.content, self.ranges, self.sent = content, True, 0
         self.files = files or {}
-        self.break_at, self.requested, self.delay = None, [], 0.0
+        self.break_at, self.asked, self.delay = None, [], 0.0
         self.kind = "application/gzip"
         super().__init__(("127.0.0.1", 0), Handler)
 

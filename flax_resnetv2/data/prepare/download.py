@@ -1,8 +1,9 @@
-"""Fetching an archive over HTTP: with limits of time, going on where it broke off."""
+"""Download an official file over HTTP, with time limits, resuming where it stopped."""
 
 import errno
 import hashlib
 import http.client
+import logging
 import queue
 import threading
 import time
@@ -13,6 +14,8 @@ from typing import Any
 
 from flax_resnetv2.errors import RunError, UsageError
 
+_logger = logging.getLogger(__name__)
+
 TIMEOUT = 8
 """Seconds without a byte after which a download gives up."""
 LARGEST = 256 << 20
@@ -20,14 +23,14 @@ LARGEST = 256 << 20
 
 _GZIP = b"\x1f\x8b"
 _LOCAL = {
-    getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
 }
-"""Errors of the disk here, not of the connection."""
+"""Errors of the local disk, not of the connection."""
 
 
 def check_url(url: str) -> None:
-    """Refuse what is no address before anything is written."""
+    """Refuse an address that is not HTTP or HTTPS."""
     if not url.startswith(("http://", "https://")):
         raise UsageError(
             f"data.url={url} is no address to download from; give one that begins "
@@ -35,48 +38,51 @@ def check_url(url: str) -> None:
         )
 
 
-def download_file(url: str, directory: Path, title: str, local: str) -> Path:
-    """Fetch ``url`` with a progress bar, going on where an earlier try stopped.
+def download_file(url: str, directory: Path, title: str, names: str) -> Path:
+    """Download a gzip file with a progress bar, resuming an earlier attempt.
 
     Args:
-        url: of an archive, or of another file that gzip wrote.
-        directory: receives it.
-        title: what it is, for the bar.
-        local: the files that can be given instead, for a message.
+        url: the address.
+        directory: where the file is stored; created if needed.
+        title: the data set, for the progress bar.
+        names: the local files that could be given instead, for a message.
 
     Raises:
-        RunError: no connection, it broke off, or something else than an archive came;
-            names the other ways.
-        OSError: the disk is full or cannot be written.
+        RunError: there is no connection, it broke off, or the answer is not a gzip
+            file; the message names the alternatives.
+        OSError: the disk is full or not writable.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    # A mirror's bytes are never appended to another's.
+    # Files of two mirrors have two names, so that their bytes are never mixed.
     digest = hashlib.sha256(url.encode()).hexdigest()[:8]
     path = directory / f"{title.lower()}-{digest}.gz"
     partial = path.with_suffix(".partial")
     if path.exists():
         return path
-    have = partial.stat().st_size if partial.exists() else 0
+
+    def received() -> int:
+        return partial.stat().st_size if partial.exists() else 0
+
+    have = received()
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
         try:
             with _open(request) as answer:
                 _save(answer, partial, have, title)
         except urllib.error.HTTPError as error:
-            error.close()  # it is the answer, too
-            # 416: nothing is left to send, so all of it is here.
+            error.close()  # the error is an open response, too
+            # 416, range not satisfiable: the file is complete already.
             if error.code != 416 or not have:
                 raise
     except (OSError, ValueError, http.client.HTTPException) as error:
         if getattr(error, "errno", None) in _LOCAL:
             raise
         reason = " ".join(str(getattr(error, "reason", None) or error).split())
-        have = partial.stat().st_size if partial.exists() else 0
+        kept = f"; {received():,} bytes are kept" if received() else ""
         raise RunError(
             f"cannot download {url} ({reason}); ways on: --data.archive PATH with "
-            f"local {local}, --data.url MIRROR, --data.dir DIR "
-            "with a data set that TFDS prepared, or the recipe quickstart, which needs "
-            "no data" + (f"; {have:,} bytes are kept" if have else "")
+            f"local {names}, --data.url MIRROR, --data.dir DIR with a data set that "
+            f"TFDS prepared, or the recipe quickstart, which needs no data{kept}"
         ) from error
     return partial.rename(path)
 
@@ -84,8 +90,8 @@ def download_file(url: str, directory: Path, title: str, local: str) -> Path:
 def _open(request: urllib.request.Request) -> Any:
     """Open an address within two timeouts.
 
-    In a thread: looking up a name heeds no timeout, and each of the addresses of a
-    name has a timeout of its own.
+    In a thread, because name resolution ignores timeouts, and each address of a host
+    has a timeout of its own.
     """
     outcome: queue.Queue[Any] = queue.Queue()
 
@@ -106,30 +112,34 @@ def _open(request: urllib.request.Request) -> Any:
 
 
 def _save(answer: Any, partial: Path, have: int, title: str) -> None:
-    """Append what comes, or begin again where the server does not do ranges."""
-    from rich.progress import (
-        DownloadColumn,
-        Progress,
-        TimeRemainingColumn,
-        TransferSpeedColumn as Speed,
-    )
+    """Append a response to ``partial``, or start over if the server ignores ranges."""
+    import rich
+    from rich import progress
 
     resumed = answer.status == 206 and have > 0
     have = have if resumed else 0
     length = answer.headers.get("Content-Length")
     total = have + int(length) if length else None
-    # Before the file is opened: a page must not take the place of what has come.
+    # Checked before the file is opened: a web page must not replace what was received.
     chunk = answer.read(len(_GZIP))
     if not resumed and chunk != _GZIP:
         raise ValueError(
-            f"what came is no archive but {answer.headers.get_content_type()}; a "
+            f"the answer is no archive but {answer.headers.get_content_type()}; a "
             "network that asks for a login answers so"
         )
-    columns = (title, DownloadColumn(), Speed(), TimeRemainingColumn())
-    with Progress(*columns) as bar, partial.open("ab" if resumed else "wb") as file:
-        live = bar.console.is_terminal
+    hidden = not rich.get_console().is_terminal
+    columns = (
+        title,
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with (
+        progress.Progress(*columns, disable=hidden) as bar,
+        partial.open("ab" if resumed else "wb") as file,
+    ):
         task = bar.add_task("", total=total, completed=have)
-        told = time.monotonic()
+        logged = time.monotonic()
         while chunk:
             file.write(chunk)
             have += len(chunk)
@@ -137,10 +147,13 @@ def _save(answer: Any, partial: Path, have: int, title: str) -> None:
                 file.truncate(0)
                 raise ValueError(f"it has more than {LARGEST:,} bytes, the limit")
             bar.update(task, completed=have)
-            if not live and time.monotonic() - told > 10:
-                told = time.monotonic()
-                print(f"downloaded {have:,} of {total or 0:,} bytes", flush=True)
-            # What has come, even if little: a connection that stalls loses nothing.
+            if hidden and time.monotonic() - logged > 10:
+                logged = time.monotonic()
+                _logger.info(
+                    "downloaded %s of %s bytes", f"{have:,}", f"{total or 0:,}"
+                )
+            # read1 returns as soon as there is anything: a stalled connection loses
+            # nothing.
             chunk = answer.read1(1 << 16)
     if total is not None and have < total:
         raise OSError(f"the connection broke off at {have:,} of {total:,} bytes")

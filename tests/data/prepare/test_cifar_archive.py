@@ -34,7 +34,7 @@ def images_of(name):
 
 @pytest.mark.parametrize("kind", MEMBERS)
 def test_either_archive_gives_the_batches_in_their_order(tmp_path, kind):
-    splits = cifar_archive.read_archive(write_tar(tmp_path / "a", MEMBERS[kind]()))
+    splits = cifar_archive.CIFAR10.read([write_tar(tmp_path / "a", MEMBERS[kind]())])
     for split, names in (("train", BATCHES[:5]), ("test", BATCHES[5:])):
         images, labels = splits[split]
         expected = np.concatenate([images_of(name) for name in names])
@@ -48,16 +48,14 @@ def test_either_archive_gives_the_batches_in_their_order(tmp_path, kind):
 @pytest.mark.parametrize("protocol", [2, 3, 4])
 def test_python_3_may_have_pickled_it(tmp_path, protocol):
     path = write_tar(tmp_path / "a", python_members(protocol))
-    images, _ = cifar_archive.read_archive(path)["test"]
+    images, _ = cifar_archive.CIFAR10.read([path])["test"]
     np.testing.assert_array_equal(images, images_of("test_batch"))
 
 
 @pytest.mark.parametrize("kind", MEMBERS100)
 def test_either_archive_of_cifar100_gives_both_labels(tmp_path, kind):
     path = write_tar(tmp_path / "a", MEMBERS100[kind]())
-    for split, (images, labels) in cifar_archive.read_archive(
-        path, cifar_archive.CIFAR100
-    ).items():
+    for split, (images, labels) in cifar_archive.CIFAR100.read([path]).items():
         count = {"train": 12, "test": 4}[split]
         planes = images.transpose(0, 3, 1, 2).reshape(count, -1)
         np.testing.assert_array_equal(planes, pixels100(split))
@@ -80,12 +78,12 @@ def test_the_batch_of_the_official_archive_is_within_the_limits():
 def test_another_checksum_is_refused_naming_the_flag(tmp_path):
     path = write_tar(tmp_path / "a", binary_members())
     received = hashlib.sha256(path.read_bytes()).hexdigest()
-    with pytest.raises(UsageError, match=f"{received}.*c4a38c50.*accept_checksum"):
-        cifar_archive.check_sum(path, "a", cifar_archive.CIFAR10.sha256)
+    with pytest.raises(UsageError, match=f"{received}.*c4a38c50.*accept-checksum"):
+        cifar_archive.CIFAR10.check({"a": path})
 
 
 @pytest.mark.parametrize(
-    ("said", "reason"),
+    ("path", "reason"),
     [
         ("/no/such", "No such file or directory"),
         ("/", "it is not a plain file"),
@@ -95,18 +93,18 @@ def test_another_checksum_is_refused_naming_the_flag(tmp_path):
         ("", "it is not a plain file"),
     ],
 )
-def test_what_is_no_file_is_named_with_the_cause(said, reason):
-    message = rf"^data.archive={said} cannot be read \({reason}\); give .*tar.gz$"
+def test_what_is_no_file_is_named_with_the_cause(path, reason):
+    message = rf"^data.archive={path} cannot be read \({reason}\); give .*of CIFAR-10$"
     with pytest.raises(UsageError, match=message):
-        cifar_archive.find_archive(said)
+        cifar_archive.CIFAR10.find(path)
 
 
 def test_what_the_system_refuses_is_not_called_damage():
     # A plain file that even its owner cannot read from the start.
     path = Path("/proc/self/mem")
     for read in (
-        cifar_archive.read_archive,
-        lambda path: cifar_archive.check_sum(path, "a", {}),
+        lambda path: cifar_archive.CIFAR10.read([path]),
+        lambda path: cifar_archive.CIFAR10.check({"a": path}),
     ):
         with pytest.raises(UsageError, match=r"mem cannot be read \(.*error\)"):
             read(path)
@@ -130,7 +128,7 @@ def no_archive(tmp_path):
 def half_a_record(tmp_path):
     members = binary_members()
     members["cifar-10-batches-bin/data_batch_2.bin"] += b"x"
-    return write_tar(tmp_path / "a", members), "data_batch_2 .* no whole number"
+    return write_tar(tmp_path / "a", members), "data_batch_2: .* no whole number"
 
 
 def a_label_too_high(tmp_path):
@@ -156,7 +154,7 @@ def a_batch_twice(tmp_path):
 def no_batch_at_all(tmp_path):
     members = binary_members()
     members["cifar-10-batches-bin/test_batch.bin"] = b""
-    return write_tar(tmp_path / "a", members), "test_batch .* 0 bytes"
+    return write_tar(tmp_path / "a", members), "test_batch: .* 0 bytes"
 
 
 def first_pickle(tmp_path, content):
@@ -179,7 +177,7 @@ def pickled_labels_that_are_fractions(tmp_path):
 def a_damaged_pickle(tmp_path):
     content = python_members()["cifar-10-batches-py/data_batch_1"]
     content = content.replace(b"latin1", b"latinX")
-    return first_pickle(tmp_path, content), "data_batch_1 .* not a batch.*the encoding"
+    return first_pickle(tmp_path, content), "data_batch_1: ValueError: .*the encoding"
 
 
 class Evil:
@@ -189,7 +187,7 @@ class Evil:
 
 def a_pickle_of_a_list(tmp_path):
     content = pickle.dumps([1, 2], protocol=2)
-    return first_pickle(tmp_path, content), "data_batch_1 .* not a batch"
+    return first_pickle(tmp_path, content), "data_batch_1: AttributeError"
 
 
 def pickled_labels_within_labels(tmp_path):
@@ -199,13 +197,13 @@ def pickled_labels_within_labels(tmp_path):
         labels = [labels, labels]
     values = {b"data": batch("data_batch_1")[0], b"labels": labels}
     content = pickle.dumps(values, protocol=2)
-    return first_pickle(tmp_path, content), "its labels are no numbers"
+    return first_pickle(tmp_path, content), "its labels are no list of numbers"
 
 
-def pickled_labels_in_two_columns(tmp_path):
-    values = {b"data": batch("data_batch_1")[0], b"labels": np.zeros((2, 2), np.int64)}
+def pickled_labels_as_an_array(tmp_path):
+    values = {b"data": batch("data_batch_1")[0], b"labels": np.zeros((2, 2), np.uint8)}
     content = pickle.dumps(values, protocol=2)
-    return first_pickle(tmp_path, content), r"labels int64 \[2, 2\]"
+    return first_pickle(tmp_path, content), "its labels are no list of numbers"
 
 
 def pickled_pixels_as_fractions(tmp_path):
@@ -224,7 +222,7 @@ def a_pickle_with_an_array_of_no_labels(tmp_path):
     nothing = np.zeros(0, np.uint8)
     values = {b"data": nothing.reshape(0, 3072), b"labels": nothing}
     content = pickle.dumps(values, protocol=3)
-    return first_pickle(tmp_path, content), r"labels uint8 \[0\]"
+    return first_pickle(tmp_path, content), "its labels are no list of numbers"
 
 
 def a_pickle_with_a_call(tmp_path):
@@ -248,7 +246,7 @@ def a_pickle_with_a_call(tmp_path):
         a_damaged_pickle,
         a_pickle_of_a_list,
         pickled_labels_within_labels,
-        pickled_labels_in_two_columns,
+        pickled_labels_as_an_array,
         pickled_pixels_as_fractions,
         a_pickle_without_images,
         a_pickle_with_an_array_of_no_labels,
@@ -265,7 +263,7 @@ def refused(path, message, form=cifar_archive.CIFAR10):
     """One line, and nothing is written anywhere near."""
     before = sorted(path.parent.rglob("*")), sorted(Path.cwd().iterdir())
     with pytest.raises(UsageError, match=message) as caught:
-        cifar_archive.read_archive(path, form)
+        form.read([path])
     assert "\n" not in str(caught.value)
     assert (sorted(path.parent.rglob("*")), sorted(Path.cwd().iterdir())) == before
 
@@ -316,10 +314,27 @@ def test_links_devices_and_the_like_are_refused(tmp_path, name, kind):
     refused(with_header(tmp_path / "a", header), "neither a plain file nor")
 
 
-def test_a_sparse_member_by_an_extended_header_is_refused(tmp_path):
-    sparse = {"GNU.sparse.size": "4096", "GNU.sparse.map": "0,512"}
-    header = member(pax_headers=sparse).tobuf(tarfile.PAX_FORMAT)
-    refused(with_header(tmp_path / "a", header), "neither a plain file nor")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"GNU.sparse.size": "4096", "GNU.sparse.map": "0,512"},
+        # tarfile would read this map from the content, however long.
+        {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"},
+        {"size": str(1 << 40)},
+        {"size": "-2048"},
+    ],
+)
+def test_an_extended_header_cannot_change_how_a_member_is_read(tmp_path, fields):
+    header = member(pax_headers=fields).tobuf(tarfile.PAX_FORMAT)
+    refused(with_header(tmp_path / "a", header), "changes the size of a member")
+
+
+def test_extended_headers_that_change_no_size_are_skipped(tmp_path):
+    header = member("n" * 120, pax_headers={"mtime": "1.5"})
+    path = tmp_path / "a"
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        splits = cifar_archive.CIFAR10.read([with_header(path, header.tobuf(form))])
+        np.testing.assert_array_equal(splits["test"][0], images_of("test_batch"))
 
 
 @pytest.mark.parametrize("name", ["data_batch_1.bin", "other"])
@@ -328,18 +343,6 @@ def test_a_member_of_an_impossible_size_is_refused(tmp_path, name, size):
     header = member(name, size).tobuf(tarfile.GNU_FORMAT)
     message = rf"{name}' of {size:,} bytes; the limit is 67,108,864"
     refused(with_header(tmp_path / "a", header), message)
-
-
-def test_a_size_in_an_extended_header_is_refused_too(tmp_path):
-    fields = {"size": str(1 << 40)}
-    header = member(pax_headers=fields).tobuf(tarfile.PAX_FORMAT)
-    message = "other' of 1,099,511,627,776 bytes; the limit"
-    refused(with_header(tmp_path / "a", header), message)
-
-
-def test_a_size_below_zero_in_an_extended_header_does_not_loop(tmp_path):
-    header = member(pax_headers={"size": "-2048"}).tobuf(tarfile.PAX_FORMAT)
-    refused(with_header(tmp_path / "a", header), "is damaged or no CIFAR-10 archive")
 
 
 @pytest.mark.parametrize(
@@ -358,7 +361,7 @@ def test_very_many_members_are_refused(tmp_path):
 
 def test_headers_without_end_are_refused(tmp_path):
     header = member(size=1, type=tarfile.GNUTYPE_LONGNAME).tobuf() + bytes(512)
-    refused(with_header(tmp_path / "a", header * 5000), "recursion")
+    refused(with_header(tmp_path / "a", header * 5000), "more than 100 members")
 
 
 @pytest.mark.parametrize("place", ["within", "behind"])
@@ -425,12 +428,16 @@ def pickled100(**values):
     [
         ("train", record100(20, 0), "coarse_label 20; CIFAR-100 has 0 to 19"),
         ("test", record100(0, 100), "the label 100; CIFAR-100 has 0 to 99"),
-        ("test", record100(0, 0)[1:], "3073 bytes, .* of records of 3074 bytes"),
-        ("train", b"", "train of the archive has 0 bytes"),
-        ("train", pickled100(coarse_labels=[1]), r"uint8 \[2, 3072\] for 1 labels"),
+        ("test", record100(0, 0)[1:], "3073 bytes .* of records of 3074 bytes"),
+        ("train", b"", "train: ValueError: 0 bytes"),
+        ("train", pickled100(coarse_labels=[1]), r"data \[2, 3072\] for 1 labels"),
         ("test", pickled100(fine_labels=[-1, 2]), "the label -1; CIFAR-100 has"),
-        ("test", pickled100(fine_labels=[[1], [2]]), "its labels are no numbers"),
-        ("train", pickle.dumps({b"data": 1}, 2), "is not a batch of CIFAR-100"),
+        (
+            "test",
+            pickled100(fine_labels=[[1], [2]]),
+            "its labels are no list of numbers",
+        ),
+        ("train", pickle.dumps({b"data": 1}, 2), "train: KeyError: b'coarse_labels'"),
         ("train", pickle.dumps(Evil(), 2), "asks for .*print"),
     ],
 )
@@ -457,12 +464,12 @@ def test_the_limits_of_cifar100_are_its_own(tmp_path):
         (
             binary_members,
             cifar_archive.CIFAR100,
-            "no CIFAR-100 archive: it lacks test, tr",
+            r"no CIFAR-100 archive \(it lacks test, tr",
         ),
         (
             binary100_members,
             cifar_archive.CIFAR10,
-            "no CIFAR-10 archive: it lacks data_batc",
+            r"no CIFAR-10 archive \(it lacks data_batc",
         ),
     ],
 )

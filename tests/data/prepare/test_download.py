@@ -41,7 +41,7 @@ def test_a_server_without_ranges_is_asked_from_the_start(tmp_path, server):
 
 
 def test_another_checksum_from_a_mirror_is_refused_and_removed(tmp_path, server):
-    with pytest.raises(UsageError, match="accept_checksum"):
+    with pytest.raises(UsageError, match="accept-checksum"):
         write_tfds.prepare("cifar10", tmp_path, url=server.url)
     assert not list((tmp_path / "downloads").glob("cifar*"))
 

@@ -1,4 +1,4 @@
-"""Pickles are interpreted, never run, and cannot have memory filled."""
+"""Pickles call nothing but stand-ins, and cannot have memory filled."""
 
 import copyreg
 import pickle
@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 
 from flax_resnetv2.data.prepare import unpickling
-from flax_resnetv2.data.prepare.unpickling import load
+from flax_resnetv2.data.prepare.cifar_archive import CIFAR10
 
 ARRAYS = [
     np.arange(6, dtype=np.uint8).reshape(2, 3),
     np.asfortranarray(np.arange(6, dtype=np.uint8).reshape(2, 3)),
-    np.arange(4, dtype=">i4"),
-    np.arange(-2, 2, dtype=np.int64),
     np.zeros((2, 0), np.uint8),
 ]
+ERRORS = ValueError, TypeError, LookupError, AttributeError, pickle.UnpicklingError
+
+
+def load(content):
+    return unpickling.load(content, CIFAR10.instructions)
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
@@ -75,6 +78,7 @@ def array_state(shape=(2,), kind="u1", content=b"ab"):
         (FIELDS, "an array of the type 'V9'"),
         (np.array(["2020-01-01"], "M8[D]"), "an array of the type 'M8'"),
         (np.zeros(2), "an array of the type 'f8'"),
+        (np.zeros(2, np.int64), "an array of the type 'i8'"),
         (np.zeros(2, "U4"), "an array of the type 'U4'"),
         (np.uint8(3), "asks for 'numpy._core.multiarray scalar'"),
         (
@@ -82,18 +86,21 @@ def array_state(shape=(2,), kind="u1", content=b"ab"):
             "asks for 'tests.data.prepare.test_unpickling Sub'",
         ),
         (np.ma.zeros(2), "asks for 'numpy.ma"),
-        (Call(np.ndarray, (HUGE,), np.dtype("u1")), "calls what is no function"),
+        (
+            Call(np.ndarray, (HUGE,), np.dtype("u1")),
+            "'NoneType' object is not callable",
+        ),
         (Call(np.zeros, HUGE), "asks for 'numpy zeros'"),
         (Call(np.frombuffer, b"a"), "asks for 'numpy frombuffer'"),
         (Call(np.dtype, "O"), "an array of the type 'O'"),
         (Call(np.dtype, "u1,O"), "an array of the type 'u1,O'"),
         (Call(np.dtype, ("u1", (HUGE,))), r"an array of the type \('u1', \(2"),
         (array_state((HUGE,)), "cannot reshape"),
-        (array_state((-1,)), "an array of no shape"),
-        (array_state((True, 2)), "an array of no shape"),
+        (array_state((-1,)), "an array of no type or shape"),
+        (array_state("ab"), "not supported between"),
         (array_state(content="ab"), "str"),
         (array_state((3,), content=b"ab"), "cannot reshape"),
-        (array_state(kind="u4", content=b"ab"), "buffer size"),
+        (array_state(kind="u4", content=b"ab"), "an array of the type 'u4'"),
         (Call(print, "never"), "asks for '__builtin__ print'"),
         (Call(eval, "never"), "asks for '__builtin__ eval'"),
         (Call(getattr, 1, "a"), "asks for '__builtin__ getattr'"),
@@ -106,7 +113,7 @@ def array_state(shape=(2,), kind="u1", content=b"ab"):
     ],
 )
 def test_anything_else_is_refused(value, message, capsys):
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises(ERRORS, match=message):
         load(pickle.dumps({b"data": value}, protocol=2))
     assert "never" not in capsys.readouterr().out
 
@@ -114,7 +121,7 @@ def test_anything_else_is_refused(value, message, capsys):
 def test_what_numpy_would_read_out_of_its_bounds_is_refused():
     # A type of one byte with a field a million bytes behind it.
     content = b"\x80\x02cnumpy\ndtype\n(U\x02V1K\x00K\x01tR."
-    with pytest.raises(ValueError, match="type 'V1'"):
+    with pytest.raises(ValueError, match="type b'V1'"):
         load(content)
 
 
@@ -131,7 +138,7 @@ def test_no_other_codec_is_run(encoding):
 @pytest.mark.parametrize(
     ("program", "message"),
     [
-        (b"cos\nsystem\n(S'never'\ntR.", "asks for 'os system'"),
+        (b"cos\nsystem\n(U\x05nevertR.", "asks for 'os system'"),
         (b"(S'never'\nios\nsystem\n.", "the instruction STRING"),
         (b"(K\x01ios\nsystem\n.", "the instruction INST"),
         (b"(cnumpy\ndtype\nK\x01o.", "the instruction OBJ"),
@@ -144,17 +151,18 @@ def test_no_other_codec_is_run(encoding):
         (b"L" + b"9" * 10000 + b"L\n.", "digits|the instruction LONG"),
         (b"N0.", "the instruction POP"),
         (b"N2.", "the instruction DUP"),
-        (b"K\x01)R.", "calls what is no function"),
-        (b"U\x05array)R.", "calls what is no function"),
+        (b"K\x01)R.", "'int' object is not callable"),
+        (b"U\x05array)R.", "'bytes' object is not callable"),
         (b"}}b.", "no attribute 'build'"),
-        (b"cnumpy\ndtype\n}b.", "no attribute 'build'"),
-        (b"cnumpy\ndtype\nU\x02u1\x85R(K\x03U\x01xtb.", "the byte order 'x'"),
-        (b"cnumpy\ndtype\nK\x01a.", "it appends to _Name"),
-        (b"}](K\x01K\x02us.", "no text"),
-        (b"]}K\x01as.", "it appends to dict"),
-        (b"NN\x87.", "pop from empty list"),
+        (b"cnumpy\ndtype\n}b.", "missing 1 required positional"),
+        (b"c_codecs\nencode\n}b.", "no attribute 'build'"),
+        (b"cnumpy\ndtype\nK\x01a.", "no attribute 'append'"),
+        (b"}](K\x01K\x02us.", "out of range"),
+        (b"}(](K\x01K\x02tK\x03u.", "no text"),
+        (b"]}K\x01as.", "no attribute 'append'"),
+        (b"NN\x87.", "pop from empty list|out of range"),
         (b"K\x01u.", "pop from empty list"),
-        (b"h\x05.", "5"),
+        (b"h\x05.", "not found at index 5"),
         (b"N.", "items"),
         (b"", "exhausted|STOP"),
         (b"\x80\x02}", "exhausted|STOP"),
@@ -162,9 +170,7 @@ def test_no_other_codec_is_run(encoding):
     ],
 )
 def test_no_other_instruction_is_followed(program, message, capfd):
-    with pytest.raises(
-        (ValueError, TypeError, LookupError, AttributeError), match=message
-    ):
+    with pytest.raises(ERRORS, match=message):
         load(program)
     assert "never" not in capfd.readouterr().out
 
@@ -190,11 +196,18 @@ def test_a_registered_extension_is_not_asked():
         b"}" * (4 << 20) + b".",
         b"(" * (4 << 20) + b".",
         b"]q\x00" + b"h\x00" * (4 << 20) + b".",
+        b"\x96" + (1 << 60).to_bytes(8, "little") + b"abc.",  # a bytearray
+        # One text, encoded a thousand times, and each result kept.
+        b"]X\x00\x00\x10\x00"
+        + b"a" * (1 << 20)
+        + b"q\x00(c_codecs\nencode\nq\x01"
+        + b"h\x01h\x00X\x06\x00\x00\x00latin1\x86R" * 1000
+        + b"e.",
     ],
 )
 def test_a_small_pickle_takes_little_memory(bomb):
     tracemalloc.start()
-    with pytest.raises((ValueError, TypeError, LookupError, AttributeError)):
+    with pytest.raises(ERRORS):
         load(bomb)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -207,11 +220,11 @@ def test_a_small_pickle_takes_little_memory(bomb):
         (b"}", b"Ns.", "keys that are no text"),
         (b"cnumpy\ndtype\n", b"\x85R.", "recursion"),
         (b"c_codecs\nencode\nU\x01a", b"\x86R.", "recursion"),
-        (b"cnumpy\ndtype\nU\x02u1\x85R(N", b"tb.", "recursion"),
+        (b"cnumpy._core.multiarray\n_reconstruct\n)R(NN", b"NNtb.", "no type or sha"),
     ],
 )
 def test_tuples_within_tuples_do_not_overflow_the_stack(before, after, message):
-    with pytest.raises((ValueError, TypeError, RecursionError), match=message):
+    with pytest.raises((*ERRORS, RecursionError), match=message):
         load(before + b")" + b"\x85" * 150_000 + after)
 
 
@@ -225,5 +238,5 @@ def test_a_batch_has_far_less_instructions_than_the_limit():
     labels = [k % 10 for k in range(10_000)]
     content = pickle.dumps({b"labels": labels, b"filenames": names}, protocol=3)
     count = sum(1 for _ in unpickling.pickletools.genops(content))
-    assert 5 * count < 1.2 * unpickling.INSTRUCTIONS
+    assert 5 * count < 1.2 * CIFAR10.instructions
     assert load(content)[b"filenames"] == names

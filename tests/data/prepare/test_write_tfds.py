@@ -58,7 +58,7 @@ def test_either_archive_gives_the_images_and_tfds_opens_them(tmp_path, kind):
     ours = tfds.builder_from_directory(directory).info
     for field in ("citation", "homepage", "supervised_keys", "version"):
         assert getattr(ours, field) == getattr(theirs, field)
-    assert label_of(directory).names[::3] == ("airplane", "cat", "frog", "truck")
+    assert label_of(directory).class_names[::3] == ("airplane", "cat", "frog", "truck")
     assert len(read_split(directory, "test")[1]) == 4
 
 
@@ -84,7 +84,7 @@ def test_cifar100_is_written_as_tfds_writes_it(tmp_path, kind):
     assert set(ours.features) == set(theirs.features)
     for name in ("cifar100", "cifar100_coarse"):
         names = DATASETS[name].class_names
-        assert label_of(directory, DATASETS[name].label).names == names
+        assert label_of(directory, DATASETS[name].label).class_names == names
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
@@ -114,7 +114,7 @@ def test_mnist_is_written_as_tfds_writes_it(tmp_path, name, where):
         assert getattr(ours, field) == getattr(theirs, field)
     assert set(ours.features) == set(theirs.features)
     assert ours.features["label"].names == theirs.features["label"].names
-    assert label_of(directory).names == DATASETS[name].class_names
+    assert label_of(directory).class_names == DATASETS[name].class_names
 
 
 def test_a_wrong_file_among_four_is_fetched_again(tmp_path):
@@ -175,9 +175,9 @@ def test_two_processes_share_one_download(tmp_path, server):
     server.delay = 0.5
     code = f"""
 from pathlib import Path
-from flax_resnetv2 import preparation
+from flax_resnetv2.data.prepare import write_tfds
 root = Path({str(tmp_path)!r})
-preparation.prepare("cifar10", root, url={server.url!r}, accept_checksum=True)
+write_tfds.prepare("cifar10", root, url={server.url!r}, accept_checksum=True)
 """
     both = [start(code) for _ in range(2)]
     said = [process.communicate()[0] for process in both]
@@ -224,11 +224,13 @@ def test_no_room_is_one_line_and_leaves_nothing(tmp_path, limit):
 import resource
 import tensorflow_datasets
 from pathlib import Path
-from flax_resnetv2 import RunError, embedded, preparation
-embedded.PER_CLASS = {{"train": 3, "test": 1}}
+from flax_resnetv2 import RunError
+from flax_resnetv2.data import shapes
+from flax_resnetv2.data.prepare import write_tfds
+shapes.PER_CLASS = {{"train": 3, "test": 1}}
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 try:
-    preparation.prepare_embedded(Path({str(tmp_path)!r}))
+    write_tfds.prepare_embedded(Path({str(tmp_path)!r}))
 except RunError as error:
     print("one line:", error)
 """
@@ -279,7 +281,7 @@ def test_a_wrong_archive_leaves_no_lock(tmp_path):
 
 
 def test_another_checksum_is_refused(tmp_path, binary):
-    with pytest.raises(UsageError, match="accept_checksum"):
+    with pytest.raises(UsageError, match="accept-checksum"):
         write_tfds.prepare("cifar10", tmp_path, archive=str(binary))
     assert find_prepared("cifar10", tmp_path) is None
 
@@ -291,7 +293,7 @@ def test_the_embedded_set_is_what_is_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "PER_CLASS", {"train": 3, "test": 2})
     write_tfds.prepare_embedded(tmp_path)
     directory = find_prepared(shapes.NAME, tmp_path)
-    assert label_of(directory).names == shapes.SHAPE_CLASSES
+    assert label_of(directory).class_names == shapes.SHAPE_CLASSES
     for split in ("train", "test"):
         drawn, labels = shapes.draw_shapes(split)
         stored, stored_labels = read_split(directory, split)
@@ -336,10 +338,11 @@ import sys
 import threading
 import time
 from pathlib import Path
-from flax_resnetv2 import preparation, records
+from flax_resnetv2.data.prepare import write_tfds
+from flax_resnetv2.data.tfds_records import find_prepared, read_split
 root = Path({str(tmp_path)!r})
-preparation.prepare("cifar10", root, archive={str(binary)!r}, accept_checksum=True)
-images, labels = records.read_split(records.find_prepared("cifar10", root), "train")
+write_tfds.prepare("cifar10", root, archive={str(binary)!r}, accept_checksum=True)
+images, labels = read_split(find_prepared("cifar10", root), "train")
 print(images.shape)
 assert "tensorflow" not in sys.modules
 """
