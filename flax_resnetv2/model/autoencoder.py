@@ -1,9 +1,9 @@
 """An autoencoder: a net with a latent head as encoder, and its mirror image as decoder.
 
-The article names filling a latent space as the other use of a ResNet V2. Here the net
-is trained for it: a decoder, the net's mirror image, reconstructs the image from the
-latent vector. With ``Architecture.latent_variance`` it is a variational autoencoder
-(Kingma & Welling 2014, arXiv 1312.6114).
+Filling a latent space is the article's other use of a ResNet V2. A decoder trains the
+net for it, by reconstructing the image from the latent vector. With
+``Architecture.latent_variance`` it is a variational autoencoder (Kingma & Welling 2014,
+arXiv 1312.6114).
 
 >>> net = Architecture(head="latent", latent=64)
 >>> model = create_autoencoder(net, (32, 32, 3))
@@ -106,8 +106,8 @@ class Autoencoder(nn.Module):
 
         Args:
             images, train, residual_scale: as of ``ResNetV2``.
-            noise: [N, latent] from N(0, 1), the place of each latent vector in its
-                distribution; None takes the mean.
+            noise: [N, latent] from N(0, 1), samples each latent vector from its
+                distribution; None: decode the mean.
         """
         latent = self.net(images, train=train, residual_scale=residual_scale)
         vector = latent.mean if isinstance(latent, Latent) else latent
@@ -131,12 +131,11 @@ def create_autoencoder(
     Args:
         architecture: with ``head="latent"``.
         image_shape: (height, width, channels) of the net's input.
-        config: of the decoder.
+        config: the decoder's configuration.
         execution: how both are run.
 
     Raises:
-        UsageError: as ``create_model``; or the net has no latent head, or its decoder
-            breaks a rule.
+        UsageError: as of ``create_model`` and ``plan_decoder``.
     """
     net = create_model(architecture, execution, image_shape)
     decoder = plan_decoder(architecture, net.plan, image_shape, config)

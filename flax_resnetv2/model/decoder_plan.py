@@ -1,7 +1,7 @@
 """The plan of a decoder: the net's mirror image, from a latent vector to an image.
 
 For each stack of the net, last stack first, the decoder has a stack of the same kind of
-units, with the resolution and width of what entered that stack of the net.
+units, with the resolution and width of that stack's input.
 """
 
 import math
@@ -30,14 +30,14 @@ from flax_resnetv2.validation import Count, Range, check_dataclass
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """How a latent head is trained: by a decoder that reconstructs the image."""
+    """The decoder that a latent head is trained with, and its loss."""
 
     units: Count = 1
     """Residual units per stack of the decoder."""
     kl_weight: Annotated[float, Range(0, 1e6)] = 1.0
-    """Weight of the Kullback-Leibler divergence of the latent distribution from
-    N(0, 1), with architecture.latent_variance (the beta of beta-VAEs). 1 gives the
-    evidence lower bound for normalized pixels with unit variance."""
+    """Weight of the latent distribution's Kullback-Leibler divergence from N(0, 1),
+    with architecture.latent_variance (the beta of beta-VAEs). 1 gives the evidence lower
+    bound for normalized pixels with unit variance."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,15 @@ class DecoderPlan:
     """The mirror image of a net, from the latent vector to the image."""
 
     start: tuple[int, int, int]
-    """(height, width, maps) that the latent vector fills: those of the net's last maps.
-    """
+    """(height, width, maps) of the net's last maps, which the latent vector fills."""
     stacks: tuple[StackPlan, ...]
-    """In the decoder's order: the mirror image of the net's last stack first."""
+    """Stacks in the decoder's order: the net's last stack comes first."""
     sizes: tuple[tuple[int, int], ...]
-    """(height, width) of each of these stacks."""
+    """(height, width) of each stack."""
     image: tuple[int, int]
     """(height, width) of the image."""
     last: LayerPlan
-    """From the last maps to the image's channels."""
+    """The layer from the last maps to the image's channels."""
 
 
 def plan_decoder(
@@ -66,14 +65,14 @@ def plan_decoder(
     """Plan the mirror image of a net.
 
     Args:
-        architecture: of the net; the decoder has its reductions and kernels.
+        architecture: what the net is; the decoder has its reductions and kernels.
         net: the plan of ``architecture``.
         image_shape: (height, width, channels) of the net's input.
-        config: the decoder's own numbers.
+        config: the decoder's configuration.
 
     Raises:
         UsageError: ``config`` breaks a rule, the net has no latent head, or a reduction
-            does not divide the width of what entered a stack.
+            does not divide the width of a stack's input.
     """
     check_dataclass(config, AutoencoderConfig, "autoencoder.")
     a, semantics = architecture, architecture.semantics
@@ -120,7 +119,7 @@ def decoder_table(plan: DecoderPlan, latent: int) -> list[LayerRow]:
     """List the decoder's layers as ``layer_table`` lists the net's.
 
     Args:
-        plan: of ``plan_decoder``.
+        plan: the decoder's plan.
         latent: size of the latent vector.
     """
     values = math.prod(plan.start)

@@ -1,4 +1,4 @@
-"""A net as a picture, in the manner of the article's drawings: SVG, from the plan.
+"""A net as a picture in the manner of the article's figures: SVG, from the plan.
 
 >>> picture = draw_net(plan(Architecture(), (32, 32, 3)), (32, 32, 3))
 >>> Path("net.svg").write_text(picture, encoding="utf-8")
@@ -12,10 +12,11 @@ from flax_resnetv2.model.layer_table import layer_table
 from flax_resnetv2.model.planning import ConvPlan, LayerPlan, NetPlan, UnitPlan
 
 WIDTH, LEFT, RIGHT = 800, 150, 640
-"""Of the picture; where a unit's maps come in, and where they are summed."""
-TIMES = "\N{MULTIPLICATION SIGN}"
+"""Width of the picture; where a unit's input enters, and where its branches add up."""
+MIDDLE = (LEFT + RIGHT) // 2
 ROW = 112
 """Height of a unit."""
+TIMES = "\N{MULTIPLICATION SIGN}"
 STYLE = """
 text { font: 13px sans-serif; fill: #1d2733; text-anchor: middle; }
 .small { font-size: 11px; fill: #52606d; }
@@ -35,14 +36,14 @@ circle { fill: #fff; stroke: #1d2733; stroke-width: 1.4; }
 
 
 def draw_net(net: NetPlan, image_shape: tuple[int, int, int]) -> str:
-    """Draw stem, stacks, units, layers, shortcuts, bridges and head.
+    """Draw stem, stacks, units, layers, shortcuts, bridges and head as SVG.
 
-    Equal units that follow one another are drawn once, with their number. Orange: a
-    shortcut that changes what it carries (the article's "special shortcut connection").
+    Equal units in sequence are drawn once, with their number. Shortcuts that change
+    their input (the article's "special shortcut connection") are orange.
 
     Args:
         net: the plan.
-        image_shape: (height, width, channels) of its input, for the shapes at the right.
+        image_shape: (height, width, channels) of the net's input.
     """
     shapes = {row.name: row.shape for row in layer_table(net, image_shape)}
     parts = list(_parts(net, shapes, image_shape))
@@ -63,46 +64,40 @@ def draw_net(net: NetPlan, image_shape: tuple[int, int, int]) -> str:
 def _parts(
     net: NetPlan, shapes: dict[str, tuple[int, ...]], image: tuple[int, int, int]
 ) -> Iterator[tuple[int, str]]:
-    """Pieces of the picture from top to bottom, each with the height it reaches."""
-    y, middle = 20, (LEFT + RIGHT) // 2
-    yield y, _text(middle, y, f"image {_shape(image)}")
+    """Yield (bottom edge, elements) of each part from top to bottom."""
+    y = 20
+    yield y, _text(MIDDLE, y, f"image {_shape(image)}")
     if net.stem:
-        for number, (conv, norm) in enumerate(
-            zip(net.stem.convs, net.stem.norms, strict=True), start=1
-        ):
-            at = f"stem/conv{number if number > 1 else ''}"
+        for suffix, conv, norm in net.stem.layers():
             words = f"stem: {_conv(conv)}" + (" · norm · ReLU" if norm else "")
-            y, piece = _outer(y, words, shapes[at])
+            y, piece = _outer(y, words, _shape(shapes[f"stem/conv{suffix}"]))
             yield y, piece
         if net.stem.pool:
-            y, piece = _outer(y, f"stem: max-pool 3{TIMES}3 /2", None)
+            y, piece = _outer(y, f"stem: max-pool 3{TIMES}3 /2")
             yield y, piece
     for s, stack in enumerate(net.stacks, start=1):
         runs = [(unit, len(list(same))) for unit, same in groupby(stack.units)]
-        # A bridge goes round on the outside, its name above it.
+        # A bridge passes on the left, with its name above.
         top = y + (24 if stack.bridge is None else 46)
         inner = top + 30
         bottom = inner + ROW * len(runs)
-        yield bottom, _arrow(f"M{middle},{y + 8} V{top - 2}")
+        yield bottom, _arrow(f"M{MIDDLE},{y + 8} V{top - 2}")
         box = _box(60, top, WIDTH - 120, bottom - top, "stack")
-        units = "unit" if len(stack.units) == 1 else "units"
-        title = f"stack {s}: {len(stack.units)} {units}"
+        units, layers = len(stack.units), len(stack.units[-1].layers)
+        title = f"stack {s}: {units} {'unit' if units == 1 else 'units'}"
         yield bottom, box + _text(74, top + 20, title, "title")
-        last = (
-            f"stack{s}/unit{len(stack.units)}/layer{len(stack.units[-1].layers)}/conv"
-        )
-        shape = _text(WIDTH - 74, top + 20, _shape(shapes[last]), "right")
-        yield bottom, shape
+        shape = shapes[f"stack{s}/unit{units}/layer{layers}/conv"]
+        yield bottom, _text(WIDTH - 74, top + 20, _shape(shape), "right")
         number = 1
         for k, (unit, count) in enumerate(runs):
             names = f"unit {number}"
             if count > 1:
                 names = f"units {number} to {number + count - 1}"
-            yield bottom, _unit(unit, names, count, inner + ROW * k)
+            yield bottom, "".join(_unit(unit, names, count, inner + ROW * k))
             number += count
         if stack.bridge is not None:
             words = "identity" if stack.bridge == "identity" else _conv(stack.bridge)
-            line = f"M{middle},{top - 10} H40 V{bottom + 10} H{middle - 2}"
+            line = f"M{MIDDLE},{top - 10} H40 V{bottom + 10} H{MIDDLE - 2}"
             label = _text(44, top - 15, f"bridge: {words}", "small left")
             yield bottom + 10, _arrow(line, "bridge") + label
         y = bottom
@@ -114,28 +109,31 @@ def _parts(
         steps.append(f"FC → {net.head.features} {words}")
         if net.head.variance:
             steps.append("log-variance")
-    y, piece = _outer(y, "head: " + " · ".join(steps or [words]), None)
+    y, piece = _outer(y, "head: " + " · ".join(steps or [words]))
     yield y + 16, piece
 
 
-def _unit(unit: UnitPlan, names: str, count: int, y: int) -> str:
-    """A unit: its layers from left to right, its shortcut below, their sum."""
-    line, low = y + 24, y + 76
+def _unit(unit: UnitPlan, names: str, count: int, y: int) -> Iterator[str]:
+    """Draw the layers from left to right, the shortcut below them, and the sum."""
+    line, low, split = y + 24, y + 76, LEFT + 8
     step = (RIGHT - LEFT - 40) // len(unit.layers)
-    pieces = [_text(74, line + 4, names, "small left")]
+    yield _text(74, line + 4, names, "small left")
     x = LEFT
     for number, layer in enumerate(unit.layers):
         start = LEFT + 20 + number * step
-        pieces.append(_arrow(f"M{x},{line} H{start - 2}"))
-        pieces.append(_layer(layer, start, line - 20, step - 24))
+        yield _arrow(f"M{x},{line} H{start - 2}")
+        yield _layer(layer, start, line - 20, step - 24)
         x = start + step - 24
-    pieces.append(_arrow(f"M{x},{line} H{RIGHT - 11}"))
-    split = LEFT + 8
-    carried = f"M{split},{line} V{low} H{RIGHT} V{line + 12}"
+    yield _arrow(f"M{x},{line} H{RIGHT - 11}")
     special = unit.shortcut is not None or unit.select > 1
-    pieces.append(_arrow(carried, "other" if special else "carried"))
+    carried = f"M{split},{line} V{low} H{RIGHT} V{line + 12}"
+    yield _arrow(carried, "other" if special else "carried")
     middle = (split + RIGHT) // 2
-    if unit.shortcut is not None:
+    if unit.shortcut is None:
+        side = f"{unit.select}{TIMES}{unit.select}"
+        words = f"one pixel of {side}" if special else "identity"
+        yield _text(middle, low - 6, words, "small")
+    else:
         words = _conv(unit.shortcut)
         if unit.average > 1:
             words = f"average {unit.average}{TIMES}{unit.average} · {words}"
@@ -144,55 +142,38 @@ def _unit(unit: UnitPlan, names: str, count: int, y: int) -> str:
         if unit.shared_preactivation:
             words = f"norm · ReLU of layer 1 · {words}"
         wide = 7 * len(words) + 24
-        pieces.append(_box(middle - wide // 2, low - 14, wide, 28, "special"))
-        pieces.append(_text(middle, low + 4, words))
-    elif unit.select > 1:
-        pieces.append(
-            _text(
-                middle,
-                low - 6,
-                f"one pixel of {unit.select}{TIMES}{unit.select}",
-                "small",
-            )
-        )
-    else:
-        pieces.append(_text(middle, low - 6, "identity", "small"))
-    pieces.append(f'<circle cx="{RIGHT}" cy="{line}" r="11"/>')
-    pieces.append(_text(RIGHT, line + 5, "+"))
+        yield _box(middle - wide // 2, low - 14, wide, 28, "special")
+        yield _text(middle, low + 4, words)
+    yield f'<circle cx="{RIGHT}" cy="{line}" r="11"/>'
+    yield _text(RIGHT, line + 5, "+")
     if unit.relu:
-        pieces.append(_text(RIGHT + 40, line - 14, "ReLU", "small"))
-    pieces.append(_arrow(f"M{RIGHT + 11},{line} H{RIGHT + 44}"))
+        yield _text(RIGHT + 40, line - 14, "ReLU", "small")
+    yield _arrow(f"M{RIGHT + 11},{line} H{RIGHT + 44}")
     if count > 1:
-        pieces.append(_text(RIGHT + 70, line + 5, f"{TIMES} {count}"))
-    return "".join(pieces)
+        yield _text(RIGHT + 70, line + 5, f"{TIMES} {count}")
 
 
 def _layer(layer: LayerPlan, x: int, y: int, width: int) -> str:
-    norm = "" if layer.norm is None else "norm · ReLU"
-    if layer.norm is not None and not layer.norm.relu:
-        norm = "norm"
-    lines = [norm, _conv(layer.conv)]
-    if layer.norm_last:
-        lines.reverse()
-    box = _box(x, y, width, 40, "layer")
-    if not norm:
-        return box + _text(x + width // 2, y + 25, lines[1])
-    kinds = ["small", ""] if not layer.norm_last else ["", "small"]
-    return box + "".join(
-        _text(x + width // 2, y + 16 + 17 * k, words, kind)
-        for k, (words, kind) in enumerate(zip(lines, kinds, strict=True))
+    """Draw a box with the convolution, and its norm above or below."""
+    lines = [(_conv(layer.conv), "")]
+    if layer.norm is not None:
+        norm = "norm · ReLU" if layer.norm.relu else "norm"
+        lines.insert(layer.norm_last, (norm, "small"))
+    first = y + (25 if layer.norm is None else 16)
+    return _box(x, y, width, 40, "layer") + "".join(
+        _text(x + width // 2, first + 17 * k, words, kind)
+        for k, (words, kind) in enumerate(lines)
     )
 
 
-def _outer(y: int, words: str, shape: tuple[int, ...] | None) -> tuple[int, str]:
-    """A box of the main path outside the stacks."""
-    middle, top = (LEFT + RIGHT) // 2, y + 26
-    piece = _arrow(f"M{middle},{y + 8} V{top - 2}")
-    piece += _box(LEFT + 20, top, RIGHT - LEFT - 40, 30, "outer") + _text(
-        middle, top + 20, words
-    )
-    if shape is not None:
-        piece += _text(WIDTH - 74, top + 20, _shape(shape), "right")
+def _outer(y: int, words: str, shape: str = "") -> tuple[int, str]:
+    """Draw a box outside the stacks; return its bottom edge and its elements."""
+    top = y + 26
+    piece = _arrow(f"M{MIDDLE},{y + 8} V{top - 2}")
+    piece += _box(LEFT + 20, top, RIGHT - LEFT - 40, 30, "outer")
+    piece += _text(MIDDLE, top + 20, words)
+    if shape:
+        piece += _text(WIDTH - 74, top + 20, shape, "right")
     return top + 30, piece
 
 

@@ -1,9 +1,9 @@
-"""Initial variables of a net, all kernels of one distribution from one draw.
+"""Initial variables of a net, with one random draw per distribution.
 
-linen's ``init`` draws each kernel by itself and XLA compiles each draw, which takes
+linen's ``init`` draws each kernel separately and XLA compiles each draw, which takes
 most of a minute for 1001 layers. ``init_in_one_draw`` draws all kernels of one
-distribution at once and cuts them apart, ten times as fast. The distributions are the
-same, the numbers are not.
+distribution at once and splits them, ten times as fast. The distributions are the same,
+the numbers are not.
 """
 
 import math
@@ -28,18 +28,15 @@ Shape = tuple[int, ...]
 def init_in_one_draw(
     model: ResNetV2 | Autoencoder, key: jax.Array, image_shape: tuple[int, int, int]
 ) -> dict[str, Any]:
-    """Initialize a net as ``init`` does, but cut its kernels from few large draws.
+    """Return initial ``params`` and ``batch_stats``, as ``init`` does but faster.
 
-    Fastest outside ``jit``. The decoder of an autoencoder is small, and is initialized
-    by linen's ``init``.
+    It is fastest outside ``jit``. An autoencoder's decoder, which is small, is
+    initialized by linen's ``init``.
 
     Args:
         model: a net, or an autoencoder.
         key: random key.
         image_shape: (height, width, channels).
-
-    Returns:
-        ``params`` and ``batch_stats``.
     """
     if not isinstance(model, Autoencoder):
         return _init_net(model, key, image_shape)
@@ -68,7 +65,7 @@ def _init_net(
     initializers: dict[Path, str] = {}
 
     def record(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        """Note which initializer each kernel has."""
+        """Record the initializer of each kernel."""
         layer = context.module
         if isinstance(layer, Convolution):
             initializers["params", *layer.path, "kernel"] = layer.plan.init
@@ -77,7 +74,7 @@ def _init_net(
         return call(*args, **kwargs)
 
     def spread(leaves: dict[Path, Any]) -> dict[Path, Any]:
-        """Give every unit the entry of the traced unit of its kind."""
+        """Copy the entries of each traced unit to all units of its kind."""
         whole = {}
         for (collection, part, *rest), leaf in leaves.items():
             if not rest or not rest[0].startswith("unit"):
@@ -94,7 +91,7 @@ def _init_net(
 
     @jax.jit
     def constants(key: jax.Array) -> dict[Path, jax.Array]:
-        """Everything but the drawn kernels, whose shapes go to ``shapes``."""
+        """Return all but the drawn kernels, and record their ``shapes``."""
         with nn.intercept_methods(record):
             images = jnp.zeros((1, *image_shape), dtype)
             leaves = spread(flatten_dict(small.init(key, images, train=False)))
@@ -104,7 +101,7 @@ def _init_net(
         return leaves
 
     leaves = constants(key)
-    # linen folds its keys with hashes of paths, which are never so small.
+    # linen folds hashes of paths into its keys, which are never so small.
     for number, (name, kernels) in enumerate(shapes.items()):
         leaves |= _draw(jax.random.fold_in(key, number), name, kernels, dtype)
     return unflatten_dict(leaves)
@@ -113,21 +110,18 @@ def _init_net(
 def _draw(
     key: jax.Array, name: str, shapes: dict[Path, Shape], dtype: str
 ) -> dict[Path, jax.Array]:
-    """Draw kernels of these shapes in one piece, by the initializer ``name``."""
+    """Draw kernels of these shapes at once, by the initializer ``name``."""
     variance, fan, distribution = VARIANCE_SCALING[name]
     ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
     unit = nn.initializers.variance_scaling(1.0, "fan_in", distribution)
     numbers = jax.jit(unit, static_argnums=(1, 2))(key, (1, int(ends[-1])), dtype)[0]
-    # Cut on the host, because XLA would compile every cut; a tracer leaves no choice.
+    # Split on the host, because XLA would compile each slice; not possible in a trace.
     xp = jnp if isinstance(numbers, jax.core.Tracer) else np
     kernels = {}
     pieces = xp.split(xp.asarray(numbers), ends[:-1])
     for (path, shape), piece in zip(shapes.items(), pieces, strict=True):
-        maps = {
-            "fan_in": shape[-2],
-            "fan_out": shape[-1],
-            "fan_avg": (shape[-2] + shape[-1]) / 2,
-        }[fan]
+        ins, outs = shape[-2:]
+        maps = {"fan_in": ins, "fan_out": outs, "fan_avg": (ins + outs) / 2}[fan]
         scale = math.sqrt(variance / (math.prod(shape[:-2]) * maps))
         kernels[path] = piece.reshape(shape) * xp.asarray(scale, dtype)
     return jax.device_put(kernels)

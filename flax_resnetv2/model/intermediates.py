@@ -1,4 +1,4 @@
-"""Looking into a net at work: its maps, and what its residual units add.
+"""The maps inside a net, and what its residual units add.
 
 >>> maps = activations(model, variables, images)
 """
@@ -14,16 +14,16 @@ from flax_resnetv2.model.modules import ResidualStack, ResidualUnit, ResNetV2, S
 def activations(
     model: ResNetV2, variables: dict[str, Any], images: jax.Array
 ) -> dict[str, jax.Array]:
-    """Follow images through the net: what stem, units and stacks give out.
+    """Return the outputs of stem, units, stacks and head in evaluation mode.
 
     Args:
-        model: a net, evaluated with its running statistics.
-        variables: its parameters and statistics.
+        model: the net.
+        variables: its ``params`` and ``batch_stats``.
         images: [N, H, W, channels], normalized.
 
     Returns:
-        "stem", "stack1/unit1", ..., "stack1", ... -> maps [N, h, w, C], and "head" ->
-        what the head gives, in the order of the net.
+        Maps [N, h, w, C] of "stem", "stack1/unit1", ..., "stack1", ..., and the output
+        of "head", in the order of the net.
     """
 
     def wanted(module: nn.Module, method: str) -> bool:
@@ -41,26 +41,21 @@ def activations(
     if "stem" in captured:
         found["stem"] = captured["stem"]["__call__"][0]
     for s, stack in enumerate(model.plan.stacks, start=1):
-        here = captured[f"stack{s}"]
+        maps = captured[f"stack{s}"]
         for u in range(1, len(stack.units) + 1):
-            found[f"stack{s}/unit{u}"] = here[f"unit{u}"]["__call__"][0]
-        found[f"stack{s}"] = here["__call__"][0]
+            found[f"stack{s}/unit{u}"] = maps[f"unit{u}"]["__call__"][0]
+        found[f"stack{s}"] = maps["__call__"][0]
     return found | {"head": head}
 
 
 def residual_ratios(
     model: ResNetV2, variables: dict[str, Any], images: jax.Array
 ) -> dict[str, list[float]]:
-    """How much each residual unit adds to what its shortcut carries.
+    """Return how much each residual unit adds to its shortcut, averaged over images.
 
-    Args:
-        model: a net, evaluated with its running statistics.
-        variables: its parameters and statistics.
-        images: [N, H, W, channels], normalized.
-
-    Returns:
-        "stack1" -> one number a unit: the norm of its residual over the norm of its
-        identity, a mean over the images. The article's "filters stay small at first".
+    Arguments as of ``activations``. "stack1" has one number per unit: the norm of the
+    residual branch over that of the shortcut branch. The article expects that "filters
+    stay small at first".
     """
     return {
         stack: [float(ratio.mean()) for ratio in ratios]
@@ -71,12 +66,11 @@ def residual_ratios(
 def unit_ratios(
     model: ResNetV2, variables: dict[str, Any], images: jax.Array
 ) -> dict[str, list[jax.Array]]:
-    """The same of each image, [N] a unit, for anybody's ``jit``."""
+    """Return ``residual_ratios`` per image: [N] for each unit, also under ``jit``."""
     _, state = model.apply(variables, images, train=False, mutable=["intermediates"])
-    sown = state["intermediates"]
     return {
         f"stack{s}": [
-            sown[f"stack{s}"][f"unit{u}"]["residual_ratio"][0]
+            state["intermediates"][f"stack{s}"][f"unit{u}"]["residual_ratio"][0]
             for u in range(1, len(stack.units) + 1)
         ]
         for s, stack in enumerate(model.plan.stacks, start=1)

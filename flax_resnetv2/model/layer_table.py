@@ -1,4 +1,4 @@
-"""What a net consists of, counted from its plan: layers, costs, receptive fields.
+"""Tables of a net's layers, costs and receptive fields, counted from its plan.
 
 >>> net = plan(Architecture(), (32, 32, 3))
 >>> print(format_table(layer_table(net, (32, 32, 3))))
@@ -7,6 +7,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import NamedTuple
 
 from flax_resnetv2.model.planning import ConvPlan, HeadPlan, NetPlan, StackPlan
@@ -17,32 +18,29 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer with parameters: its output and its cost."""
+    """A layer with parameters: its output and its cost."""
 
     name: str
     """Path in the parameter tree, for example "stack2/unit1/layer3/conv"."""
     shape: tuple[int, ...]
-    """Shape of its output for one image: (height, width, maps) or (features,)."""
+    """Shape of the output for one image: (height, width, maps) or (features,)."""
     kernel: int
     stride: int
     parameters: int
     multiply_adds: int
-    """For one image; normalization counts none."""
+    """Multiply-adds for one image; those of normalization are not counted."""
 
 
 def layer_table(net: NetPlan, image_shape: tuple[int, int, int]) -> list[LayerRow]:
     """List every convolution, norm and fully connected layer, in the net's order.
 
     Args:
-        net: the plan, of ``plan``.
+        net: the plan.
         image_shape: (height, width, channels) of the net's input.
     """
     rows, size, width = [], image_shape[:2], image_shape[2]
     if net.stem:
-        for number, (conv, norm) in enumerate(
-            zip(net.stem.convs, net.stem.norms, strict=True), start=1
-        ):
-            suffix = str(number) if number > 1 else ""
+        for suffix, conv, norm in net.stem.layers():
             # Planned without the image's shape, the first convolution lacks its input.
             conv = replace(conv, in_width=width)
             rows.append(conv_row(f"stem/conv{suffix}", conv, size))
@@ -151,25 +149,22 @@ def _sum(part: str, rows: list[LayerRow]) -> LayerRow:
 
 
 def fold(rows: list[LayerRow]) -> list[LayerRow]:
-    """Join the rows of equal units in sequence, as "stack1/unit2..18".
+    """Join and sum the rows of equal units in sequence, as "stack1/unit2..18"."""
 
-    Their parameters and multiply-adds are summed.
-    """
-    folded: list[LayerRow] = []
-    kind = None
-    for row in rows:
-        stack, _, number = row.name.partition("/unit")
-        if number and kind == (stack, replace(row, name="")):
-            begun = folded[-1].name.partition("/unit")[2].split("..")[0]
-            folded[-1] = replace(
-                folded[-1],
-                name=f"{stack}/unit{begun}..{number}",
-                parameters=folded[-1].parameters + row.parameters,
-                multiply_adds=folded[-1].multiply_adds + row.multiply_adds,
+    def kind(row: LayerRow) -> tuple[str, LayerRow]:
+        return row.name.partition("/unit")[0], replace(row, name="")
+
+    folded = []
+    for _, equal in groupby(rows, kind):
+        first, *rest = equal
+        if rest:
+            first = replace(
+                first,
+                name=f"{first.name}..{rest[-1].name.partition('/unit')[2]}",
+                parameters=first.parameters * (1 + len(rest)),
+                multiply_adds=first.multiply_adds * (1 + len(rest)),
             )
-            continue
-        folded.append(row)
-        kind = (stack, replace(row, name=""))
+        folded.append(first)
     return folded
 
 
@@ -193,32 +188,19 @@ class Field(NamedTuple):
     """The part of the image that one value of a map depends on."""
 
     side: int
-    """Side of the receptive field, in pixels."""
+    """Side of the receptive field in pixels."""
     stride: int
-    """Distance between the fields of neighboring values, in pixels."""
+    """Distance between the fields of neighboring values in pixels."""
 
 
 def receptive_field(net: NetPlan) -> dict[str, Field]:
-    """Return receptive field and effective stride after the stem and each stack.
+    """Return the receptive field on the main path after the stem and each stack.
 
-    Along the main path; the fields of shortcuts are smaller.
+    The fields of shortcuts are smaller.
     """
-    side, jump, fields = 1, 1, {}
-
-    def add(kernel: int, stride: int) -> None:
-        nonlocal side, jump
-        side += (kernel - 1) * jump
-        jump *= stride
-
-    if net.stem:
-        for conv in net.stem.convs:
-            add(conv.kernel, conv.stride)
-        if net.stem.pool:
-            add(3, 2)
-        fields["stem"] = Field(side, jump)
-    for s, stack in enumerate(net.stacks, start=1):
-        for unit in stack.units:
-            for layer in unit.layers:
-                add(layer.conv.kernel, layer.conv.stride)
-        fields[f"stack{s}"] = Field(side, jump)
+    side, stride, fields = 1, 1, {}
+    for name, kernel, step in net.main_path():
+        side += (kernel - 1) * stride
+        stride *= step
+        fields[name.partition("/")[0]] = Field(side, stride)
     return fields

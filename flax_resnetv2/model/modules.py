@@ -1,9 +1,8 @@
 """The article's hierarchy as linen modules: stem, stacks, units, layers, head.
 
-Every module has two fields: ``plan`` says what it is (see ``planning``), ``execution``
-how it is run. ``train`` is a required argument of every call. Parameter paths are those
-of the article's figure: ``stack2/unit1/layer3/conv/kernel``. ``initial`` initializes a
-whole net faster than linen's ``init``.
+Every module has a ``plan`` (see ``planning``) and an ``execution``. ``train`` is a
+required argument of every call. Parameter paths follow the article's figure:
+``stack2/unit1/layer3/conv/kernel``. ``initial`` initializes a net faster than ``init``.
 
 >>> model = create_model(Architecture(units=(1, 1), widths=(8, 16), strides=(1, 2)))
 >>> images = jnp.zeros([4, 32, 32, 3])
@@ -71,8 +70,7 @@ class Convolution(nn.Module):
             kernel = _standardized(kernel, p.standardize)
         kernel = kernel.astype(maps.dtype)
         if e.backward == "automatic":
-            x = x.value if isinstance(x, ops.PreActivation) else x
-            y = ops.plain_convolution(x, kernel, p.stride, p.padding)
+            y = ops.plain_convolution(ops.value_of(x), kernel, p.stride, p.padding)
         else:
             recompute = e.remat != "nothing"
             y = ops.convolution(x, kernel, p.stride, p.padding, recompute)
@@ -177,11 +175,7 @@ class ResidualUnit(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        *,
-        train: bool,
-        residual_scale: jax.Array | None = None,
+        self, x: jax.Array, *, train: bool, residual_scale: jax.Array | None = None
     ) -> jax.Array:
         """Add the residual branch to the shortcut branch.
 
@@ -191,11 +185,11 @@ class ResidualUnit(nn.Module):
             residual_scale: [N], multiplies each image's residual branch (stochastic
                 depth: 0 drops it).
         """
+        p, e = self.plan, self.execution
         first, *rest = [
-            ResidualLayer(layer, self.execution, name=f"layer{number}")
-            for number, layer in enumerate(self.plan.layers, start=1)
+            ResidualLayer(layer, e, name=f"layer{number}")
+            for number, layer in enumerate(p.layers, start=1)
         ]
-        p = self.plan
         if first.plan.norm_last:
             active, residual = x, first(x, train=train)
         else:
@@ -206,15 +200,14 @@ class ResidualUnit(nn.Module):
             carried = active if p.shared_preactivation else x
             if p.average > 1:
                 carried = _averaged(carried, p.average)
-            carried = Convolution(p.shortcut, self.execution, name="shortcut")(carried)
+            carried = Convolution(p.shortcut, e, name="shortcut")(carried)
         if p.shortcut_norm is not None:
-            norm = NormReLU(p.shortcut_norm, self.execution, name="shortcut_norm")
+            norm = NormReLU(p.shortcut_norm, e, name="shortcut_norm")
             carried = norm(carried, train=train)
         for layer in rest:
             residual = layer(residual, train=train)
         if self.is_mutable_collection("intermediates"):
-            dtype = self.execution.param_dtype
-            ratio = _norms(residual, dtype) / jnp.maximum(_norms(carried, dtype), 1e-12)
+            ratio = _norms(residual, e) / jnp.maximum(_norms(carried, e), 1e-12)
             self.sow("intermediates", "residual_ratio", ratio)
         if residual_scale is not None:
             scale = residual_scale[:, None, None, None]
@@ -235,11 +228,7 @@ class ResidualStack(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        *,
-        train: bool,
-        residual_scale: jax.Array | None = None,
+        self, x: jax.Array, *, train: bool, residual_scale: jax.Array | None = None
     ) -> jax.Array:
         """Apply the units in order and add the bridge.
 
@@ -292,10 +281,7 @@ class Stem(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Apply the planned convolutions, norms and the pool."""
         p = self.plan
-        for number, (conv, norm) in enumerate(
-            zip(p.convs, p.norms, strict=True), start=1
-        ):
-            suffix = str(number) if number > 1 else ""
+        for suffix, conv, norm in p.layers():
             x = Convolution(conv, self.execution, name=f"conv{suffix}")(x)
             if norm is not None:
                 x = NormReLU(norm, self.execution, name=f"norm{suffix}")(x, train=train)
@@ -325,24 +311,20 @@ class Head(nn.Module):
         if p.kind == "none":
             return x
 
-        def dense(features: int, name: str) -> nn.Dense:
-            init = _INITIALIZERS[p.init]
-            return nn.Dense(
-                features, kernel_init=init, param_dtype=dtype, dtype=dtype, name=name
-            )
-
+        init = _INITIALIZERS[p.init]
+        dense = partial(nn.Dense, kernel_init=init, param_dtype=dtype, dtype=dtype)
         x = x.astype(dtype)
         x = x.mean((1, 2)) if p.pooled else x.reshape(x.shape[0], -1)
         for number, features in enumerate(p.hidden, start=1):
-            x = nn.relu(dense(features, f"hidden{number}")(x))
+            x = nn.relu(dense(features, name=f"hidden{number}")(x))
         if p.kind == "classifier":
             if self.is_mutable_collection("intermediates"):
                 self.sow("intermediates", "features", x)
-            return dense(p.features, "classifier")(x)
-        latent = dense(p.features, "latent")(x)
+            return dense(p.features, name="classifier")(x)
+        latent = dense(p.features, name="latent")(x)
         if not p.variance:
             return latent
-        return Latent(latent, dense(p.features, "log_variance")(x))
+        return Latent(latent, dense(p.features, name="log_variance")(x))
 
 
 class ResNetV2(nn.Module):
@@ -353,11 +335,7 @@ class ResNetV2(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        images: jax.Array,
-        *,
-        train: bool,
-        residual_scale: jax.Array | None = None,
+        self, images: jax.Array, *, train: bool, residual_scale: jax.Array | None = None
     ) -> jax.Array | Latent:
         """Apply the net to normalized images.
 
@@ -369,18 +347,18 @@ class ResNetV2(nn.Module):
             residual_scale: float [N, units], over the units of all stacks; multiplies
                 each unit's residual branch (stochastic depth).
         """
-        x = images.astype(self.execution.dtype)
-        if self.plan.stem is not None:
-            x = Stem(self.plan.stem, self.execution, name="stem")(x, train=train)
-        first = 0
-        for number, stack in enumerate(self.plan.stacks, start=1):
-            module = ResidualStack(stack, self.execution, name=f"stack{number}")
+        p, e, first = self.plan, self.execution, 0
+        x = images.astype(e.dtype)
+        if p.stem is not None:
+            x = Stem(p.stem, e, name="stem")(x, train=train)
+        for number, stack in enumerate(p.stacks, start=1):
             scale, last = residual_scale, first + len(stack.units)
             if scale is not None:
                 scale = scale[:, first:last]
+            module = ResidualStack(stack, e, name=f"stack{number}")
             x = module(x, train=train, residual_scale=scale)
             first = last
-        return Head(self.plan.head, self.execution, name="head")(x, train=train)
+        return Head(p.head, e, name="head")(x, train=train)
 
 
 def create_model(
@@ -423,24 +401,17 @@ def _train_unit(
     Under ``jit``, so that units of equal plans are traced, differentiated and lowered
     once: ResNet-164 has 54 units but only 6 different plans.
     """
-
-    def apply(
-        variables: dict[str, Any], x: jax.Array, scale: jax.Array | None
-    ) -> tuple[jax.Array, Any]:
-        unit = ResidualUnit(plan, execution, parent=None)
-        y, updated = unit.apply(
-            variables, x, train=True, residual_scale=scale, mutable=["batch_stats"]
-        )
-        return y, updated.get("batch_stats", {})
-
+    unit = ResidualUnit(plan, execution, parent=None)
+    apply = partial(unit.apply, train=True, mutable=["batch_stats"])
     if execution.remat == "units":
         apply = jax.checkpoint(apply)
-    return apply(variables, x, scale)
+    y, updated = apply(variables, x, residual_scale=scale)
+    return y, updated.get("batch_stats", {})
 
 
-def _norms(x: jax.Array, dtype: str) -> jax.Array:
-    """Euclidean norm of each image's maps, [N, H, W, C] -> ``dtype`` [N]."""
-    return jnp.sqrt(jnp.square(x.astype(dtype)).sum((1, 2, 3)))
+def _norms(x: jax.Array, execution: Execution) -> jax.Array:
+    """Return the Euclidean norm of each image's maps, [N, H, W, C] -> [N]."""
+    return jnp.sqrt(jnp.square(x.astype(execution.param_dtype)).sum((1, 2, 3)))
 
 
 def _standardized(kernel: jax.Array, epsilon: float) -> jax.Array:
@@ -451,8 +422,7 @@ def _standardized(kernel: jax.Array, epsilon: float) -> jax.Array:
 
 def _group_normalized(x: jax.Array, plan: NormPlan) -> jax.Array:
     """Normalize [N, H, W, C] to mean 0 and variance 1 per image and group of maps."""
-    wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-    grouped = wide.reshape(*x.shape[:3], plan.groups, -1)
+    grouped = ops.widened(x).reshape(*x.shape[:3], plan.groups, -1)
     mean = grouped.mean((1, 2, 4), keepdims=True)
     variance = grouped.var((1, 2, 4), keepdims=True)
     return ((grouped - mean) * lax.rsqrt(variance + plan.epsilon)).reshape(x.shape)
@@ -460,11 +430,9 @@ def _group_normalized(x: jax.Array, plan: NormPlan) -> jax.Array:
 
 def _averaged(x: jax.Array | ops.PreActivation, side: int) -> jax.Array:
     """Average over ``side`` x ``side`` pixels, over fewer at the maps' edges."""
-    x = x.value if isinstance(x, ops.PreActivation) else x
+    x, sides = ops.value_of(x), (side, side)
     # linen divides in float32, and would not return bfloat16.
-    wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-    sides = (side,) * 2
-    y = nn.avg_pool(wide, sides, sides, "SAME", count_include_pad=False)
+    y = nn.avg_pool(ops.widened(x), sides, sides, "SAME", count_include_pad=False)
     return y.astype(x.dtype)
 
 

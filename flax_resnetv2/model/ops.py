@@ -1,15 +1,14 @@
-"""What a ResNet V2 computes, made fast in one place: BN -> ReLU -> convolution.
+"""The operations of a ResNet V2, made fast: batch normalization, ReLU, convolution.
 
-``batch_moments`` gives the statistics, ``pre_activation`` promises BN -> ReLU without
-computing it, and ``convolution`` computes the promise while it reads its input. The
-derivatives are written by hand: the backward pass computes BN -> ReLU again, so that
-what a layer keeps is its input and nothing else. That halves the memory of a bottleneck
-net, and memory is what it waits for.
+``batch_moments`` computes statistics, ``pre_activation`` defers BN -> ReLU, and
+``convolution`` computes it while reading its input. The derivatives are custom: the
+backward pass recomputes BN -> ReLU, so that a layer stores only its input. That halves
+the memory of a bottleneck net, and memory traffic is what limits its speed.
 
-Each function equals its textbook form, gradients included (the tests hold it to that).
-What is faster on one platform only is chosen inside the traced function by
-``lax.platform_dependent``. Gains are of he2016-resnet164's training step on two CPU
-cores, batch 128, see docs/performance.md. Arrays are [N, H, W, C].
+Each function equals its textbook form, gradients included (the tests check it).
+``lax.platform_dependent`` chooses what is faster on one platform only. Gains are for
+he2016-resnet164's training step on two CPU cores with batches of 128; see
+docs/performance.md. Arrays are [N, H, W, C].
 """
 
 from collections.abc import Callable
@@ -24,19 +23,19 @@ SPACE = (0, 1, 2)
 """The axes of [N, H, W, C] that batch normalization averages over."""
 Padding = Literal["same", "symmetric"]
 WIDEST_SHIFTED = 16
-"""Maps up to which a shifted product beats XLA's CPU convolution (measured, with the
-convolution that ``process.choose_convolutions`` chooses)."""
+"""Widest maps whose shifted product beats XLA's CPU convolution (measured with the one
+that ``runtime.choose_convolutions`` chooses)."""
 BLOCK = 1024
-"""Rows of a matrix product that are summed at a time (measured: 512 to 2048)."""
+"""Rows of a matrix product that are summed at once (measured: 512 to 2048)."""
 
 
 class PreActivation(NamedTuple):
-    """BN -> ReLU of ``x``, not computed yet: ``relu((x - mean) * factor + bias)``."""
+    """Deferred BN -> ReLU of ``x``: ``relu((x - mean) * factor + bias)``."""
 
     x: jax.Array
     """[N, H, W, C]"""
     mean: jax.Array
-    """[C], like the others in float32 or wider"""
+    """[C], in float32 or wider like ``factor`` and ``bias``"""
     factor: jax.Array
     """[C], scale / sqrt(variance + epsilon)"""
     bias: jax.Array
@@ -44,12 +43,12 @@ class PreActivation(NamedTuple):
 
     @property
     def value(self) -> jax.Array:
-        """Compute it, [N, H, W, C] like ``x``."""
+        """BN -> ReLU, computed: [N, H, W, C] in the dtype of ``x``."""
         return self._compute(lambda y: jnp.maximum(y, 0))
 
     @property
     def normalized(self) -> jax.Array:
-        """Compute BN alone."""
+        """BN without the ReLU, computed: [N, H, W, C] in the dtype of ``x``."""
         return self._compute(lambda y: y)
 
     def _compute(self, activation: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -66,15 +65,15 @@ def pre_activation(
     variance: jax.Array,
     epsilon: float,
 ) -> PreActivation:
-    """Promise BN -> ReLU with the given statistics, all [C]."""
+    """Defer BN -> ReLU with these parameters and statistics, each [C]."""
     return PreActivation(x, mean, scale * lax.rsqrt(variance + epsilon), bias)
 
 
 def plain_moments(
     x: jax.Array, axis_name: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Give mean and biased variance as ``batch_moments`` does, in two passes."""
-    wide = _wide(x)
+    """Compute ``batch_moments`` in two passes, with automatic derivatives."""
+    wide = widened(x)
     mean = wide.mean(SPACE)
     variance = jnp.square(wide - mean).mean(SPACE)
     return _over_devices(mean, variance, axis_name)
@@ -83,7 +82,7 @@ def plain_moments(
 def plain_convolution(
     x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Padding = "same"
 ) -> jax.Array:
-    """Convolve as ``convolution`` does, by XLA's own convolution."""
+    """Compute ``convolution`` by XLA's convolution, with automatic derivatives."""
     size = kernel.shape[0]
     around = "SAME" if padding == "same" else [((size - 1) // 2,) * 2] * 2
     return lax.conv_general_dilated(
@@ -95,18 +94,18 @@ def plain_convolution(
 def batch_moments(
     x: jax.Array, axis_name: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean and biased variance [C] of a batch, in float32 or wider.
+    """Return mean and biased variance of a batch, both [C] in float32 or wider.
 
     Args:
         x: [N, H, W, C].
-        axis_name: the mapped axis over which they are taken together, with equal
-            batches on all its devices; None: this device's batch alone.
+        axis_name: the mapped axis over which they are synchronized, with equal batches
+            on all devices; None: only over this device's batch.
     """
     return _moments_forward(x, axis_name)[0]
 
 
 def _moments_forward(x, axis_name):
-    wide = _wide(x)
+    wide = widened(x)
     mean, variance = lax.platform_dependent(
         wide, cpu=_one_pass_moments, default=plain_moments
     )
@@ -127,13 +126,13 @@ def _moments_backward(axis_name, saved, cotangents):
 batch_moments.defvjp(_moments_forward, _moments_backward)
 
 
-def _wide(x):
-    """The dtype of statistics: float64 for float64, else float32."""
+def widened(x: jax.Array) -> jax.Array:
+    """Convert to the dtype of statistics: float64 for float64, else float32."""
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
 def _over_devices(mean, variance, axis_name):
-    """Spread within the devices plus spread between them."""
+    """Add the variance between the devices to that within them."""
     if axis_name is None:
         return mean, variance
     own, mean = mean, lax.pmean(mean, axis_name)
@@ -141,10 +140,10 @@ def _over_devices(mean, variance, axis_name):
 
 
 def _one_pass_moments(x):
-    """E[x^2] - E[x]^2: both sums read x as it lies (-6 % of a step).
+    """Compute E[x^2] - E[x]^2, whose sums both read x in one pass (-6 % of a step).
 
-    The difference loses digits where a mean is far from 0; at 4 standard deviations
-    (4 of 24 bits) the second pass is made after all.
+    The difference loses digits if a mean is far from 0. At 4 standard deviations (4 of
+    24 bits), a second pass is made after all.
     """
     mean = x.mean(SPACE)
     variance = jnp.square(x).mean(SPACE) - jnp.square(mean)
@@ -169,33 +168,33 @@ def convolution(
     """Convolve ``x`` [N, H, W, C] with ``kernel`` [k, k, C, F].
 
     Args:
-        x: maps, or the promise of them.
-        kernel: of the dtype of the maps.
+        x: maps, or deferred BN -> ReLU.
+        kernel: in the dtype of the maps.
         stride: in both directions.
-        padding: "same": as XLA and TensorFlow pad; "symmetric": (k - 1) / 2 around.
-        recompute: the backward pass computes a promise again; False: it keeps it.
+        padding: "same" as in XLA and TensorFlow, or "symmetric": (k - 1) / 2 on each
+            side.
+        recompute: recompute a deferred input in the backward pass; False: store it.
 
     Returns:
         [N, ceil(H / stride), ceil(W / stride), F].
 
-    On the CPU a 1x1 convolution is written as the matrix product over maps that it is:
-    XLA's CPU convolution runs it at a tenth of the speed of its matrix product, and a
-    bottleneck net's training step would take nearly twice as long. A stride then only
-    selects pixels. On a GPU the product of float32 maps can end the process while XLA
+    On the CPU a 1x1 convolution is a matrix product of selected pixels. XLA's CPU
+    convolution has a tenth of its speed, and would nearly double the training step of a
+    bottleneck net. On a GPU such a product in float32 can crash the process while XLA
     compiles it (openxla/xla#47381; seen with jaxlib 0.11.2).
     """
-    return _convolve(_value(x), kernel, stride, padding)
+    return _convolve(value_of(x), kernel, stride, padding)
 
 
 def _convolution_forward(x, kernel, stride, padding, recompute):
-    return _convolve(_value(x), kernel, stride, padding), (x, kernel)
+    return _convolve(value_of(x), kernel, stride, padding), (x, kernel)
 
 
 def _convolution_backward(stride, padding, recompute, saved, g):
     source, kernel = saved
     if recompute and isinstance(source, PreActivation):
         source = source._replace(mean=_not_before(g, source.mean))
-    x = _value(source)
+    x = value_of(source)
     dkernel = _kernel_gradient(x, kernel, g, stride, padding)
     dx = _input_gradient(x, kernel, g, stride, padding)
     if isinstance(source, PreActivation):
@@ -206,17 +205,18 @@ def _convolution_backward(stride, padding, recompute, saved, g):
 convolution.defvjp(_convolution_forward, _convolution_backward)
 
 
-def _value(x):
+def value_of(x: jax.Array | PreActivation) -> jax.Array:
+    """Compute BN -> ReLU if it is deferred."""
     return x.value if isinstance(x, PreActivation) else x
 
 
 def _not_before(g, mean):
-    """``mean``, but only once ``g`` is known: what is computed from it comes late.
+    """Return ``mean`` with a dependency on ``g``, to delay what is computed from it.
 
-    XLA would otherwise see that forward and backward pass compute the same, and keep
-    it from one to the other: 5.3 GB instead of 1.6. On the CPU it removes optimization
-    barriers before it looks, so there g enters a sum, times 0; a sum of two rows and
-    not of two vectors, because XLA would compute the latter again for every pixel.
+    Otherwise XLA would see that forward and backward pass compute the same and store it
+    in between: 5.3 GB instead of 1.6. On the CPU it removes optimization barriers, so
+    0 times g is added there: as a sum of two rows and not of two vectors, which XLA
+    would recompute for every pixel.
     """
 
     def tied(g, mean):
@@ -232,11 +232,11 @@ def _not_before(g, mean):
 
 
 def _through_activation(source, value, dvalue):
-    """Cotangents of a ``PreActivation`` whose ``value`` has the cotangent dvalue."""
+    """Return the cotangents of a ``PreActivation`` from those of its ``value``."""
     x, mean, factor, _ = source
     g = jnp.where(value > 0, dvalue, 0).astype(factor.dtype)
     sum_g = g.sum(SPACE)
-    # sum(g * (x - mean)), summed as x lies: x - mean would have to be written first.
+    # sum(g * (x - mean)) without x - mean, which would have to be written first.
     sum_gc = (g * x.astype(factor.dtype)).sum(SPACE) - mean * sum_g
     dx = (g * factor).astype(x.dtype)
     return PreActivation(dx, -factor * sum_g, sum_gc, sum_g)
@@ -250,13 +250,18 @@ def _convolve(x, kernel, stride, padding):
         x = x[:, ::stride, ::stride]
         return (x.reshape(-1, maps) @ kernel[0, 0]).reshape(*x.shape[:3], features)
 
-    if size == 1:
-        return lax.platform_dependent(x, kernel, cpu=product, default=plain)
-    if stride > 1 or max(maps, features) > WIDEST_SHIFTED:
-        return plain(x, kernel)
-    return lax.platform_dependent(
-        x, kernel, cpu=partial(_shifted_product, direction=1), default=plain
-    )
+    shifted = partial(_shifted_product, direction=1)
+    if max(maps, features) > WIDEST_SHIFTED:
+        shifted = None
+    return _fastest(size, stride, plain, product, shifted, x, kernel)
+
+
+def _fastest(size, stride, plain, product, shifted, *operands):
+    """Call ``plain``, or on the CPU ``product`` (1x1) or ``shifted`` (stride 1)."""
+    fast = product if size == 1 else shifted if stride == 1 else None
+    if fast is None:
+        return plain(*operands)
+    return lax.platform_dependent(*operands, cpu=fast, default=plain)
 
 
 def _input_gradient(x, kernel, g, stride, padding):
@@ -268,7 +273,7 @@ def _input_gradient(x, kernel, g, stride, padding):
         )(g)[0]
 
     def product(g, kernel):
-        # A transposed copy: the product with a kernel read across takes twice as long.
+        # Copied, because a product that reads across the kernel takes twice as long.
         across = lax.optimization_barrier(kernel[0, 0].T)
         dx = (g.reshape(-1, features) @ across).reshape(*g.shape[:3], maps)
         if stride == 1:
@@ -276,16 +281,12 @@ def _input_gradient(x, kernel, g, stride, padding):
         ends = [(0, (side - 1) % stride, stride - 1) for side in x.shape[1:3]]
         return lax.pad(dx, jnp.zeros([], dx.dtype), [(0, 0, 0), *ends, (0, 0, 0)])
 
-    if size == 1:
-        return lax.platform_dependent(g, kernel, cpu=product, default=plain)
-    if stride > 1 or max(maps, features) > WIDEST_SHIFTED:
-        return plain(g, kernel)
-    return lax.platform_dependent(
-        g,
-        kernel,
-        cpu=lambda g, kernel: _shifted_product(g, kernel.swapaxes(2, 3), direction=-1),
-        default=plain,
-    )
+    def shifted(g, kernel):
+        return _shifted_product(g, kernel.swapaxes(2, 3), direction=-1)
+
+    if max(maps, features) > WIDEST_SHIFTED:
+        shifted = None
+    return _fastest(size, stride, plain, product, shifted, g, kernel)
 
 
 def _kernel_gradient(x, kernel, g, stride, padding):
@@ -301,10 +302,10 @@ def _kernel_gradient(x, kernel, g, stride, padding):
         return _sum_over_rows(x.reshape(-1, maps), g.reshape(-1, features))[None, None]
 
     def shifted(x, g):
-        """Rows of x and columns of g are shifted: one product holds all taps.
+        """Shift rows of x and columns of g, so that one product has all taps.
 
-        [3C, P] times [P, 3F] instead of XLA's [9C, P] times [P, F], whose columns it
-        has to gather: 3x3 kernels take a third of the time (-17 % of a step).
+        It is [3C, P] @ [P, 3F] instead of XLA's [9C, P] @ [P, F], whose columns XLA has
+        to gather: 3x3 kernels take a third of the time (-17 % of a step).
         """
         product = _sum_over_rows(
             _side_by_side(x, size, 1, 1).reshape(-1, size * maps),
@@ -312,20 +313,16 @@ def _kernel_gradient(x, kernel, g, stride, padding):
         )
         return product.reshape(size, maps, size, features).transpose(0, 2, 1, 3)
 
-    if size == 1:
-        return lax.platform_dependent(x, g, cpu=product, default=plain)
-    if stride > 1:
-        return plain(x, g)
-    return lax.platform_dependent(x, g, cpu=shifted, default=plain)
+    return _fastest(size, stride, plain, product, shifted, x, g)
 
 
 def _shifted_product(x, kernel, *, direction):
-    """A convolution of stride 1 as one matrix product between two shifts.
+    """Convolve with stride 1 by one matrix product between two shifts.
 
-    Columns of x are laid side by side, [P, kC]; the product with the kernel gives
-    [P, kF], one part for each row of the kernel, which are shifted and summed. A
-    ``direction`` of -1 turns the kernel round, as the gradient of the input wants it,
-    and shares the columns of g with the gradient of the kernel.
+    Shifted columns of x side by side, [P, kC], times the kernel is [P, kF]: one part
+    for each row of the kernel, and these are shifted and summed. ``direction`` -1 flips
+    the kernel, for the gradient of the input, and shares the columns of g with the
+    gradient of the kernel.
     """
     size, _, maps, features = kernel.shape
     columns = _side_by_side(x, size, 2, direction).reshape(-1, size * maps)
@@ -337,9 +334,9 @@ def _shifted_product(x, kernel, *, direction):
 
 
 def _side_by_side(x, size, axis, direction):
-    """Copies of x, each shifted by one more pixel, side by side: [N, H, W, size * C].
+    """Return copies of x, shifted pixel by pixel, side by side: [N, H, W, size * C].
 
-    A sum of padded copies, because XLA's CPU concatenation is slower.
+    It is a sum of padded copies, because XLA's CPU concatenation is slower.
     """
     maps = x.shape[-1]
     return sum(
@@ -349,7 +346,7 @@ def _side_by_side(x, size, axis, direction):
 
 
 def _shift(x, axis, by, before=0, after=0):
-    """Move x along ``axis``; zeros come in, and ``before`` and ``after`` its maps."""
+    """Shift x along ``axis``, and pad its maps by ``before`` and ``after`` zeros."""
     edges = [(0, 0, 0)] * 4
     edges[axis] = (by, -by, 0)
     edges[-1] = (before, after, 0)
@@ -357,10 +354,10 @@ def _shift(x, axis, by, before=0, after=0):
 
 
 def _sum_over_rows(x, g):
-    """The gradient of a matrix: the sum of outer products, [P, C], [P, F] -> [C, F].
+    """Sum outer products, [P, C], [P, F] -> [C, F]: the gradient of a matrix.
 
-    XLA's CPU product that sums over rows is fastest with the narrower side on the left,
-    and faster still where that side is turned a block at a time (-10 % of a step).
+    XLA's CPU product over rows is fastest with the narrower side on the left, and even
+    faster if that side is transposed block by block (-10 % of a step).
     """
     if g.shape[1] < x.shape[1]:
         return lax.optimization_barrier(_in_blocks(g, x)).T
@@ -372,9 +369,10 @@ def _in_blocks(x, g):
         return x.T @ g
     count = x.shape[0] // BLOCK
     blocks = x.reshape(count, BLOCK, -1).swapaxes(1, 2)
-    # Without the barrier XLA undoes the turning.
+    # Without the barrier XLA undoes the transposition.
     products = lax.optimization_barrier(blocks) @ g.reshape(count, BLOCK, -1)
-    # Their sum is a product with ones: XLA would make one operation of a reduction and
-    # all before it, ReLU included, that writes zeros to compare with (-5 % of a step).
+    # Their sum is a product with ones, because XLA would fuse a reduction with all
+    # operations before it, and write zeros for its ReLU to compare with (-5 % of a
+    # step).
     total = jnp.ones((1, count), x.dtype) @ products.reshape(count, -1)
     return total.reshape(products.shape[1:])

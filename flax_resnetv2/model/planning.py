@@ -1,8 +1,8 @@
-"""Every layer of a network, decided before any array exists.
+"""The plan of a net: every layer, decided before any array exists.
 
 ``Architecture`` -> ``plan()`` -> ``NetPlan`` of ``StemPlan``, ``StackPlan``,
-``UnitPlan``, ``LayerPlan``, ``ConvPlan``, ``HeadPlan``. All validation of an
-architecture ends here; the modules of ``model`` only execute a plan.
+``UnitPlan``, ``LayerPlan``, ``ConvPlan``, ``HeadPlan``. Planning includes all checks
+of an architecture; the modules only execute the plan.
 
 >>> plan(Architecture()).stacks[1].units[0].shortcut.stride
 2
@@ -29,7 +29,7 @@ from flax_resnetv2.validation import Range, check, check_arguments
 
 Side = Annotated[int, Range(1, 2**16)]
 ImageShape = Annotated[tuple[Side, Side, Side], "(height, width, channels)"]
-_A_STACK = {
+_STACK_FIELDS = {
     "units": "units",
     "width": "widths",
     "stride": "strides",
@@ -38,7 +38,7 @@ _A_STACK = {
     "kernel": "kernel",
     "bridge": "bridge",
 }
-"""Arguments of ``plan_stack``: the fields that give each stack its own."""
+"""Arguments of ``plan_stack``, and the fields of ``Architecture`` they come from."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class NormPlan:
     epsilon: float
     momentum: float
     groups: int | None = None
-    """Of group normalization; None: batch normalization."""
+    """Number of groups in group normalization; None: batch normalization."""
     relu: bool = True
-    """False: the ReLU comes later, after a sum (version 1)."""
+    """False: the ReLU follows later, after a sum (version 1)."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ConvPlan:
     """A convolution [N, H, W, in_width] -> [N, H/stride, W/stride, width]."""
 
     in_width: int | None
-    """None: the channels of an image whose shape was not said."""
+    """Input maps; None: the channels of an image of unknown shape."""
     width: int
     kernel: int
     stride: int
@@ -66,12 +66,12 @@ class ConvPlan:
     bias: bool
     init: Initializer
     standardize: float | None = None
-    """Added to the variance of a kernel that is standardized; None: it is not."""
+    """Value added to the variance of a standardized kernel; None: not standardized."""
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """A residual layer: BN -> ReLU -> convolution; norm None is the exception."""
+    """A residual layer: BN -> ReLU -> convolution; without a norm, only the latter."""
 
     norm: NormPlan | None
     conv: ConvPlan
@@ -81,18 +81,18 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """A residual unit. Equal plans mean units that can share one compiled body."""
+    """A residual unit. Units of equal plans can share one compiled function."""
 
     layers: tuple[LayerPlan, ...]
     shortcut: ConvPlan | None
     shared_preactivation: bool
     """The shortcut's convolution reads the output of layer 1's BN-ReLU."""
     shortcut_norm: NormPlan | None = None
-    """Behind the shortcut's convolution (version 1)."""
+    """The norm after the shortcut's convolution (version 1)."""
     average: int = 1
-    """Side and stride of the average before that convolution; 1: none."""
+    """Side and stride of the average pooling before that convolution; 1: no pooling."""
     select: int = 1
-    """A shortcut without convolution carries one pixel of so many, each way."""
+    """A shortcut without convolution carries every ``select``-th pixel."""
     relu: bool = False
     """A ReLU follows the sum (version 1)."""
 
@@ -107,11 +107,16 @@ class StackPlan:
 
 @dataclass(frozen=True)
 class StemPlan:
-    """Convolutions, each with a BN-ReLU behind it or none, then the max-pool."""
+    """Convolutions, each followed by a BN-ReLU or None, and the max-pool."""
 
     convs: tuple[ConvPlan, ...]
     norms: tuple[NormPlan | None, ...]
     pool: Literal["lowest", "zero"] | None
+
+    def layers(self) -> Iterator[tuple[str, ConvPlan, NormPlan | None]]:
+        """Yield ("", convolution, norm), ("2", convolution, norm) and so on."""
+        for k, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            yield str(k + 1) if k else "", conv, norm
 
 
 @dataclass(frozen=True)
@@ -135,42 +140,31 @@ class NetPlan:
     stacks: tuple[StackPlan, ...]
     head: HeadPlan
 
-    def strides(self) -> Iterator[tuple[str, int]]:
-        """Yield (where, stride) along the main path; a unit's stride counts once."""
+    def main_path(self) -> Iterator[tuple[str, int, int]]:
+        """Yield name ("stack2/unit1/layer3"), kernel and stride of each layer."""
         if self.stem:
-            for index, conv in enumerate(self.stem.convs, start=1):
-                yield f"stem convolution {index}", conv.stride
-            yield "stem pool", 2 if self.stem.pool else 1
+            for suffix, conv, _ in self.stem.layers():
+                yield f"stem/conv{suffix}", conv.kernel, conv.stride
+            if self.stem.pool:
+                yield "stem/pool", 3, 2
         for s, stack in enumerate(self.stacks, start=1):
             for u, unit in enumerate(stack.units, start=1):
                 for number, layer in enumerate(unit.layers, start=1):
-                    yield f"stack {s}, unit {u}, layer {number}", layer.conv.stride
-
-    def convolutions(self) -> Iterator[tuple[str, ConvPlan]]:
-        """Yield ("stack2/unit1/layer3/conv", its plan) for every convolution."""
-        for index, conv in enumerate(self.stem.convs if self.stem else (), start=1):
-            yield f"stem/conv{index if index > 1 else ''}", conv
-        for s, stack in enumerate(self.stacks, start=1):
-            for u, unit in enumerate(stack.units, start=1):
-                for number, layer in enumerate(unit.layers, start=1):
-                    yield f"stack{s}/unit{u}/layer{number}/conv", layer.conv
-                if unit.shortcut:
-                    yield f"stack{s}/unit{u}/shortcut", unit.shortcut
-            if isinstance(stack.bridge, ConvPlan):
-                yield f"stack{s}/bridge", stack.bridge
+                    name = f"stack{s}/unit{u}/layer{number}"
+                    yield name, layer.conv.kernel, layer.conv.stride
 
 
 def plan(architecture: Architecture, image_shape: ImageShape | None = None) -> NetPlan:
-    """Decide every layer of ``architecture``, or say what is wrong with it.
+    """Plan every layer of a net.
 
     Args:
-        architecture: what to build.
-        image_shape: (height, width, channels) of the images. Needed without a stem;
-            where it is given, resolutions are checked too.
+        architecture: what the net is.
+        image_shape: (height, width, channels) of the images. If given, strides are
+            checked against the resolution; required without a stem.
 
     Raises:
-        UsageError: a field breaks a rule; the message names the field, its value, the
-            legal choices.
+        UsageError: a field breaks a rule; names the field, its value and the legal
+            values.
     """
     a = architecture
     check_architecture(a)
@@ -180,12 +174,12 @@ def plan(architecture: Architecture, image_shape: ImageShape | None = None) -> N
     in_width = a.stem_width if stem else channels
     if in_width is None:
         raise UsageError(
-            "stem=False lets the image enter stack 1, so its channels must be known; "
-            "got image_shape=None; give (height, width, channels)"
+            "stem=False lets the image enter stack 1, so its channels must be known, "
+            "but got image_shape=None; pass (height, width, channels)"
         )
-    columns = {name: a.per_stack(field) for name, field in _A_STACK.items()}
+    columns = {name: a.per_stack(field) for name, field in _STACK_FIELDS.items()}
     stacks: list[StackPlan] = []
-    for k in range(len(a.units)):
+    for k, width in enumerate(a.widths):
         try:
             stack = plan_stack(
                 in_width=in_width,
@@ -197,7 +191,7 @@ def plan(architecture: Architecture, image_shape: ImageShape | None = None) -> N
         except UsageError as error:
             raise UsageError(f"stack {k + 1}: {error}") from None
         stacks.append(stack)
-        in_width = a.widths[k]
+        in_width = width
     net = NetPlan(stem, tuple(stacks), _plan_head(a))
     if image_shape is not None:
         _check_resolutions(net, image_shape)
@@ -218,37 +212,42 @@ def plan_stack(
     behind_norm: bool = False,
     semantics: Semantics = ARTICLE,
 ) -> StackPlan:
-    """Plan a residual stack by hand.
+    """Plan a residual stack by itself.
 
     Args:
-        in_width: maps in.
-        width: maps out.
-        units: how many residual units; the one that semantics names has the stride.
-        stride: of the stack.
-        reduction: as of ``plan_unit``.
-        central_reduction: as of ``plan_unit``.
-        kernel: as of ``plan_unit``.
-        unit: as of ``plan_unit``.
+        in_width: input maps.
+        width: output maps.
+        units: number of residual units.
+        stride: of the stack; ``semantics`` chooses the unit and the layer that have it.
+        reduction: layer 1 of a bottleneck has ``width / reduction`` maps, or
+            ``in_width`` maps if "previous". Basic units need 1.
+        central_reduction: the same for layer 2; None: equal to ``reduction``.
+        kernel: size of the central kernel (odd).
+        unit: "bottleneck" (three layers) or "basic" (two layers).
         bridge: add a shortcut around the whole stack.
-        behind_norm: as of ``plan_unit``.
-        semantics: as of ``plan_unit``.
+        behind_norm: the input comes from a BN-ReLU, so that ``semantics`` may leave
+            out that of the first layer.
+        semantics: the version of ResNet V2.
 
     Raises:
-        UsageError: as ``plan_unit``.
+        UsageError: an argument breaks a rule.
     """
     check_semantics(semantics)
     check_arguments(plan_stack, locals())
     s = semantics
-    inner = _inner_maps(unit, in_width, width, reduction, central_reduction)
+    inner = _inner_widths(unit, in_width, width, reduction, central_reduction)
     strided = 0 if s.strided_unit == "first" else units - 1
 
-    @cache  # Of thousands of units three are different.
-    def unit_of(maps: int, stride: int, first: bool) -> UnitPlan:
-        project, bare = first and s.projection == "every_stack", first and behind_norm
-        return _unit(maps, width, stride, inner, kernel, bare, s, project=project)
+    @cache  # Thousands of units have at most three different plans.
+    def unit_plan(in_width: int, stride: int, first: bool) -> UnitPlan:
+        layers = _plan_layers(in_width, (*inner, width), stride, kernel, s)
+        if first and behind_norm and s.first_layer_exception and s.order == "pre":
+            layers[0] = replace(layers[0], norm=None)
+        project = first and s.projection == "every_stack"
+        return _plan_unit(tuple(layers), in_width, width, stride, project, s)
 
     planned = [
-        unit_of(width if k else in_width, stride if k == strided else 1, k == 0)
+        unit_plan(width if k else in_width, stride if k == strided else 1, k == 0)
         for k in range(units)
     ]
     around: ConvPlan | Literal["identity"] | None = None
@@ -271,77 +270,56 @@ def plan_unit(
     behind_norm: bool = False,
     semantics: Semantics = ARTICLE,
 ) -> UnitPlan:
-    """Plan a residual unit by hand.
+    """Plan a residual unit by itself; arguments and errors as of ``plan_stack``.
 
-    Args:
-        in_width: maps in.
-        width: maps out.
-        stride: of the layer that ``semantics`` names, and of the shortcut.
-        reduction: layer 1 has ``width / reduction`` maps, or ``in_width``
-            ("previous").
-        central_reduction: the same for layer 2; None: as ``reduction``.
-        kernel: the central kernel.
-        unit: "bottleneck" (three layers) or "basic" (two).
-        behind_norm: a BN-ReLU stands right before, so that the exception of
-            ``semantics`` holds for layer 1.
-        semantics: whose residual unit.
-
-    Raises:
-        UsageError: a value breaks a rule.
+    It has a convolution on its shortcut only where shapes differ.
     """
+    arguments = locals()
     check_semantics(semantics)
-    check_arguments(plan_unit, locals())
-    inner = _inner_maps(unit, in_width, width, reduction, central_reduction)
-    return _unit(in_width, width, stride, inner, kernel, behind_norm, semantics)
+    arguments["semantics"] = replace(semantics, projection="when_needed")
+    return plan_stack(units=1, **arguments).units[0]
 
 
-def _unit(
+def _plan_layers(
+    in_width: int, widths: tuple[int, ...], stride: int, kernel: int, s: Semantics
+) -> list[LayerPlan]:
+    """Plan a unit's layers of these output widths."""
+    post, last = s.order == "post", len(widths)
+    kernels = (1, kernel, 1) if last == 3 else (kernel, kernel)
+    strided = s.stride_layer if last == 3 else 1
+    layers = []
+    for number, (width, size) in enumerate(zip(widths, kernels, strict=True), start=1):
+        step = stride if number == strided else 1
+        conv = plan_conv(in_width, width, size, step, f"layer{number}", s)
+        if number == last and s.zero_init_last:
+            conv = replace(conv, init="zeros")
+        maps, relu = width if post else in_width, not (post and number == last)
+        norm = plan_norm(s, maps, f"layer {number}", relu)
+        layers.append(LayerPlan(norm, conv, norm_last=post))
+        in_width = width
+    return layers
+
+
+def _plan_unit(
+    layers: tuple[LayerPlan, ...],
     in_width: int,
     width: int,
     stride: int,
-    inner: tuple[int, ...],
-    kernel: int,
-    behind_norm: bool,
-    semantics: Semantics,
-    project: bool = False,
+    project: bool,
+    s: Semantics,
 ) -> UnitPlan:
-    """``inner``: maps of the layers before the last, (p, q) or (width,).
-
-    ``project``: the shortcut has a convolution even where shapes agree.
-    """
-    s, post = semantics, semantics.order == "post"
-    bottleneck = len(inner) == 2
-    kernels = (1, kernel, 1) if bottleneck else (kernel, kernel)
-    stride_layer = s.stride_layer if bottleneck else 1
-    layers, maps = [], in_width
-    for number, (features, size) in enumerate(
-        zip((*inner, width), kernels, strict=True), start=1
-    ):
-        step = stride if number == stride_layer else 1
-        conv = plan_conv(maps, features, size, step, f"layer{number}", s)
-        norm = plan_norm(s, features if post else maps, f"layer {number}")
-        layers.append(LayerPlan(norm, conv, norm_last=post))
-        maps = features
-    if behind_norm and s.first_layer_exception and not post:
-        layers[0] = replace(layers[0], norm=None)
-    if post:
-        layers[-1] = replace(layers[-1], norm=replace(layers[-1].norm, relu=False))
-    if s.zero_init_last:
-        layers[-1] = replace(layers[-1], conv=replace(layers[-1].conv, init="zeros"))
-    if not project and in_width == width:
-        if stride == 1:
-            return UnitPlan(tuple(layers), None, False, relu=post)
-        if s.strided_shortcut == "selection":
-            return UnitPlan(tuple(layers), None, False, select=stride, relu=post)
+    """Add the shortcut; with ``project`` it has a convolution in any case."""
+    post = s.order == "post"
+    selects = stride == 1 or s.strided_shortcut == "selection"
+    if in_width == width and selects and not project:
+        return UnitPlan(layers, None, False, select=stride, relu=post)
     average = stride if s.shortcut_pool == "average" else 1
     size, step = s.shortcut_kernel, stride // average
     return UnitPlan(
-        tuple(layers),
+        layers,
         plan_conv(in_width, width, size, step, "shortcut", s),
         shared_preactivation=s.shortcut_input == "preactivated",
-        shortcut_norm=replace(plan_norm(s, width, "shortcut"), relu=False)
-        if post
-        else None,
+        shortcut_norm=plan_norm(s, width, "shortcut", relu=False) if post else None,
         average=average,
         relu=post,
     )
@@ -355,12 +333,12 @@ def _plan_stem(a: Architecture, channels: int | None) -> StemPlan:
         widths.append(width)
         strides.append(a.stem_second_stride)
     convs, maps = [], channels
-    for number, (features, stride) in enumerate(zip(widths, strides, strict=True)):
-        kernel = 3 if number else a.stem_kernel
-        convs.append(plan_conv(maps, features, kernel, stride, "stem", s))
-        maps = features
+    for width, stride in zip(widths, strides, strict=True):
+        kernel = 3 if convs else a.stem_kernel
+        convs.append(plan_conv(maps, width, kernel, stride, "stem", s))
+        maps = width
     # Between two convolutions there is always a BN-ReLU; stem_norm is about the end.
-    norms = [plan_norm(s, features, "stem") for features in widths]
+    norms = [plan_norm(s, width, "stem") for width in widths]
     if not s.stem_norm:
         norms[-1] = None
     return StemPlan(tuple(convs), tuple(norms), s.pool_padding if a.stem_pool else None)
@@ -369,90 +347,89 @@ def _plan_stem(a: Architecture, channels: int | None) -> StemPlan:
 def _plan_head(a: Architecture) -> HeadPlan:
     if a.head == "classifier" and a.num_classes is None:
         raise UsageError(
-            "num_classes=None is for a run, which has a data set to count them in; "
-            "give a number"
+            "num_classes=None is only for a run, which takes the number from its data "
+            "set; give a number"
         )
+    s = a.semantics
     return HeadPlan(
         kind=a.head,
-        norm=plan_norm(a.semantics, a.widths[-1], "head")
-        if a.semantics.final_norm
-        else None,
+        norm=plan_norm(s, a.widths[-1], "head") if s.final_norm else None,
         pooled=a.head_input == "pooled",
         hidden=a.hidden,
         features=a.latent if a.head == "latent" else a.num_classes,
         variance=a.latent_variance,
-        init=a.semantics.dense_init,
+        init=s.dense_init,
     )
 
 
-def plan_norm(s: Semantics, maps: int, where: str) -> NormPlan:
-    """Plan the norm of so many maps.
+def plan_norm(s: Semantics, maps: int, name: str, relu: bool = True) -> NormPlan:
+    """Plan the norm of ``maps`` maps; ``name`` is for messages.
 
     Raises:
-        UsageError: the groups do not divide them.
+        UsageError: the number of groups does not divide ``maps``.
     """
-    if s.norm == "batch":
-        return NormPlan(s.norm_epsilon, s.norm_momentum)
-    if maps % s.norm_groups:
+    groups = s.norm_groups if s.norm == "group" else None
+    if groups and maps % groups:
         raise UsageError(
-            f"semantics.norm_groups={s.norm_groups} does not divide the {maps} maps of "
-            f"{where}; choose a divisor of all widths, as {math.gcd(maps, 32)}"
+            f"semantics.norm_groups={groups} does not divide the {maps} maps of {name};"
+            f" choose a divisor of all widths, for example {math.gcd(maps, 32)}"
         )
-    return NormPlan(s.norm_epsilon, s.norm_momentum, s.norm_groups)
+    return NormPlan(s.norm_epsilon, s.norm_momentum, groups, relu)
 
 
 def plan_conv(
-    in_width: int | None, width: int, kernel: int, stride: int, at: str, s: Semantics
+    in_width: int | None, width: int, kernel: int, stride: int, name: str, s: Semantics
 ) -> ConvPlan:
-    """Plan a convolution; ``at`` is its place, as ``Semantics.biases`` names it."""
+    """Plan a convolution; it has a bias if ``Semantics.biases`` contains ``name``."""
     return ConvPlan(
         in_width,
         width,
         kernel,
         stride,
         s.padding,
-        at in s.biases,
+        name in s.biases,
         s.kernel_init,
         s.standardize_epsilon,
     )
 
 
-def _inner_maps(
+def _inner_widths(
     unit: UnitKind,
     in_width: int,
     width: int,
     reduction: Reduction,
     central_reduction: Reduction | None,
 ) -> tuple[int, ...]:
-    """Give (p, q) of a bottleneck, (width,) of a basic unit."""
+    """Return the maps inside a unit: (p, q) of a bottleneck, (width,) of a basic."""
     central = reduction if central_reduction is None else central_reduction
-    given = {"reduction": reduction, "central_reduction": central}
-    if unit == "basic":
-        for name, value in given.items():
-            if value != 1:
-                raise UsageError(
-                    f"{name}={value!r}: a basic unit has no reduction; choose "
-                    "reduction=1, or unit='bottleneck'"
-                )
-        return (width,)
-    for name, value in given.items():
+    for name, value in (("reduction", reduction), ("central_reduction", central)):
+        if unit == "basic" and value != 1:
+            raise UsageError(
+                f"{name}={value!r}: a basic unit has no reduction; choose "
+                "reduction=1, or unit='bottleneck'"
+            )
         if value != "previous" and width % value:
             divisors = [d for d in range(1, width + 1) if width % d == 0]
             raise UsageError(
                 f"{name}={value!r} does not divide width={width}; choose one of "
                 f"{', '.join(map(str, divisors))}, or 'previous'"
             )
-    return tuple(in_width if v == "previous" else width // v for v in given.values())
+    if unit == "basic":
+        return (width,)
+    return tuple(
+        in_width if value == "previous" else width // value
+        for value in (reduction, central)
+    )
 
 
 def _check_resolutions(net: NetPlan, image_shape: ImageShape) -> None:
-    """Refuse a stride above 1 on a map of 1x1: SAME padding hides it."""
+    """Refuse a stride above 1 on a 1x1 map, which padding would hide."""
     size = image_shape[:2]
-    for where, stride in net.strides():
+    for name, _, stride in net.main_path():
         if stride > 1 and size == (1, 1):
             raise UsageError(
-                f"stride={stride} at {where}: the map is already 1x1 there (image "
+                f"stride={stride} at {name}: the map is already 1x1 there (image "
                 f"{image_shape[0]}x{image_shape[1]}); choose a stride of 1, fewer "
-                "stacks, or larger images"
+                "stacks or larger images"
             )
         size = (-(-size[0] // stride), -(-size[1] // stride))

@@ -1,8 +1,7 @@
-"""Where published versions of ResNet V2 disagree: one field each, one row a version.
+"""The published versions of ResNet V2: one field for each point where they differ.
 
-``Architecture`` says how large a net is; ``Semantics`` says whose net it is. A preset
-names a row, an experimenter overrides a field of it:
-``dataclasses.replace(ARTICLE, stride_layer=2)``. Data only; ``plan`` reads it.
+``Architecture`` says how large a net is, ``Semantics`` which version it is. For an
+experiment, replace a field: ``dataclasses.replace(ARTICLE, stride_layer=2)``.
 """
 
 from dataclasses import dataclass, replace
@@ -25,79 +24,77 @@ VARIANCE_SCALING = {
     "uniform_fan_in": (1 / 3, "fan_in", "uniform"),
     "glorot_uniform": (1.0, "fan_avg", "uniform"),
 }
-"""The initializers that scale a kernel's variance: variance times fan, the fan, the
-distribution."""
+"""Initializers with variance / fan: the variance, the fan, the distribution."""
 Kernel = Annotated[int, Range(1, 255, odd=True)]
 Size = Annotated[int, Range(1, 2**20)]
-"""Of maps, classes, groups: so many that no array's size passes 64 bits."""
+"""A number of maps, classes or groups; no array's size can overflow 64 bits."""
 Epsilon = Annotated[float, Range(1e-12, 1)]
-"""Below, the derivative of 1 / sqrt(variance) leaves float32 where a map is constant.
-"""
+"""Below 1e-12, 1 / sqrt(variance) of a constant map has no derivative in float32."""
 
 
 @dataclass(frozen=True)
 class Semantics:
-    """One version of the residual unit and of what stands around it."""
+    """One version of the residual unit, the stem and the head."""
 
     order: Literal["pre", "post"] = "pre"
-    """pre: BN -> ReLU -> convolution, and nothing after the sum. post: version 1,
-    convolution -> BN -> ReLU, the last ReLU after the sum, and a BN behind the
+    """pre: BN -> ReLU -> convolution, and nothing after the sum. post: version 1, that
+    is convolution -> BN -> ReLU, with the last ReLU after the sum and a BN after the
     shortcut's convolution."""
     stride_layer: Literal[1, 2] = 1
-    """The layer of a bottleneck unit that carries the stride: 1 (1x1, the article, He)
-    or 2 (3x3, most later code). A basic unit has it on layer 1."""
+    """Layer of a bottleneck unit that has the stride: 1 (1x1, the article and He) or 2
+    (3x3, most later code). In a basic unit it is always layer 1."""
     strided_unit: Literal["first", "last"] = "first"
-    """The unit of a stack that carries its stride."""
+    """Unit of a stack that has the stack's stride."""
     shortcut_input: Literal["raw", "preactivated"] = "raw"
-    """What a shortcut with a convolution reads: the unit's raw input (the article's
-    side track) or the output of the BN-ReLU that it then shares with layer 1."""
+    """Input of a shortcut's convolution. raw: the unit's input (the article's side
+    track). preactivated: the output of layer 1's BN-ReLU."""
     projection: Literal["when_needed", "every_stack"] = "when_needed"
-    """Unit 1 has a shortcut convolution when shapes differ, or in every stack."""
+    """Convolution on the shortcut of a stack's unit 1: only where shapes differ, or in
+    every stack."""
     strided_shortcut: Literal["convolution", "selection"] = "convolution"
-    """Where a unit has a stride, but keeps the width: a convolution, or every second
-    pixel of the raw input."""
+    """Shortcut of a unit with a stride and equal widths: a strided convolution, or a
+    selection of the unit's input pixels at that stride."""
     shortcut_pool: Literal["none", "average"] = "none"
-    """What carries a shortcut's stride: its convolution, or a 2x2 average before it
-    (ResNet-D)."""
+    """average: average pooling before a shortcut's convolution has its stride
+    (ResNet-D). none: the convolution has it."""
     shortcut_kernel: Kernel = 1
-    """Kernel of that convolution (odd)."""
+    """Kernel size of a shortcut's convolution in pixels (odd)."""
     padding: Literal["same", "symmetric"] = "same"
-    """Padding of a strided convolution with a kernel above 1: "same" puts the odd
-    pixel at the end; "symmetric" is (k - 1) / 2 on both sides, as in PyTorch."""
+    """Padding of a strided convolution with a kernel above 1. same: an odd pixel goes
+    to the end. symmetric: (k - 1) / 2 pixels on both sides, as in PyTorch."""
     biases: tuple[Position, ...] = ()
-    """The convolutions that have a bias."""
+    """Convolutions that have a bias."""
     norm: Literal["batch", "group"] = "batch"
-    """Normalization over the batch, or over groups of maps of each image."""
+    """Normalize over the batch, or over groups of maps in each image."""
     norm_groups: Size = 32
-    """Groups of maps in group normalization."""
+    """Number of groups in group normalization."""
     norm_epsilon: Epsilon = 1e-5
-    """Added to the variance in normalization."""
+    """Value added to the variance in normalization."""
     norm_momentum: Share = 0.9
-    """The share of the running statistics that a step keeps."""
+    """Share of the running statistics that is kept at each step."""
     standardize_epsilon: Epsilon | None = None
-    """Kernels are used with mean 0 and variance 1 for each map they make, this added to
-    the variance; None: as they are."""
+    """Standardize kernels to mean 0 and variance 1 per output map, with this value
+    added to the variance; None: do not standardize."""
     stem_norm: bool = True
-    """The stem ends in BN-ReLU."""
+    """End the stem's convolutions with BN-ReLU."""
     first_layer_exception: bool = True
-    """Behind such a stem, layer 1 of unit 1 of stack 1 is a convolution only."""
+    """Leave out the very first layer's BN-ReLU if the stem ends with one."""
     final_norm: bool = True
-    """BN-ReLU between the last stack and the pooling."""
+    """Apply BN-ReLU between the last stack and the pooling."""
     pool_padding: Literal["lowest", "zero"] = "lowest"
-    """What the stem's max-pool pads with: minus infinity or 0."""
+    """Padding value of the stem's max-pool: minus infinity or 0."""
     kernel_init: Initializer = "he_normal"
-    """Initial values of the convolutions."""
+    """Initializer of the convolutions' kernels."""
     dense_init: Initializer = "he_normal"
-    """Initial values of the head's fully connected layers."""
+    """Initializer of the kernels in the head's fully connected layers."""
     zero_init_last: bool = False
-    """Start each unit's last convolution at zero, so that a unit starts as its
+    """Initialize each unit's last convolution to zero, so that the unit starts as its
     shortcut."""
 
 
 ARTICLE = Semantics()
-"""The article, "ResNet basics II". What it leaves open: epsilon, the share kept by the
-statistics, no convolution biases, the final BN-ReLU and He-normal initialization
-(truncated, fan-in) are fixed here."""
+"""The article, "ResNet basics II". It leaves open epsilon, momentum, biases, the final
+BN-ReLU and initialization (here He-normal: truncated, fan-in)."""
 
 HE2016 = Semantics(
     shortcut_input="preactivated",
@@ -108,8 +105,8 @@ HE2016 = Semantics(
     dense_init="uniform_fan_in",
 )
 """He et al. 2016, arXiv 1603.05027, as in ``resnet-pre-act.lua`` of
-github.com/KaimingHe/resnet-1k-layers: the stem is a convolution, unit 1's BN-ReLU
-follows it and feeds the shortcut convolution too."""
+github.com/KaimingHe/resnet-1k-layers: the stem is only a convolution, and the BN-ReLU
+of unit 1 feeds the shortcut's convolution too."""
 
 ATIENZA = Semantics(
     projection="every_stack",
@@ -118,7 +115,7 @@ ATIENZA = Semantics(
     norm_momentum=0.99,
 )
 """Atienza's ``resnet-cifar10-2.2.1.py`` (Advanced Deep Learning with Keras), the source
-of Keras's CIFAR-10 example: every convolution has a bias, normalization has Keras's
+of Keras's CIFAR-10 example: all convolutions have biases, and normalization has Keras's
 defaults."""
 
 KERAS = Semantics(
@@ -137,8 +134,8 @@ KERAS = Semantics(
     kernel_init="glorot_uniform",
     dense_init="glorot_uniform",
 )
-"""``keras.applications.ResNet50V2`` and its deeper ones: the last unit of a stack has
-the stride, and every second pixel of its raw input as a shortcut."""
+"""``keras.applications.ResNet50V2``, ``101V2`` and ``152V2``: a stack's last unit has
+the stride, and its shortcut selects every second pixel."""
 
 TIMM = Semantics(
     stride_layer=2,
@@ -150,8 +147,8 @@ TIMM = Semantics(
     kernel_init="he_normal_fan_out",
     dense_init="normal_0.01",
 )
-"""timm's ``resnetv2_*`` with batch normalization. Its running variance is unbiased:
-what is imported is exact, what trains on differs by N / (N - 1)."""
+"""timm's ``resnetv2_*`` with batch normalization. timm's running variance is unbiased,
+ours is not: in further training they differ by N / (N - 1)."""
 
 BIT = replace(
     TIMM,
@@ -160,15 +157,9 @@ BIT = replace(
     pool_padding="zero",
     dense_init="zeros",
 )
-"""Big Transfer, Kolesnikov et al. 2020, arXiv 1912.11370, as published with its
-weights: group normalization, standardized kernels. (timm adds 1e-8 to their variance.)
-"""
+"""Big Transfer, Kolesnikov et al. 2020, arXiv 1912.11370, as of its published weights:
+group normalization and standardized kernels (timm adds 1e-8 to their variance)."""
 
-SEMANTICS = {
-    "ARTICLE": ARTICLE,
-    "HE2016": HE2016,
-    "ATIENZA": ATIENZA,
-    "KERAS": KERAS,
-    "TIMM": TIMM,
-    "BIT": BIT,
-}
+SEMANTICS = dict(
+    ARTICLE=ARTICLE, HE2016=HE2016, ATIENZA=ATIENZA, KERAS=KERAS, TIMM=TIMM, BIT=BIT
+)

@@ -1,13 +1,12 @@
-"""How others name the arrays of our nets, and lay them out.
+"""Names and layouts that other libraries have for the arrays of our nets.
 
-A name map is a function of a parameter's path, so that it holds for every net that the
-plan can make.
+A name follows from an array's path, so a ``WeightLayout`` holds for every net that its
+library can build.
 """
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,176 +14,144 @@ from flax_resnetv2.errors import UsageError
 from flax_resnetv2.model.modules import ResNetV2
 
 Leaf = tuple[str, ...]
-"""Path of one of our arrays, as ("params", "stem", "conv", "kernel")."""
+"""Path of one of our arrays, for example ("params", "stem", "conv", "kernel")."""
 HEAD = "head/classifier"
 
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """How somebody else calls our arrays, and lays them out."""
+    """How a library names our arrays and orders their axes."""
 
-    name: str
-    module: Callable[[str], str]
-    """Our module's path, as "stack2/unit1/layer3/norm" -> theirs."""
+    library: str
     separator: str
+    """Stands between the name of a module and that of its array."""
+    unit: Callable[[int, int], str]
+    """Prefix of the modules in a unit, from the 1-based numbers of stack and unit."""
+    inside: dict[str, str]
+    """Modules of a unit, for example "layer1/norm" -> the rest of their name."""
+    outside: dict[str, str]
+    """Modules outside the units -> their name."""
     norm: dict[str, str]
-    """scale, bias, mean, var of a norm."""
+    """Arrays of a norm: scale, bias, mean and var -> their name."""
     kernel: str
-    """Of convolutions and of the classifier."""
-    convolution: tuple[int, ...]
-    """Order of our axes [k, k, C, F] in theirs."""
-    classifier: Literal["dense", "last", "first"]
-    """[C, F]; or a 1x1 convolution: [1, 1, C, F], [F, C, 1, 1]."""
+    """Name of the kernel of a convolution or classifier."""
+    axes: tuple[int, int, int, int]
+    """The order of our axes [k, k, C, F] in a convolution's kernel."""
+    dense: bool
+    """The classifier's kernel is [C, F]; False: that of a 1x1 convolution."""
+
+    def module(self, path: str) -> str:
+        """Return the library's name of a module, from its path.
+
+        Raises:
+            UsageError: the library has no such module.
+        """
+        name = self.outside.get(path)
+        if found := re.fullmatch(r"stack(\d+)/unit(\d+)/(.+)", path):
+            name = self.inside.get(found[3])
+            if name is not None:
+                name = self.unit(int(found[1]), int(found[2])) + name
+        if name is None:
+            raise self._missing(path)
+        return name
 
     def tensor(self, leaf: Leaf) -> str:
-        """Their name of one of our arrays."""
-        *path, last = leaf[1:]
-        kind = path[-1]
-        if kind.startswith("norm"):
-            if last not in self.norm:
-                raise _no_counterpart("/".join(leaf[1:]))
-            last = self.norm[last]
-        elif last == "kernel":
-            last = self.kernel
-        return self.module("/".join(path)) + self.separator + last
+        """Return the library's name of an array; errors as of ``module``."""
+        *path, name = leaf[1:]
+        if path[-1].startswith("norm"):
+            if name not in self.norm:
+                raise self._missing("/".join(leaf[1:]))
+            name = self.norm[name]
+        elif name == "kernel":
+            name = self.kernel
+        return self.module("/".join(path)) + self.separator + name
 
     def theirs(self, leaf: Leaf, array: np.ndarray) -> np.ndarray:
-        """Our array as they lay it out."""
-        if array.ndim == 4:
-            return array.transpose(self.convolution)
-        if leaf[1:] == ("head", "classifier", "kernel"):
-            if self.classifier == "last":
-                return array[None, None]
-            if self.classifier == "first":
-                return array.T[:, :, None, None]
-        return array
+        """Convert one of our arrays to the library's layout."""
+        if self._is_convolution(leaf):
+            array = array[None, None]
+        return array.transpose(self.axes) if array.ndim == 4 else array
 
     def ours(self, leaf: Leaf, array: np.ndarray) -> np.ndarray:
-        """Their array as we lay it out; of a shape that ``theirs`` gives."""
-        if leaf[1:] == ("head", "classifier", "kernel"):
-            if self.classifier == "last":
-                return array[0, 0]
-            if self.classifier == "first":
-                return array[:, :, 0, 0].T
+        """Convert an array of the library to our layout; the inverse of ``theirs``."""
         if array.ndim == 4:
-            return array.transpose(np.argsort(self.convolution))
-        return array
+            array = array.transpose(np.argsort(self.axes))
+        return array[0, 0] if self._is_convolution(leaf) else array
+
+    def _is_convolution(self, leaf: Leaf) -> bool:
+        """Return whether the array is a classifier's kernel with four axes there."""
+        return "/".join(leaf[1:]) == f"{HEAD}/kernel" and not self.dense
+
+    def _missing(self, path: str) -> UsageError:
+        return UsageError(
+            f"{path} has no counterpart in {self.library}; use the model of a preset "
+            "that the function reads, or classifier='leave' for another head"
+        )
 
 
-def _module(
-    path: str,
-    unit: Callable[[int, int], str],
-    inside: dict[str, str],
-    outside: dict[str, str],
-) -> str:
-    """Their module for ours: ``inside`` of a unit, or ``outside`` of all."""
-    if found := re.fullmatch(r"stack(\d+)/unit(\d+)/(.+)", path):
-        if (name := inside.get(found[3])) is not None:
-            return unit(int(found[1]), int(found[2])) + name
-    elif path in outside:
-        return outside[path]
-    raise _no_counterpart(path)
-
-
-def _no_counterpart(path: str) -> UsageError:
-    return UsageError(
-        f"{path} has no counterpart there; give a model of the presets that the "
-        "function reads, or classifier='leave' for a model with another head"
-    )
-
-
-def _keras(path: str) -> str:
-    return _module(
-        path,
-        lambda stack, unit: f"conv{stack + 1}_block{unit}_",
-        {
-            "layer1/norm": "preact_bn",
-            "layer1/conv": "1_conv",
-            "layer2/norm": "1_bn",
-            "layer2/conv": "2_conv",
-            "layer3/norm": "2_bn",
-            "layer3/conv": "3_conv",
-            "shortcut": "0_conv",
-        },
-        {"stem/conv": "conv1_conv", "head/norm": "post_bn", HEAD: "predictions"},
-    )
-
-
-def _timm(path: str, deep: bool) -> str:
-    layers = {
-        f"layer{k}/{ours}": f"{theirs}{k}"
-        for k in (1, 2, 3)
-        for ours, theirs in (("norm", "norm"), ("conv", "conv"))
-    }
-    stem = {"stem/conv": "stem.conv"}
-    if deep:
-        stem = {
-            f"stem/{kind}{k if k > 1 else ''}": f"stem.{kind}{k}"
-            for k in (1, 2, 3)
-            for kind in ("conv", "norm")
-        }
-    return _module(
-        path,
-        lambda stack, unit: f"stages.{stack - 1}.blocks.{unit - 1}.",
-        layers | {"shortcut": "downsample.conv"},
-        stem | {"head/norm": "norm", HEAD: "head.fc"},
-    )
-
-
-def _bit(path: str) -> str:
-    inside = {"shortcut": "a/proj/standardized_conv2d"}
-    for k, letter in enumerate("abc", start=1):
-        inside[f"layer{k}/norm"] = f"{letter}/group_norm"
-        inside[f"layer{k}/conv"] = f"{letter}/standardized_conv2d"
-    return _module(
-        path,
-        lambda stack, unit: f"resnet/block{stack}/unit{unit:02}/",
-        inside,
-        {
-            "stem/conv": "resnet/root_block/standardized_conv2d",
-            "head/norm": "resnet/group_norm",
-            HEAD: "resnet/head/conv2d",
-        },
-    )
-
-
-def keras(_: ResNetV2) -> WeightLayout:
-    """Keras's names."""
-    norm = ("gamma", "beta", "moving_mean", "moving_variance")
-    return WeightLayout(
-        name="Keras",
-        module=_keras,
-        separator="/",
-        norm=dict(zip(("scale", "bias", "mean", "var"), norm, strict=True)),
-        kernel="kernel",
-        convolution=(0, 1, 2, 3),
-        classifier="dense",
-    )
+KERAS = WeightLayout(
+    library="Keras",
+    separator="/",
+    unit=lambda stack, unit: f"conv{stack + 1}_block{unit}_",
+    inside={
+        "layer1/norm": "preact_bn",
+        "layer1/conv": "1_conv",
+        "layer2/norm": "1_bn",
+        "layer2/conv": "2_conv",
+        "layer3/norm": "2_bn",
+        "layer3/conv": "3_conv",
+        "shortcut": "0_conv",
+    },
+    outside={"stem/conv": "conv1_conv", "head/norm": "post_bn", HEAD: "predictions"},
+    norm=dict(scale="gamma", bias="beta", mean="moving_mean", var="moving_variance"),
+    kernel="kernel",
+    axes=(0, 1, 2, 3),
+    dense=True,
+)
+TIMM = WeightLayout(
+    library="timm",
+    separator=".",
+    unit=lambda stack, unit: f"stages.{stack - 1}.blocks.{unit - 1}.",
+    inside={"shortcut": "downsample.conv"}
+    | {
+        f"layer{k}/{kind}": f"{kind}{k}" for k in (1, 2, 3) for kind in ("norm", "conv")
+    },
+    outside={"stem/conv": "stem.conv", "head/norm": "norm", HEAD: "head.fc"},
+    norm=dict(scale="weight", bias="bias", mean="running_mean", var="running_var"),
+    kernel="weight",
+    axes=(3, 2, 0, 1),
+    dense=False,
+)
+TIMM_DEEP = replace(
+    TIMM,
+    outside=TIMM.outside
+    | {"stem/conv": "stem.conv1", "stem/norm": "stem.norm1"}
+    | {
+        f"stem/{kind}{k}": f"stem.{kind}{k}"
+        for k in (2, 3)
+        for kind in ("norm", "conv")
+    },
+)
+BIT = WeightLayout(
+    library="Big Transfer",
+    separator="/",
+    unit=lambda stack, unit: f"resnet/block{stack}/unit{unit:02}/",
+    inside={"shortcut": "a/proj/standardized_conv2d"}
+    | {f"layer{k}/norm": f"{x}/group_norm" for k, x in enumerate("abc", start=1)}
+    | {f"layer{k}/conv": f"{x}/standardized_conv2d" for k, x in enumerate("abc", 1)},
+    outside={
+        "stem/conv": "resnet/root_block/standardized_conv2d",
+        "head/norm": "resnet/group_norm",
+        HEAD: "resnet/head/conv2d",
+    },
+    norm=dict(scale="gamma", bias="beta"),
+    kernel="kernel",
+    axes=(0, 1, 2, 3),
+    dense=False,
+)
 
 
 def timm(model: ResNetV2) -> WeightLayout:
-    """timm's names."""
+    """Return timm's layout, in which the convolutions of a deep stem have numbers."""
     deep = model.plan.stem is not None and len(model.plan.stem.convs) == 3
-    norm = ("weight", "bias", "running_mean", "running_var")
-    return WeightLayout(
-        name="timm",
-        module=lambda path: _timm(path, deep),
-        separator=".",
-        norm=dict(zip(("scale", "bias", "mean", "var"), norm, strict=True)),
-        kernel="weight",
-        convolution=(3, 2, 0, 1),
-        classifier="first",
-    )
-
-
-def bit(_: ResNetV2) -> WeightLayout:
-    """Big Transfer's names."""
-    return WeightLayout(
-        name="Big Transfer",
-        module=_bit,
-        separator="/",
-        norm={"scale": "gamma", "bias": "beta"},
-        kernel="kernel",
-        convolution=(0, 1, 2, 3),
-        classifier="last",
-    )
+    return TIMM_DEEP if deep else TIMM

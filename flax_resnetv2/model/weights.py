@@ -1,17 +1,18 @@
-"""Weights that others published, for the nets of ``presets``; and back to their names.
+"""Published weights of Keras, timm and Big Transfer, read and written.
 
 >>> model = create_model("keras-resnet50v2")
 >>> variables = from_keras("resnet50v2_weights_tf_dim_ordering_tf_kernels.h5", model)
 
-All or nothing: every tensor of the net has one of the file, and the other way round, or
-an error lists both sides' rest. Nothing that a file contains is executed.
+A file is loaded completely or not at all: it must have exactly the tensors of the net,
+or an error lists what either side lacks. Nothing in a file is executed.
 """
 
+import contextlib
 import logging
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +25,11 @@ from flax_resnetv2.errors import UsageError
 from flax_resnetv2.model import weight_names
 from flax_resnetv2.model.initial import init_in_one_draw
 from flax_resnetv2.model.modules import ResNetV2
-from flax_resnetv2.model.weight_names import HEAD, Leaf, WeightLayout
+from flax_resnetv2.model.weight_names import HEAD, WeightLayout
 from flax_resnetv2.validation import check_choice
 
 Tensors = dict[str, np.ndarray]
-SHOWN = 4
+LISTED = 4
 """Names of each kind that an error lists."""
 
 _logger = logging.getLogger(__name__)
@@ -41,27 +42,33 @@ def from_file(
     classifier: Literal["read", "leave"] = "read",
     key: jax.Array | None = None,
 ) -> dict[str, Any]:
-    """Read weights by the kind of their file: Keras's, timm's or Big Transfer's.
+    """Read weights of Keras, timm or Big Transfer, depending on the file's suffix.
 
     Args:
-        path: as ``from_keras``, ``from_timm`` or ``from_bit`` reads it.
-        model: of a fitting preset, or with another head.
-        classifier: as of ``from_keras``.
-        key: as of ``from_keras``.
+        path: a file as of ``from_keras``, ``from_timm`` or ``from_bit``.
+        model: the net of a preset of that family, or one with another head.
+        classifier: "leave" leaves the file's classifier out, and the model's own head
+            is initialized.
+        key: random key of that head; None: key 0.
+
+    Returns:
+        ``params`` and ``batch_stats``, in the model's ``param_dtype``.
+
+    Raises:
+        UsageError: the file does not exist, is damaged, or holds another net.
     """
     check_file(path)
-    read = next(f for f, kinds in _KINDS.items() if Path(path).suffix in kinds)
+    read = _READERS[Path(path).suffix]
     return read(path, model, classifier=classifier, key=key)
 
 
 def check_file(path: str | Path) -> None:
-    """Refuse what ``from_file`` would not open, without opening it.
+    """Refuse a file that ``from_file`` cannot read, without opening it.
 
     Raises:
-        UsageError: no file, or one of another kind.
+        UsageError: the file does not exist, or has another suffix.
     """
-    kinds = tuple(kind for some in _KINDS.values() for kind in some)
-    _check_file(Path(path), kinds, _CONVERT)
+    _check_file(Path(path), tuple(_READERS), _CONVERT)
 
 
 def from_keras(
@@ -75,18 +82,11 @@ def from_keras(
 
     Args:
         path: ``.keras``, ``.weights.h5``, or the ``.h5`` of keras.applications.
-        model: of a preset keras-*, or with another head.
-        classifier: "leave" the file's out: the model keeps its own head, drawn anew.
-        key: of that head; None: key 0.
-
-    Returns:
-        ``params`` and ``batch_stats``, in the model's dtype of parameters.
-
-    Raises:
-        UsageError: not such a file, a damaged one, or one of another net.
+        model: the net of a preset keras-*, or one with another head.
+        classifier, key: as of ``from_file``, like results and errors.
     """
-    found = _read_keras(Path(path))
-    return _import(found, path, model, weight_names.keras, classifier, key)
+    tensors = _read_keras(Path(path))
+    return _import(tensors, path, model, weight_names.KERAS, classifier, key)
 
 
 def from_timm(
@@ -96,16 +96,15 @@ def from_timm(
     classifier: Literal["read", "leave"] = "read",
     key: jax.Array | None = None,
 ) -> dict[str, Any]:
-    """Read weights of timm's ``resnetv2_*``, Big Transfer's among them.
+    """Read weights of timm's ``resnetv2_*``, which include Big Transfer's.
 
     Args:
         path: ``.safetensors``.
-        model: of a preset timm-* or bit-*, or with another head.
-        classifier: as of ``from_keras``.
-        key: as of ``from_keras``.
+        model: the net of a preset timm-* or bit-*, or one with another head.
+        classifier, key: as of ``from_file``, like results and errors.
     """
-    found = _read_timm(Path(path))
-    return _import(found, path, model, weight_names.timm, classifier, key)
+    tensors = _read_timm(Path(path))
+    return _import(tensors, path, model, weight_names.timm(model), classifier, key)
 
 
 def from_bit(
@@ -118,182 +117,161 @@ def from_bit(
     """Read weights that Big Transfer published.
 
     Args:
-        path: ``.npz``, as BiT-M-R50x1.npz.
-        model: of a preset bit-*, or with another head.
-        classifier: as of ``from_keras``.
-        key: as of ``from_keras``.
+        path: ``.npz``, for example BiT-M-R50x1.npz.
+        model: the net of a preset bit-*, or one with another head.
+        classifier, key: as of ``from_file``, like results and errors.
     """
-    found = _read_npz(Path(path))
-    return _import(found, path, model, weight_names.bit, classifier, key)
+    tensors = _read_bit(Path(path))
+    return _import(tensors, path, model, weight_names.BIT, classifier, key)
 
 
-_KINDS = {
-    from_keras: (".keras", ".h5"),
-    from_timm: (".safetensors",),
-    from_bit: (".npz",),
+_READERS = {
+    ".keras": from_keras,
+    ".h5": from_keras,
+    ".safetensors": from_timm,
+    ".npz": from_bit,
 }
 _CONVERT = (
-    "a .pth is a pickle, which may run code; convert it where torch is: python -c "
-    "\"import torch, safetensors.torch as s; s.save_file(torch.load('x.pth', "
+    "a .pth is a pickle, which may run code; convert it where torch is installed: "
+    "python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('x.pth', "
     "weights_only=True), 'x.safetensors')\""
 )
 
 
 def to_keras(variables: dict[str, Any], model: ResNetV2) -> Tensors:
-    """Name the variables as Keras does: "conv1_conv/kernel" and so on."""
-    return _export(variables, weight_names.keras(model))
+    """Return the variables under Keras's names: "conv1_conv/kernel" and so on."""
+    return _export(variables, weight_names.KERAS)
 
 
 def to_timm(variables: dict[str, Any], model: ResNetV2) -> Tensors:
-    """Name the variables as timm's state_dict does, without num_batches_tracked."""
+    """Return the variables under timm's names, without num_batches_tracked."""
     return _export(variables, weight_names.timm(model))
 
 
 def to_bit(variables: dict[str, Any], model: ResNetV2) -> Tensors:
-    """Name the variables as Big Transfer's files do."""
-    return _export(variables, weight_names.bit(model))
+    """Return the variables under Big Transfer's names."""
+    return _export(variables, weight_names.BIT)
 
 
-def _export(variables: dict[str, Any], dialect: WeightLayout) -> Tensors:
-    # A copy: files want arrays that lie as they say.
+def _export(variables: dict[str, Any], layout: WeightLayout) -> Tensors:
+    # Contiguous copies, because file formats ignore strides.
     return {
-        dialect.tensor(leaf): np.ascontiguousarray(
-            dialect.theirs(leaf, np.asarray(array))
+        layout.tensor(leaf): np.ascontiguousarray(
+            layout.theirs(leaf, np.asarray(array))
         )
         for leaf, array in flatten_dict(variables).items()
     }
 
 
+_IMAGE = (32, 32, 3)
+"""Any size: parameters of a net with a pooled head do not depend on the images."""
+
+
 def _import(
-    found: Tensors,
+    tensors: Tensors,
     path: str | Path,
     model: ResNetV2,
-    dialect_of: Callable[[ResNetV2], WeightLayout],
+    layout: WeightLayout,
     classifier: Literal["read", "leave"],
     key: jax.Array | None = None,
 ) -> dict[str, Any]:
-    """Our variables from their tensors, all of them or an error."""
+    """Return all of the model's variables from a file's tensors, or refuse them."""
     check_choice("classifier", classifier, ("read", "leave"))
-    dialect, dtype = dialect_of(model), np.dtype(model.execution.param_dtype)
-    shapes = flatten_dict(_shapes(model))
-    if classifier == "leave":
+    dtype, new_head = model.execution.param_dtype, classifier == "leave"
+    if new_head:
         if not model.plan.head.pooled:
             raise UsageError(
                 "head_input='flattened' makes a head whose size depends on the images, "
-                "which are not known here; choose head_input='pooled'"
+                "which are unknown here; choose head_input='pooled'"
             )
-        left = {leaf for leaf in shapes if _is_head(leaf)}
-        theirs = dialect.module(HEAD)
-        found = {n: t for n, t in found.items() if not n.startswith(theirs)}
+        prefix = layout.module(HEAD)
+        tensors = {n: t for n, t in tensors.items() if not n.startswith(prefix)}
         _logger.warning(
-            "%s: the classifier of the file is left out; the model's head is new", path
+            "%s: the classifier of the file is left out, the model's head is new", path
         )
-    else:
-        left = set()
-    wanted = {
-        dialect.tensor(leaf): (leaf, dialect.theirs(leaf, np.empty(s.shape)).shape)
-        for leaf, s in shapes.items()
-        if leaf not in left
-    }
-    _compare(
-        path,
-        dialect.name,
-        {name: shape for name, (_, shape) in wanted.items()},
-        {name: tensor.shape for name, tensor in found.items()},
+    images = jax.ShapeDtypeStruct((1, *_IMAGE), dtype)
+    leaves = flatten_dict(
+        jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
     )
-    leaves = {
-        leaf: jnp.asarray(dialect.ours(leaf, found[name]), dtype)
+    head = {leaf for leaf in leaves if leaf[1] == "head" and leaf[2] != "norm"}
+    wanted = {
+        layout.tensor(leaf): (leaf, layout.theirs(leaf, np.empty(array.shape)).shape)
+        for leaf, array in leaves.items()
+        if not (new_head and leaf in head)
+    }
+    shapes = {name: shape for name, (_, shape) in wanted.items()}
+    _compare(path, layout.library, shapes, {n: t.shape for n, t in tensors.items()})
+    found = {
+        leaf: jnp.asarray(layout.ours(leaf, tensors[name]), dtype)
         for name, (leaf, _) in wanted.items()
     }
-    if left:
+    if new_head:
         key = jax.random.key(0) if key is None else key
         drawn = flatten_dict(init_in_one_draw(model, key, _IMAGE))
-        leaves |= {leaf: drawn[leaf] for leaf in left}
-    return unflatten_dict(leaves)
-
-
-_IMAGE = (32, 32, 3)
-"""Parameters of a net with a pooled head do not depend on the images' size."""
-
-
-def _shapes(model: ResNetV2) -> dict[str, Any]:
-    images = jax.ShapeDtypeStruct((1, *_IMAGE), model.execution.param_dtype)
-    return jax.eval_shape(
-        lambda x: model.init(jax.random.key(0), x, train=False), images
-    )
-
-
-def _is_head(leaf: Leaf) -> bool:
-    """Of the fully connected layers, which belong to a task."""
-    return leaf[1] == "head" and leaf[2] != "norm"
+        found |= {leaf: drawn[leaf] for leaf in head}
+    return unflatten_dict(found)
 
 
 def _compare(
     path: str | Path,
-    dialect: str,
+    library: str,
     wanted: dict[str, tuple[int, ...]],
     found: dict[str, tuple[int, ...]],
 ) -> None:
-    """Refuse a file that is not the net's, with the rest of both sides."""
-    rest = {
-        "the model has, the file has not": wanted.keys() - found.keys(),
-        "the file has, the model has not": found.keys() - wanted.keys(),
+    """Refuse a file of another net, and list the differences."""
+    differences = {
+        "only in the model": wanted.keys() - found.keys(),
+        "only in the file": found.keys() - wanted.keys(),
+        "of another shape": [
+            f"{name} {list(found[name])} instead of {list(shape)}"
+            for name, shape in wanted.items()
+            if found.get(name, shape) != shape
+        ],
     }
-    said = [f"{what}: {_some(names)}" for what, names in rest.items() if names]
-    differing = [
-        f"{name} {list(found[name])} instead of {list(shape)}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
+    texts = [
+        f"{kind}: {_some(names)}; " for kind, names in differences.items() if names
     ]
-    if differing:
-        said.append(f"of another shape: {_some(differing)}")
-    if said:
+    if texts:
         raise UsageError(
-            f"{path} holds another net than the model, in {dialect}'s names; "
-            + "; ".join(said)
-            + "; nothing was loaded; choose the preset of this file, or "
+            f"{path} holds another net than the model (names of {library}); "
+            + "".join(texts)
+            + "nothing was loaded; choose the preset of this file, or "
             "classifier='leave' if only the classifier differs"
         )
 
 
 def _some(names: Iterable[str]) -> str:
     names = sorted(names)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{', '.join(names[:SHOWN])}{more}"
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
 
 
 def _read_keras(path: Path) -> Tensors:
-    """{"layer/variable": array} of any file that Keras writes."""
+    """Read {"layer/variable": array} from any file that Keras writes."""
     import h5py
 
-    save = "save it in Keras as .keras or .weights.h5"
-    _check_file(path, _KINDS[from_keras], save)
-    try:
+    _check_file(path, (".keras", ".h5"), "save it in Keras as .keras or .weights.h5")
+    with _intact(path), contextlib.ExitStack() as stack:
+        file: Any = path
         if path.suffix == ".keras":
-            with (
-                zipfile.ZipFile(path) as archive,
-                archive.open("model.weights.h5") as file,
-                h5py.File(file) as h5,
-            ):
-                return _keras_3(h5, path)
-        with h5py.File(path) as h5:
-            return _keras_3(h5, path) if "layers" in h5 else _keras_classic(h5)
-    except (OSError, KeyError, RuntimeError, *_BROKEN) as error:
-        raise _damaged(path, error) from error
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            file = stack.enter_context(archive.open("model.weights.h5"))
+        h5 = stack.enter_context(h5py.File(file))
+        if path.suffix == ".keras" or "layers" in h5:
+            return _keras_3(h5, path)
+        return _keras_classic(h5)
 
 
-_BROKEN = (ValueError, zipfile.BadZipFile, zlib.error)
-"""What zip files and numbers in them raise."""
 _VARIABLES = {
+    1: ("kernel",),
     2: ("kernel", "bias"),
     4: ("gamma", "beta", "moving_mean", "moving_variance"),
-    1: ("kernel",),
 }
-"""Of a Keras layer, by their count: convolution or dense, batch normalization."""
+"""Variables of a Keras layer by their number; four are batch normalization's."""
 
 
 def _keras_3(h5: Any, path: Path) -> Tensors:
-    """Keras 3 numbers a layer's variables, and says its name beside them."""
+    """Read a file of Keras 3, which numbers the variables of a layer."""
     tensors = {}
     for layer in h5["layers"].values():
         variables = layer.get("vars", {})
@@ -302,19 +280,18 @@ def _keras_3(h5: Any, path: Path) -> Tensors:
         if "name" not in variables.attrs:
             raise UsageError(
                 f"{path} does not name its layers (an older Keras 3 wrote it); load it "
-                "in Keras of now and save it again"
+                "in a current Keras and save it again"
             )
-        # Others keep their numbers, and are no net of ours.
+        # The layers of other nets keep their numbers, and are refused later.
         names = _VARIABLES.get(len(variables), tuple(variables))
         for number, name in enumerate(names):
-            tensors[f"{variables.attrs['name']}/{name}"] = np.asarray(
-                variables[str(number)]
-            )
+            tensor = np.asarray(variables[str(number)])
+            tensors[f"{variables.attrs['name']}/{name}"] = tensor
     return tensors
 
 
 def _keras_classic(h5: Any) -> Tensors:
-    """keras.applications' files: layer/layer/kernel:0, perhaps below model_weights."""
+    """Read a file of keras.applications: [model_weights/]layer/layer/kernel:0."""
     import h5py
 
     tensors = {}
@@ -332,38 +309,43 @@ def _read_timm(path: Path) -> Tensors:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    _check_file(path, _KINDS[from_timm], _CONVERT)
-    try:
+    _check_file(path, (".safetensors",), _CONVERT)
+    with _intact(path, SafetensorError):
         tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
     return {n: t for n, t in tensors.items() if not n.endswith("num_batches_tracked")}
 
 
-def _read_npz(path: Path) -> Tensors:
-    published = "take the .npz that Big Transfer published"
-    _check_file(path, _KINDS[from_bit], published)
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except (OSError, EOFError, KeyError, TypeError, *_BROKEN) as error:
-        raise _damaged(path, error) from error
+def _read_bit(path: Path) -> Tensors:
+    _check_file(path, (".npz",), "use the .npz that Big Transfer published")
+    with (
+        _intact(path),
+        path.open("rb") as file,
+        np.load(file, allow_pickle=False) as stored,
+    ):
+        return {name: stored[name] for name in stored.files}
 
 
 def _check_file(path: Path, suffixes: tuple[str, ...], repair: str) -> None:
     if path.suffix not in suffixes:
+        raise UsageError(f"{path} must be a file {' or '.join(suffixes)}; {repair}")
+    if not os.path.isfile(path):  # Also if the name is too long.
+        raise UsageError(f"{path} does not exist or is no file; give the path of one")
+
+
+@contextlib.contextmanager
+def _intact(path: Path, *errors: type[Exception]) -> Iterator[None]:
+    """Turn what damaged files raise, and ``errors``, into a ``UsageError``."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (
+        *(EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError),
+        *(zipfile.BadZipFile, zlib.error, *errors),
+    ) as error:
+        # Only the first sentence: NumPy's second one explains how to run a pickle.
+        lines = str(error).splitlines() or [type(error).__name__]
         raise UsageError(
-            f"{path} is not of the kind {' or '.join(suffixes)} that is read here; "
-            f"{repair}"
-        )
-    if not os.path.isfile(path):  # also of a name that is too long
-        raise UsageError(f"{path} is not there, or no file; give the path of one")
-
-
-def _damaged(path: Path, error: Exception) -> UsageError:
-    # The first sentence: NumPy's second one is how to run the code of a pickle.
-    reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
-    return UsageError(
-        f"{path} is damaged, or of another kind than its name says ({reason}); fetch "
-        "it again"
-    )
+            f"{path} is damaged, or not in the format of its suffix "
+            f"({lines[0].split('. ')[0]}); download it again"
+        ) from error

@@ -265,8 +265,8 @@ def test_reconstructions_are_drawn(finished, monkeypatch, capsys):
         drawn.update(rows)
         return draw(rows)
 
-    draw = reconstruction.draw
-    monkeypatch.setattr(reconstruction, "draw", keep)
+    draw = reconstruction.draw_rows
+    monkeypatch.setattr(reconstruction, "draw_rows", keep)
     monkeypatch.setattr(reconstruction, "open_dataset", lambda _: data())
     assert tools.main(["reconstruct", str(directory), "--images", "4"]) == 0
     path = directory / "reconstructions.png"
@@ -275,7 +275,7 @@ def test_reconstructions_are_drawn(finished, monkeypatch, capsys):
         assert image.format == "PNG"
         assert image.width > image.height > 200
     stored, made, imagined = drawn.values()
-    assert list(drawn) == ["test images", "made again", "drawn from N(0, 1)"]
+    assert list(drawn) == ["test images", "reconstructions", "samples from N(0, 1)"]
     assert stored.shape == made.shape == imagined.shape == (4, *tiny.SHAPE)
     # As the stored pixels, however they were normalized.
     pixels = data().splits["test"].image[:4] / 255
@@ -286,7 +286,7 @@ def test_reconstructions_are_drawn(finished, monkeypatch, capsys):
 def test_a_classifier_makes_no_images(tmp_path, capsys):
     (tmp_path / "config.json").write_text(to_json(tiny.config()))
     assert tools.main(["reconstruct", str(tmp_path)]) == 2
-    assert "run of a classifier, which makes no images" in capsys.readouterr().err
+    assert "run of a classifier, which decodes no images" in capsys.readouterr().err
 
 
 def test_losses_do_not_depend_on_the_devices(tmp_path, float64):
@@ -346,7 +346,7 @@ def test_a_head_that_does_not_fit_is_refused(change, words):
 @pytest.mark.parametrize(
     ("net", "config", "words"),
     [
-        (tiny.SMALL, {}, "head='classifier' gives no vector"),
+        (tiny.SMALL, {}, "head='classifier' returns no vector"),
         (NET, {"units": 0}, "autoencoder.units=0"),
         (NET, {"kl_weight": -1.0}, "autoencoder.kl_weight=-1.0"),
         (

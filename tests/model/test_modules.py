@@ -516,7 +516,11 @@ def test_a_unit_that_an_image_drops_is_its_shortcut(float64):
     @partial(jax.jit, static_argnums=2)
     def run(variables, keep, mutable=("batch_stats",)):
         return model.apply(
-            variables, images, train=True, keep=keep, mutable=list(mutable)
+            variables,
+            images,
+            train=True,
+            residual_scale=keep,
+            mutable=list(mutable),
         )[0]
 
     def with_last_kernel(unit, factor):
@@ -545,7 +549,11 @@ def test_units_of_equal_plans_are_still_traced_once():
     def convolutions(keep):
         def run(images):
             return model.apply(
-                variables, images, train=True, keep=keep, mutable=["batch_stats"]
+                variables,
+                images,
+                train=True,
+                residual_scale=keep,
+                mutable=["batch_stats"],
             )
 
         # A function that several share is printed once.
@@ -718,7 +726,7 @@ def test_one_draw_is_an_initialization_like_any_other(version, traced):
         units=(2, 1), widths=(64, 96), strides=(1, 2), hidden=(50,), semantics=semantics
     )
     model = create_model(architecture)
-    initialize = partial(model.init_in_one_draw, image_shape=(32, 32, 3))
+    initialize = partial(init_in_one_draw, model, image_shape=(32, 32, 3))
     drawn = paths((jax.jit(initialize) if traced else initialize)(jax.random.key(3)))
     usual = jax.jit(partial(model.init, train=False))(
         jax.random.key(7), jnp.zeros([1, 32, 32, 3])

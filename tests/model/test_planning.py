@@ -33,6 +33,20 @@ def units_of(net):
     ]
 
 
+def convolutions(net):
+    """{"stack2/unit1/layer3/conv": its plan} of every convolution."""
+    found = {f"stem/conv{suffix}": conv for suffix, conv, _ in net.stem.layers()}
+    for s, u, unit in units_of(net):
+        for number, layer in enumerate(unit.layers, start=1):
+            found[f"stack{s}/unit{u}/layer{number}/conv"] = layer.conv
+        if unit.shortcut:
+            found[f"stack{s}/unit{u}/shortcut"] = unit.shortcut
+    for s, stack in enumerate(net.stacks, start=1):
+        if stack.bridge not in (None, "identity"):
+            found[f"stack{s}/bridge"] = stack.bridge
+    return found
+
+
 def test_every_unit_of_a_stack_gives_out_its_width_at_one_resolution():  # R2
     rows = {
         r.name: r.shape
@@ -223,13 +237,13 @@ def test_the_head_starts_as_the_semantics_says():
 def test_a_bias_stands_only_where_the_semantics_puts_it(position):
     semantics = replace(ARTICLE, biases=(position,))
     net = plan(Architecture(bridge=True, stem_second_stride=1, semantics=semantics))
-    for name, conv in net.convolutions():
+    for name, conv in convolutions(net).items():
         assert conv.bias == (position in name), name
 
 
 def test_zero_init_last_is_about_the_last_layer_alone():  # R10
     net = plan(Architecture(semantics=replace(ARTICLE, zero_init_last=True)))
-    for name, conv in net.convolutions():
+    for name, conv in convolutions(net).items():
         assert (conv.init == "zeros") == ("layer3" in name), name
 
 
@@ -297,8 +311,8 @@ def test_receptive_field_of_the_article():
 
 def test_receptive_field_without_a_stem_is_of_any_image():
     net = Architecture(stem=False, strides=(8, 8, 16), semantics=BIT)
-    plan(net, (2048, 2048, 32))
-    assert receptive_field(plan(net))["stack3"].stride == 1024
+    planned = plan(net, (2048, 2048, 32))
+    assert receptive_field(planned)["stack3"].stride == 1024
 
 
 @pytest.mark.parametrize(
@@ -358,8 +372,8 @@ MISTAKES = [
     ({"semantics": "HE2016"}, r"semantics='HE2016' must be .*ARTICLE, HE2016"),
     ({"semantics": Semantics(norm_epsilon="1e-5")}, r"norm_epsilon='1e-5' must be a"),
     ({"semantics": Semantics(biases="stem")}, r"biases='stem' must be a tuple"),
-    ({"units": (1,) * 6}, r"units=\(1, 1, 1, 1, 1, 1\) must give 1 to 5 stacks"),
-    ({"units": ()}, r"units=\(\) must give 1 to 5 stacks"),
+    ({"units": (1,) * 6}, r"units=\(1, 1, 1, 1, 1, 1\) must be the numbers of units of 1 to 5 stacks"),
+    ({"units": ()}, r"units=\(\) must be the numbers of units of 1 to 5 stacks"),
     ({"units": 3}, r"units=3 must be a tuple, each .* from 1 to 10000"),
     ({"units": (3, 0, 3)}, r"units=\(3, 0, 3\) must be .* from 1 to 10000"),
     ({"widths": (64, 128)}, r"widths=\(64, 128\) has 2 values, .* 3 stacks"),
@@ -393,7 +407,7 @@ MISTAKES = [
     ({"head_input": "max"}, r"head_input='max' .*'pooled', 'flattened'"),
     ({"num_classes": 0}, r"num_classes=0 must be a whole number"),
     ({"num_classes": True}, r"num_classes=True must be a whole number"),
-    ({"num_classes": None}, r"num_classes=None is for a run, .*; give a number"),
+    ({"num_classes": None}, r"num_classes=None is only for a run, .*; give a number"),
     ({"latent_variance": 1}, r"latent_variance=1 is unknown; .*True, False"),
     ({"hidden": (10, 0)}, r"hidden=\(10, 0\) must be a tuple, each .* from 1"),
     ({"latent": 0}, r"latent=0 must be .* from 1 to"),
@@ -457,9 +471,9 @@ def test_an_image_without_pixels_is_refused():
 @pytest.mark.parametrize(
     ("changes", "shape", "where"),
     [
-        ({"strides": (4, 4, 4)}, (8, 8, 3), "stack 3, unit 1, layer 1"),
-        ({"stem_pool": True}, (1, 1, 3), "stem pool"),
-        ({"stem_stride": 2}, (1, 1, 3), "stem convolution 1"),
+        ({"strides": (4, 4, 4)}, (8, 8, 3), "stack3/unit1/layer1"),
+        ({"stem_pool": True}, (1, 1, 3), "stem/pool"),
+        ({"stem_stride": 2}, (1, 1, 3), "stem/conv"),
     ],
 )
 def test_a_stride_on_a_map_of_one_pixel_is_refused(changes, shape, where):  # R15

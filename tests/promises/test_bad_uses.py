@@ -403,7 +403,7 @@ CASES = {
         quickstart(
             "six stacks",
             "--architecture.units 1 1 1 1 1 1",
-            "units=(1, 1, 1, 1, 1, 1) must give 1 to 5 stacks",
+            "units=(1, 1, 1, 1, 1, 1) must be the numbers of units of 1 to 5 stacks",
         ),
         quickstart("width", "--architecture.widths 32 -64 128", "widths", "-64"),
         quickstart("bridges", "--architecture.bridge True True", "bridge=(True, True)"),
@@ -902,60 +902,60 @@ CASES = {
         transfer(
             "missing",
             "",
-            "weights=model.safetensors is not there, or no file; give the path of one; "
+            "weights=model.safetensors does not exist or is no file; give the path of one; "
             "name it by --weights FILE",
         ),
         transfer(
             "a directory",
             "--weights w.npz",
-            "weights=w.npz is not there, or no file",
+            "weights=w.npz does not exist or is no file",
             prepare=directories("w.npz"),
         ),
         transfer(
             "suffix",
             "--weights w.bin",
-            "weights=w.bin is not of the kind .keras or .h5 or .safetensors or .npz",
+            "weights=w.bin must be a file .keras or .h5 or .safetensors or .npz",
             prepare=file("w.bin"),
         ),
         transfer(
             "a pickle",
             "--weights w.pth",
-            "weights=w.pth is not of the kind",
+            "weights=w.pth must be a file .keras",
             "a .pth is a pickle, which may run code; convert it",
             prepare=file("w.pth"),
         ),
         transfer(
             "not safetensors",
             "--weights w.safetensors",
-            "w.safetensors is damaged, or of another kind than its name says (",
-            "fetch it again",
+            "w.safetensors is damaged, or not in the format of its suffix (",
+            "download it again",
             prepare=file("w.safetensors"),
         ),
         transfer(
             "another net",
             "--weights w.safetensors",
-            "w.safetensors holds another net than the model, in timm's names; ",
+            "w.safetensors holds another net than the model (names of timm); ",
             "nothing was loaded; choose the preset of this file",
             prepare=safetensors,
         ),
         transfer(
             "truncated",
             "--weights w.h5",
-            "w.h5 is damaged, or of another kind than its name says (",
+            "w.h5 is damaged, or not in the format of its suffix (",
             prepare=lambda there: h5(there, cut),
             net="keras-resnet50v2",
         ),
         transfer(
             "another Keras net",
             "--weights w.h5",
-            "w.h5 holds another net than the model, in Keras's names; ",
+            "w.h5 holds another net than the model (names of Keras); ",
             prepare=h5,
             net="keras-resnet50v2",
         ),
         transfer(
             "of another library",
             "--weights w.npz",
-            "w.npz is damaged, or of another kind than its name says (",
+            "w.npz is damaged, or not in the format of its suffix (",
             prepare=file("w.npz"),
             net="bit-r50x1",
         ),
@@ -1248,7 +1248,7 @@ CASES = {
             "three nets",
             "show resnet56",
             "'resnet56' means different nets",
-            "say whose, one of: article, article-56",
+            "choose one of: article, article-56",
         ),
         package(
             "preset",
@@ -1269,7 +1269,7 @@ CASES = {
         package(
             "too small",
             "show article --image-shape 1 1 3",
-            "stride=2 at stack 2, unit 1, layer 1: the map is already 1x1 there",
+            "stride=2 at stack2/unit1/layer1: the map is already 1x1 there",
         ),
         package(
             "two sides",

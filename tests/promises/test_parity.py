@@ -31,11 +31,6 @@ TOLERANCE = 1e-9
 """Of the largest difference over the standard deviation."""
 
 
-DIALECTS = {
-    "keras": weight_names.keras,
-    "timm": weight_names.timm,
-    "bit": weight_names.timm,
-}
 THEIRS = {"bit": {"standardize_epsilon": 1e-8}}
 """What timm has otherwise than the row of ``Semantics``."""
 
@@ -54,8 +49,9 @@ def net(preset, **semantics):
 def variables_of(preset):
     """The peer's tensors under our names."""
     tensors = {name: peers.fill(name, s) for name, s in peers.shapes(preset).items()}
-    dialect = DIALECTS[preset.split("-")[0]]
-    return weights._import(tensors, preset, net(preset), dialect, "read")
+    keras, model = preset.startswith("keras"), net(preset)
+    layout = weight_names.KERAS if keras else weight_names.timm(model)
+    return weights._import(tensors, preset, model, layout, "read")
 
 
 @cache
