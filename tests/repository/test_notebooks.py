@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from flax_resnetv2 import DataConfig
-from flax_resnetv2.data.datasets import find
+from flax_resnetv2.data.datasets import prepared_directory
 
-HAS_CIFAR10 = find(DataConfig(name="cifar10")) is not None
+HAS_CIFAR10 = prepared_directory(DataConfig(name="cifar10")) is not None
 SMOKE = {
     "01_first_network": {"STEPS": 40},
     "02_inside_a_residual_unit": {"STEPS": 24, "EVERY": 8, "UNITS": 2},
