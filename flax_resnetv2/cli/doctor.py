@@ -51,12 +51,7 @@ def doctor(words: list[str], /) -> int:
 
 
 def examine(command: TrainCommand, line: str) -> Iterator[Finding]:
-    """Check the machine and the data set, and then the run itself.
-
-    Args:
-        command: the run.
-        line: the command line that would start it, as "train.py quickstart".
-    """
+    """Check the machine, the data set and the run that ``line`` would start."""
     # A run that is training on the accelerator keeps its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     checks = {
@@ -104,9 +99,8 @@ def devices(dev: Path = Path("/dev")) -> Iterator[Finding]:
     name += f" ({kind})" if kind != name else ""
     limit = memory_limit(found[0])
     memory = f", {amount(limit, 'B')} of memory each" if limit else ""
-    yield Finding(
-        "ok", "devices", f"{len(found)} {name}{memory}; {installed.plugins()}"
-    )
+    text = f"{len(found)} {name}{memory}; {installed.plugins()}"
+    yield Finding("ok", "devices", text)
     if found[0].platform == "cpu":
         yield from _unused_accelerators(dev)
 
@@ -119,9 +113,8 @@ def _unused_accelerators(dev: Path) -> Iterator[Finding]:
         for name, pattern in hides.items()
         if re.fullmatch(pattern, os.environ.get(name, "unset"))
     ]
-    versions = next(
-        (r[3:] for r in installed.requirements() if re.match(r"jax\W", r)), ""
-    )
+    jax_line = [r for r in installed.requirements() if re.match(r"jax\W", r)]
+    versions = jax_line[0].removeprefix("jax") if jax_line else ""
     for device, (pattern, backend, extra) in _ACCELERATORS.items():
         if not any(dev.glob(pattern)):
             continue
@@ -194,7 +187,7 @@ def _missing_data(config: DataConfig) -> Iterator[Finding]:
     # Prepared records need no more than the pixels, which are kept decoded too.
     size = 2 * size_of(_without_images(config).splits)
     action, official = "draws it", write_tfds.SOURCES[known.stored]
-    if known.source != "drawn":
+    if known.source != "drawing":
         url = official.url if config.url is None else config.url
         write_tfds.check_source(known.stored, config.archive, url)
         action = f"prepares it from {config.archive}"
@@ -261,16 +254,12 @@ def _without_images(config: DataConfig, streamed: bool = False) -> Dataset:
     """Return the data set with its sizes and classes, but without its images."""
     summary = describe(config)
     sizes, names = summary.num_images, summary.class_names
-    if datasets.folder_of(config) is None and (
-        directory := datasets.prepared_directory(config)
-    ):
-        sizes = {
-            split: len(stored.indices)
-            for split, stored in tfds_records.stored_splits(directory).items()
-        }
+    is_folder = datasets.folder_of(config) is not None
+    if not is_folder and (directory := datasets.prepared_directory(config)):
+        stored = tfds_records.stored_splits(directory)
+        sizes = {split: len(stored[split].indices) for split in stored}
         label = datasets.label_feature(config)
         names = tfds_records.label_of(directory, label).class_names
-
     splits = {}
     for split in decoded_cache.SPLITS:
         shape = sizes[split], *summary.image_shape

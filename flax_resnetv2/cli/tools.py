@@ -12,6 +12,7 @@ from pathlib import Path
 
 import tyro
 
+import flax_resnetv2.reports.sweep as sweeps
 from flax_resnetv2.cli import train
 from flax_resnetv2.cli.doctor import doctor
 from flax_resnetv2.cli.exits import guarded
@@ -22,12 +23,7 @@ from flax_resnetv2.model import layer_table
 from flax_resnetv2.model.drawing import draw_net
 from flax_resnetv2.model.planning import plan
 from flax_resnetv2.model.presets import get_preset
-from flax_resnetv2.reports import (
-    compare_runs,
-    reconstruction,
-    run_page,
-    sweep as sweeps,
-)
+from flax_resnetv2.reports import compare_runs, reconstruction, run_page
 from flax_resnetv2.run.config import Config
 from flax_resnetv2.run.find_rate import find_rate as suggest_rate
 from flax_resnetv2.run.recipes import RECIPES
@@ -61,11 +57,8 @@ def show(
         rows = layer_table.fold(layer_table.unit_table(net, shape))
     print(f"{preset}: {architecture.depth} layers; {found.source}")
     print(layer_table.format_table(rows))
-    for name, field in layer_table.receptive_field(net).items():
-        print(
-            f"{name}: sees {field.side} x {field.side} pixels, one value every "
-            f"{field.stride}"
-        )
+    for name, (size, stride) in layer_table.receptive_field(net).items():
+        print(f"{name}: sees {size} x {size} pixels, one value every {stride}")
     if svg is not None:
         _write_drawing("svg", svg, draw_net(net, shape).encode())
 
@@ -122,16 +115,11 @@ class SweepCommand:
 
 def sweep(words: list[str], /) -> None:
     """Train a recipe under each override and seed, and compare."""
-    joined: list[str] = []
-    for word in words:
-        # A value that begins with a hyphen needs an equals sign.
-        if joined[-1:] == ["--vary"]:
-            joined[-1] = f"--vary={word}"
-        else:
-            joined.append(word)
-    prog = "python -m flax_resnetv2 sweep"
+    # tyro reads a value that begins with a hyphen only after an equals sign.
+    joined = "\0".join(["", *words]).replace("\0--vary\0", "\0--vary=")
+    words, prog = joined.split("\0")[1:], "python -m flax_resnetv2 sweep"
     command, rest = tyro.cli(
-        SweepCommand, prog=prog, args=joined, return_unknown_args=True
+        SweepCommand, prog=prog, args=words, return_unknown_args=True
     )
     workdir = Path(command.workdir)
     if command.report:

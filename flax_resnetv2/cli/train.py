@@ -34,16 +34,14 @@ class RuntimeOptions:
     """Settings that are not part of the run's configuration."""
 
     report: bool = True
-    """Write WORKDIR/report.html at the end: curves, mistakes and the net. Runs of
-    several processes write none; use python -m flax_resnetv2 report WORKDIR."""
+    """Write WORKDIR/report.html at the end; runs of several processes write none."""
     tensorboard: bool = False
     """Also write the metrics to WORKDIR/tensorboard."""
     compilation_cache: bool = True
     """Keep compiled programs for later runs, in JAX_COMPILATION_CACHE_DIR or
     ~/.cache/flax_resnetv2/xla; the directory may be deleted at any time."""
     deterministic: bool = False
-    """Make GPU results reproducible bit for bit, at some cost in speed; see
-    docs/reliability.md."""
+    """Make GPU results reproducible bit for bit, at some cost in speed."""
     profile: str | None = None
     """Write a trace of these steps, FIRST:END as in 20:30, to WORKDIR/profile."""
     executor: Executor = "pmap"
@@ -130,25 +128,20 @@ def _train(words: list[str]) -> None:
         return
     # Reading a checkpoint of several processes would take all of them.
     if options.report and not is_one_of_many:
-        _write_page(workdir)
+        LOGGER.setLevel(logging.WARNING)  # notes on the data set were shown before
+        try:
+            write_page(workdir)
+        except Exception as error:  # the run is complete without it
+            print(
+                f"report.html was not written ({reason(error)}); to write it, run "
+                f"python -m flax_resnetv2 report {workdir}",
+                file=sys.stderr,
+            )
     metric = "accuracy" if "accuracy" in result else "loss"
     print(
         f"test {metric} {result[metric]:.4f} of {result['count']:,} images;"
         f" {result['seconds']:.0f} s; in {workdir}"
     )
-
-
-def _write_page(workdir: str | Path) -> None:
-    LOGGER.setLevel(logging.WARNING)  # the notes on the data set have been shown
-    try:
-        write_page(workdir)
-    except Exception as error:  # the run is complete without it
-        print(
-            f"report.html was not written ({reason(error)}); to write it, run "
-            f"python -m flax_resnetv2 report {workdir}",
-            file=sys.stderr,
-        )
-    LOGGER.setLevel(logging.INFO)
 
 
 def open_workdir(

@@ -103,8 +103,8 @@ def snapshot(*roots):
 
 
 RULE_OR_REPAIR = (
-    r"\b(must|needs?|choose|give|given|name|say|set|add|make|remove|convert|fetch|bring|"
-    r"train|scale|leave|wait)\b"
+    r"\b(must|needs?|choose|give|given|name|set|add|make|remove|convert|download|train|"
+    r"restore|resume|scale|leave|wait)\b"
 )
 
 
@@ -420,7 +420,8 @@ CASES = {
         quickstart(
             "no head",
             "--architecture.head none",
-            "gives maps, which nothing is trained on; choose 'classifier', or 'latent'",
+            "architecture.head='none' returns feature maps, which cannot be trained; "
+            "choose 'classifier', or 'latent'",
         ),
         quickstart(
             "a classifier's decoder",
@@ -490,8 +491,8 @@ CASES = {
         quickstart(
             "stochastic depth of nothing",
             "--train.stochastic-depth 0.2 --train.trainable classifier",
-            "train.stochastic_depth=0.2 drops units that are trained, and "
-            "train.trainable='classifier' trains none; leave it out",
+            "train.stochastic_depth=0.2 drops units in training, but train.trainable="
+            "'classifier' trains none; leave out one of them",
         ),
         quickstart("target", "--target-accuracy 94", "target_accuracy=94.0", "or None"),
         quickstart("clip", "--train.clip-norm 0", "train.clip_norm=0.0", "or None"),
@@ -542,7 +543,7 @@ CASES = {
         quickstart(
             "mean alone",
             "--augment.mean 0.5 0.5 0.5",
-            "augment.mean=(0.5, 0.5, 0.5) and augment.std=None are given both or not",
+            "augment.mean=(0.5, 0.5, 0.5) and augment.std=None must be given together",
         ),
         quickstart(
             "gray mean",
@@ -687,22 +688,25 @@ CASES = {
         Case(
             "an archive of another set",
             "train.py cifar100-article --data.dir d --data.archive {good}",
-            ("good.tar.gz has the SHA-256 ", "expected 58a81ae1", "accept_checksum"),
+            ("good.tar.gz has the SHA-256 ", "expected 58a81ae1", "accept-checksum"),
             directories("d"),
         ),
         Case(
             "an archive for files",
             "train.py mnist-article --data.dir d --data.archive {good}",
             (
-                "good.tar.gz cannot be used (it is not a directory); give a directory "
-                "with train-images-idx3-ubyte.gz, ",
+                "good.tar.gz cannot be read (train-images-idx3-ubyte.gz: Not a direct",
+                "give a directory with train-images-idx3-ubyte.gz, ",
             ),
             directories("d"),
         ),
         Case(
             "files that lack one",
             "train.py fashion-mnist-article --data.dir d --data.archive d",
-            ("data.archive=d cannot be used (it lacks train-images-idx3-ubyte.gz, ",),
+            (
+                "data.archive=d cannot be read (train-images-idx3-ubyte.gz: No such",
+                "give a directory with train-images-idx3-ubyte.gz, ",
+            ),
             directories("d"),
         ),
         Case(
@@ -731,7 +735,7 @@ CASES = {
             "an archive of another set, trusted",
             "train.py cifar100-article --data.dir d --data.archive {good} "
             "--data.accept-checksum",
-            ("is no CIFAR-100 archive: it lacks test, train; give cifar-100-binary",),
+            ("damaged or no CIFAR-100 archive (it lacks test, train); give cifar-",),
             directories("d"),
         ),
     ],
@@ -790,7 +794,7 @@ CASES = {
         folder(
             "no side",
             "--data.name folder:f --data.image-size None",
-            "data.image_size=None must be a number for folder:f, whose images may be of any",
+            "data.image_size=None must be a number for folder:f",
         ),
         folder(
             "an archive",
@@ -804,7 +808,8 @@ CASES = {
             "more than the memory",
             "--data.name folder:f --data.image-size 1024 --data.stream False",
             "data.name=folder:f has 3 images, which need 9.44 MB of memory, and this "
-            "machine has 1 MB; add --data.stream True, or choose a smaller --data.image-size",
+            "machine has 1 MB; add --data.stream True, or choose a smaller "
+            "--data.image-size",
             prepare=small_machine,
         ),
     ],
@@ -827,13 +832,13 @@ CASES = {
             ARCHIVE,
             "a.tar.gz has the SHA-256 ",
             "; expected c4a38c50",
-            "if you trust the file, add --data.accept_checksum",
+            "if you trust the file, add --data.accept-checksum",
             prepare=archive(),
         ),
         article(
             "checksum, into the default directory",
             "--data.archive {good}",
-            *("has the SHA-256 ", "--data.accept_checksum"),
+            *("has the SHA-256 ", "--data.accept-checksum"),
         ),
         article(
             "not gzip",
@@ -863,20 +868,20 @@ CASES = {
         article(
             "a pickle that runs code",
             TRUSTED,
-            "test_batch of the archive is not a batch of CIFAR-10 (ValueError: it asks",
+            "no CIFAR-10 archive (test_batch: ValueError: it asks for 'posix mkdir')",
             prepare=archive(evil_members),
         ),
         article(
             "half an image",
             TRUSTED,
-            "test_batch of the archive has 100 bytes, which are no whole number of "
-            "records of 3073 bytes",
+            "a.tar.gz is damaged or no CIFAR-10 archive (test_batch: ValueError: 100 "
+            "bytes are no whole number of records of 3073 bytes)",
             prepare=archive(more={"cifar-10-batches-bin/test_batch.bin": bytes(100)}),
         ),
         article(
             "a missing batch",
             TRUSTED,
-            "a.tar.gz is no CIFAR-10 archive: it lacks test_batch",
+            "a.tar.gz is damaged or no CIFAR-10 archive (it lacks test_batch); give",
             prepare=archive(lambda: archives.binary_members(archives.BATCHES[:-1])),
         ),
         article(
@@ -902,8 +907,8 @@ CASES = {
         transfer(
             "missing",
             "",
-            "weights=model.safetensors does not exist or is no file; give the path of one; "
-            "name it by --weights FILE",
+            "weights=model.safetensors does not exist or is no file; give the path of "
+            "one; name it by --weights FILE",
         ),
         transfer(
             "a directory",
@@ -983,7 +988,7 @@ CASES = {
             "more epochs",
             "--train.epochs 2",
             "r holds a run of another configuration (train.epochs: 1 -> 2); give the "
-            "same flags to go on with it, or another --workdir",
+            "same flags to resume it, or another --workdir",
             prepare=a_run(),
         ),
         again(
@@ -1003,7 +1008,7 @@ CASES = {
             "damaged config.json",
             "",
             "r/config.json cannot be used (not a configuration in JSON: ",
-            "bring back a copy of it, or give another directory",
+            "restore it from a copy, or give another directory",
             prepare=a_run("config.json", cut),
         ),
         again(
@@ -1041,13 +1046,13 @@ CASES = {
             "damaged environment.json",
             "",
             "r/environment.json is damaged (",
-            "remove it and train there once more",
+            "remove it and resume the run",
             prepare=a_run("environment.json", cut),
         ),
         again(
             "all checkpoints damaged",
             "",
-            *("failed: no checkpoint of ", "/r/checkpoints/2 is damaged (", "bring"),
+            *("failed: all checkpoints of ", "/r/checkpoints are dam", "restore"),
             prepare=damaged_checkpoints,
             code=1,
         ),
@@ -1062,7 +1067,7 @@ CASES = {
         quickstart(
             "backwards",
             "--profile 30:20",
-            "profile='30:20' must be FIRST:END with FIRST below END, as 20:30",
+            "profile='30:20' must be FIRST:END, FIRST below END, as 20:30",
         ),
         article(
             "after the end",
@@ -1072,7 +1077,7 @@ CASES = {
         again(
             "of a finished run",
             "--profile 0:1",
-            "profile=0:1: this run is finished, no step is left to be traced; give",
+            "profile=0:1: this run is finished and has no step left to trace; give",
             prepare=a_run(),
         ),
     ],
@@ -1159,7 +1164,7 @@ CASES = {
         predict(
             "all checkpoints damaged",
             "r a.png",
-            *("failed: no checkpoint of ", "/r/checkpoints/2 is damaged (", "bring"),
+            *("failed: all checkpoints of ", "/r/checkpoints are dam", "restore"),
             prepare=damaged_checkpoints,
             code=1,
         ),
@@ -1172,19 +1177,19 @@ CASES = {
         predict(
             "missing dataset.json",
             "r a.png",
-            "r has no dataset.json; train there once more",
+            "r has no dataset.json; resume the run to write it",
             prepare=a_run("dataset.json", gone),
         ),
         predict(
             "damaged dataset.json",
             "r a.png",
-            *("r/dataset.json is damaged (", "remove it and train there once more"),
+            *("r/dataset.json is damaged (", "remove it and resume the run"),
             prepare=a_run("dataset.json", cut),
         ),
         predict(
             "a list for dataset.json",
             "r a.png",
-            "r/dataset.json is damaged (a list in place of a dict)",
+            "r/dataset.json is damaged (a list instead of a dict)",
             prepare=a_run("dataset.json", lambda _: b"[]"),
         ),
         predict(
@@ -1341,7 +1346,7 @@ def test_a_bad_use_is_told_in_a_line_and_changes_nothing(
         ("--train.epochs 0", "train.epochs=0"),
         ("--profile 3", "profile='3' must be FIRST:END"),
         ("--data.dir nowhere", "data.dir=nowhere is not a directory"),
-        ("--weights w.npz", "weights=w.npz is not there"),
+        ("--weights w.npz", "weights=w.npz does not exist"),
     ],
 )
 def test_the_doctor_finds_what_would_be_refused(flags, words, here, capsys):
