@@ -1,8 +1,6 @@
-"""Values held to their type hints: the rule of a field stands beside the field.
+"""Checks of values against their type hints, such as ``Annotated[int, Range(1, 64)]``.
 
-``Annotated[int, Range(1, 64)]`` is a hint with a range. ``check_dataclass`` holds a
-dataclass to its hints, ``check_arguments`` a function's arguments; what does not fit is
-refused in one line: the field, the value received, what is legal.
+A value that does not fit is refused by one line: the field, the value, what is legal.
 """
 
 from collections.abc import Callable
@@ -13,29 +11,26 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from flax_resnetv2.errors import UsageError
 
-_LONGEST = 160
-"""Characters of a value in a message."""
-_LARGEST = 3e38
-"""Of a number: float32 ends there."""
+_LONGEST = 160  # characters of a value in a message
+_LARGEST = 3e38  # where float32 ends
+_UNIONS = (Union, UnionType)
 _WORDS = {
     int: "a whole number (int)",
     float: "a number (float)",
     bool: "True or False",
-    str: "a text (str)",
+    str: "a string (str)",
     NoneType: "None",
 }
 
 
 @dataclass(frozen=True)
 class Range:
-    """What a number may be, the ends included."""
+    """The range of a number; ``above`` and ``below`` exclude its ends."""
 
     low: float
     high: float
     above: bool = False
-    """``low`` itself is not included."""
     below: bool = False
-    """``high`` itself is not included."""
     odd: bool = False
 
     def __contains__(self, value: float) -> bool:
@@ -55,20 +50,14 @@ class Range:
 
 
 Count = Annotated[int, Range(1, 2**31 - 1)]
-"""As JAX counts, in int32."""
+"""A positive number that fits into JAX's int32."""
 Share = Annotated[float, Range(0, 1, below=True)]
 
 
 def check_dataclass(value: object, kind: type, at: str = "") -> None:
-    """Refuse ``value`` unless it is a ``kind`` and every field fits its hint.
+    """Refuse ``value`` unless it is a dataclass ``kind`` and every field fits its hint.
 
-    Args:
-        value: what to check.
-        kind: the dataclass that it should be.
-        at: begins the names of fields in a message, as "train.".
-
-    Raises:
-        UsageError: naming the field, its value, what is legal.
+    ``at`` is the prefix of field names in messages, for example "train.".
     """
     if not isinstance(value, kind):
         name = at.rstrip(".") or kind.__name__.lower()
@@ -78,14 +67,14 @@ def check_dataclass(value: object, kind: type, at: str = "") -> None:
 
 
 def check_arguments(function: Callable, values: dict[str, Any]) -> None:
-    """Refuse an argument, ``values[name]``, that does not fit its hint."""
+    """Refuse a function's arguments ``values`` unless each fits its hint."""
     for name, hint in hints_of(function).items():
         if name in values:
             check(name, values[name], hint)
 
 
 def check_choice(name: str, value: object, choices: tuple) -> None:
-    """Refuse a value that is none of ``choices``, or of another type."""
+    """Refuse a value that is not one of ``choices``, or equal but of another type."""
     check(name, value, Literal[choices])
 
 
@@ -94,15 +83,19 @@ def check(name: str, value: object, hint: Any) -> None:
     if is_dataclass(hint):
         check_dataclass(value, hint, f"{name}.")
     elif not _fits(value, hint):
-        raise UsageError(f"{name}={shown(value)} {_rule(hint)}")
+        rule = f"must be {_words(hint)}"
+        if get_origin(hint) is Literal or hint is bool:
+            choices = get_args(hint) or (True, False)
+            rule = f"is unknown; choose one of {', '.join(map(repr, choices))}"
+        raise UsageError(f"{name}={shown(value)} {rule}")
 
 
 def shown(value: object) -> str:
-    """``repr`` for a message: one line, not too long."""
+    """Return ``repr(value)`` on one line of limited length."""
     try:
         text = " ".join(repr(value).split())
     except (ValueError, RecursionError):
-        # Python writes no int of more than 4300 digits, and nothing nested too deeply.
+        # An int of more than 4300 digits, or deep nesting.
         return f"<{type(value).__name__} too large to show>"
     if len(text) <= _LONGEST:
         return text
@@ -111,7 +104,7 @@ def shown(value: object) -> str:
 
 @cache
 def hints_of(owner: Any) -> dict[str, Any]:
-    """Type hints of a dataclass or function, with their ranges."""
+    """Return the type hints of a dataclass or function, with their ranges."""
     return get_type_hints(owner, include_extras=True)
 
 
@@ -122,7 +115,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return _fits(value, args[0]) and all(value in rule for rule in ranges)
     if origin is Literal:
         return any(type(value) is type(word) and value == word for word in args)
-    if origin in (Union, UnionType):
+    if origin in _UNIONS:
         return any(_fits(value, choice) for choice in args)
     if origin is tuple:
         if type(value) is not tuple:
@@ -135,35 +128,28 @@ def _fits(value: Any, hint: Any) -> bool:
     return type(value) is hint
 
 
-def _rule(hint: Any) -> str:
-    if get_origin(hint) is Literal or hint is bool:
-        words = get_args(hint) or (True, False)
-        return f"is unknown; choose one of {', '.join(map(repr, words))}"
-    return f"must be {_words(hint)}"
-
-
 def _words(hint: Any) -> str:
-    """What a hint allows, as the end of "must be"."""
+    """Describe the values that fit a hint, to follow "must be"."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return " ".join(map(str, (_words(args[0]), *args[1:])))
     if origin is Literal:
         return ("one of " if len(args) > 1 else "") + ", ".join(map(repr, args))
-    if origin in (Union, UnionType):
-        words = [
-            "a tuple of such" if _is_tuple_of(choice, args) else _words(choice)
+    if origin in _UNIONS:
+        *first, last = (
+            "a tuple of these"
+            if get_origin(choice) is tuple and _items(choice) <= set(args)
+            else _words(choice)
             for choice in args
-        ]
-        return f"{', '.join(words[:-1])} or {words[-1]}"
+        )
+        return f"{', '.join(first)} or {last}"
     if origin is tuple:
         count = "" if args[-1] is ... else f" of {len(args)}"
         return f"a tuple{count}, each {_words(args[0])}"
     return _WORDS.get(hint) or f"of type {hint.__name__}"
 
 
-def _is_tuple_of(hint: Any, choices: tuple) -> bool:
-    if get_origin(hint) is not tuple:
-        return False
+def _items(hint: Any) -> set:
+    """Return the alternatives for an item of a tuple."""
     item = get_args(hint)[0]
-    union = get_origin(item) in (Union, UnionType)
-    return set(get_args(item) if union else (item,)) <= set(choices)
+    return set(get_args(item) if get_origin(item) in _UNIONS else (item,))

@@ -83,11 +83,7 @@ class Architecture:
         return stem * self.stem + sum(self.units) * layers + 1
 
     def per_stack(self, field: str) -> tuple:
-        """Return the values of a field, one per stack.
-
-        Raises:
-            UsageError: the field is a tuple of another length than ``units``.
-        """
+        """Return a field's values, one per stack; refuse a tuple of another length."""
         value = getattr(self, field)
         if not isinstance(value, tuple):
             return (value,) * len(self.units)
@@ -123,11 +119,7 @@ class Execution:
 
 
 def check_architecture(a: Architecture) -> None:
-    """Check each field, and the rules that do not need a stack's input width.
-
-    Raises:
-        UsageError: names the field, its value and the legal values.
-    """
+    """Refuse an illegal field, or a rule broken between fields."""
     if isinstance(a, Architecture):  # First, because its message names the versions.
         check_semantics(a.semantics)
     check_dataclass(a, Architecture)
@@ -145,11 +137,7 @@ def check_architecture(a: Architecture) -> None:
 
 
 def check_semantics(s: Semantics) -> None:
-    """Check each field of a version, and the rules between them.
-
-    Raises:
-        UsageError: names the field, its value and the legal values.
-    """
+    """Refuse an illegal field of a version, or a rule broken between fields."""
     if not isinstance(s, Semantics):
         raise UsageError(
             f"semantics={shown(s)} must be a Semantics; choose one of "

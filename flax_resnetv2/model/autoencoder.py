@@ -23,18 +23,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flax_resnetv2.model import modules
 from flax_resnetv2.model.architecture import Architecture, Execution
 from flax_resnetv2.model.decoder_plan import (
     AutoencoderConfig,
     DecoderPlan,
     plan_decoder,
-)
-from flax_resnetv2.model.modules import (
-    Latent,
-    ResidualLayer,
-    ResidualStack,
-    ResNetV2,
-    create_model,
 )
 from flax_resnetv2.model.planning import NetPlan
 
@@ -44,15 +38,15 @@ class Reconstruction(NamedTuple):
 
     image: jax.Array
     """[N, H, W, channels], normalized like the input images."""
-    latent: jax.Array | Latent
+    latent: jax.Array | modules.Latent
     """The head's output: [N, latent], or mean and log-variance."""
 
 
 class Decoder(nn.Module):
     """Latent vectors [N, latent] -> images [N, H, W, channels].
 
-    A fully connected layer fills the last maps. The mirror images of the stacks follow,
-    last stack first, each on maps enlarged by bilinear interpolation.
+    A fully connected layer fills the last maps, and the mirror images of the stacks
+    follow on maps enlarged by bilinear interpolation.
     """
 
     plan: DecoderPlan
@@ -66,22 +60,19 @@ class Decoder(nn.Module):
         # would never get a gradient.
         init = nn.initializers.he_normal()
         dtypes = {"dtype": e.param_dtype, "param_dtype": e.param_dtype}
-        x = nn.Dense(math.prod(p.start), kernel_init=init, name="start", **dtypes)(
-            latent
-        )
-        x = x.reshape(-1, *p.start).astype(e.dtype)
+        start = nn.Dense(math.prod(p.start), kernel_init=init, name="start", **dtypes)
+        x = start(latent).reshape(-1, *p.start).astype(e.dtype)
         for number, (stack, size) in enumerate(zip(p.stacks, p.sizes, strict=True)):
             name = f"stack{len(p.stacks) - number}"
-            x = ResidualStack(stack, e, name=name)(_enlarged(x, size), train=train)
-        x = ResidualLayer(p.last, e, name="image")(_enlarged(x, p.image), train=train)
+            module = modules.ResidualStack(stack, e, name=name)
+            x = module(_enlarged(x, size), train=train)
+        module = modules.ResidualLayer(p.last, e, name="image")
+        x = module(_enlarged(x, p.image), train=train)
         return x.astype(e.param_dtype)
 
 
 class Autoencoder(nn.Module):
-    """A net with a latent head, followed by a decoder.
-
-    Images [N, H, W, channels] -> ``Reconstruction``.
-    """
+    """A net and a decoder: images [N, H, W, channels] -> ``Reconstruction``."""
 
     plan: NetPlan
     """The net's plan."""
@@ -90,7 +81,7 @@ class Autoencoder(nn.Module):
 
     def setup(self) -> None:
         """Put the net's variables at the top level, with ``decoder`` next to them."""
-        self.net = ResNetV2(self.plan, self.execution)
+        self.net = modules.ResNetV2(self.plan, self.execution)
         nn.share_scope(self, self.net)
         self.decoder = Decoder(self.decoder_plan, self.execution)
 
@@ -110,7 +101,7 @@ class Autoencoder(nn.Module):
                 distribution; None: decode the mean.
         """
         latent = self.net(images, train=train, residual_scale=residual_scale)
-        vector = latent.mean if isinstance(latent, Latent) else latent
+        vector = latent.mean if isinstance(latent, modules.Latent) else latent
         if noise is not None:
             vector = vector + jnp.exp(latent.log_variance / 2) * noise
         return Reconstruction(self.decode(vector, train=train), latent)
@@ -128,16 +119,9 @@ def create_autoencoder(
 ) -> Autoencoder:
     """Plan a net and its decoder, and return the module that executes both plans.
 
-    Args:
-        architecture: with ``head="latent"``.
-        image_shape: (height, width, channels) of the net's input.
-        config: the decoder's configuration.
-        execution: how both are run.
-
-    Raises:
-        UsageError: as of ``create_model`` and ``plan_decoder``.
+    Arguments and errors are as of ``create_model`` and ``plan_decoder``.
     """
-    net = create_model(architecture, execution, image_shape)
+    net = modules.create_model(architecture, execution, image_shape)
     decoder = plan_decoder(architecture, net.plan, image_shape, config)
     return Autoencoder(net.plan, decoder, execution)
 

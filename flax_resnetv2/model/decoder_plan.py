@@ -9,22 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 from flax_resnetv2.errors import UsageError
+from flax_resnetv2.model import layer_table, planning
 from flax_resnetv2.model.architecture import Architecture
-from flax_resnetv2.model.layer_table import (
-    LayerRow,
-    conv_row,
-    norm_row,
-    stack_rows,
-    unit_table,
-)
-from flax_resnetv2.model.planning import (
-    LayerPlan,
-    NetPlan,
-    StackPlan,
-    plan_conv,
-    plan_norm,
-    plan_stack,
-)
 from flax_resnetv2.validation import Count, Range, check_dataclass
 
 
@@ -35,9 +21,9 @@ class AutoencoderConfig:
     units: Count = 1
     """Residual units per stack of the decoder."""
     kl_weight: Annotated[float, Range(0, 1e6)] = 1.0
-    """Weight of the latent distribution's Kullback-Leibler divergence from N(0, 1),
-    with architecture.latent_variance (the beta of beta-VAEs). 1 gives the evidence lower
-    bound for normalized pixels with unit variance."""
+    """Weight of the latent distribution's Kullback-Leibler divergence from N(0, 1), if
+    architecture.latent_variance is set (the beta of beta-VAEs). 1 gives the evidence
+    lower bound for normalized pixels with unit variance."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +32,19 @@ class DecoderPlan:
 
     start: tuple[int, int, int]
     """(height, width, maps) of the net's last maps, which the latent vector fills."""
-    stacks: tuple[StackPlan, ...]
+    stacks: tuple[planning.StackPlan, ...]
     """Stacks in the decoder's order: the net's last stack comes first."""
     sizes: tuple[tuple[int, int], ...]
     """(height, width) of each stack."""
     image: tuple[int, int]
     """(height, width) of the image."""
-    last: LayerPlan
+    last: planning.LayerPlan
     """The layer from the last maps to the image's channels."""
 
 
 def plan_decoder(
     architecture: Architecture,
-    net: NetPlan,
+    net: planning.NetPlan,
     image_shape: tuple[int, int, int],
     config: AutoencoderConfig = AutoencoderConfig(),
 ) -> DecoderPlan:
@@ -82,14 +68,14 @@ def plan_decoder(
         )
     # The output of the stem and of each stack is the last row of that part.
     shapes = {} if net.stem else {"image": image_shape}
-    for row in unit_table(net, image_shape):
+    for row in layer_table.unit_table(net, image_shape):
         shapes[row.name.partition("/")[0]] = row.shape
     del shapes["head"]
     entering, stacks = list(shapes.values()), []
     start = entering.pop()
     for k, (_, _, width) in reversed(list(enumerate(entering))):
         try:
-            stack = plan_stack(
+            stack = planning.plan_stack(
                 in_width=a.widths[k],
                 width=width,
                 units=config.units,
@@ -102,33 +88,35 @@ def plan_decoder(
         except UsageError as error:
             raise UsageError(f"the decoder of stack {k + 1}: {error}") from None
         stacks.append(stack)
-    norm = None
+    norm, width = None, entering[0][2]
     if semantics.order == "pre":
-        norm = plan_norm(semantics, entering[0][2], "the decoder's end")
-    conv = plan_conv(entering[0][2], image_shape[2], 3, 1, "image", semantics)
+        norm = planning.plan_norm(semantics, width, "the decoder's end")
+    conv = planning.plan_conv(width, image_shape[2], 3, 1, "image", semantics)
     return DecoderPlan(
         start,
         tuple(stacks),
         tuple(shape[:2] for shape in reversed(entering)),
         image_shape[:2],
-        LayerPlan(norm, replace(conv, bias=True, standardize=None)),
+        planning.LayerPlan(norm, replace(conv, bias=True, standardize=None)),
     )
 
 
-def decoder_table(plan: DecoderPlan, latent: int) -> list[LayerRow]:
-    """List the decoder's layers as ``layer_table`` lists the net's.
-
-    Args:
-        plan: the decoder's plan.
-        latent: size of the latent vector.
-    """
+def decoder_table(plan: DecoderPlan, latent: int) -> list[layer_table.LayerRow]:
+    """List the decoder's layers; its latent vectors have size ``latent``."""
     values = math.prod(plan.start)
     weights = latent * values
-    rows = [LayerRow("decoder/start", plan.start, 1, 1, weights + values, weights)]
+    rows = [
+        layer_table.LayerRow(
+            "decoder/start", plan.start, 1, 1, weights + values, weights
+        )
+    ]
     for number, (stack, size) in enumerate(zip(plan.stacks, plan.sizes, strict=True)):
         name = f"decoder/stack{len(plan.stacks) - number}"
-        rows += stack_rows(name, stack, size)[0]
+        rows += layer_table.stack_rows(name, stack, size)[0]
     if plan.last.norm:
         width = plan.last.conv.in_width
-        rows.append(norm_row("decoder/image/norm", width, plan.image))
-    return [*rows, conv_row("decoder/image/conv", plan.last.conv, plan.image)]
+        rows.append(layer_table.norm_row("decoder/image/norm", width, plan.image))
+    return [
+        *rows,
+        layer_table.conv_row("decoder/image/conv", plan.last.conv, plan.image),
+    ]

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from itertools import groupby
 from xml.sax.saxutils import escape
 
+from flax_resnetv2.model import planning
 from flax_resnetv2.model.layer_table import layer_table
-from flax_resnetv2.model.planning import ConvPlan, LayerPlan, NetPlan, UnitPlan
 
 WIDTH, LEFT, RIGHT = 800, 150, 640
 """Width of the picture; where a unit's input enters, and where its branches add up."""
@@ -35,20 +35,26 @@ circle { fill: #fff; stroke: #1d2733; stroke-width: 1.4; }
 """
 
 
-def draw_net(net: NetPlan, image_shape: tuple[int, int, int]) -> str:
+def draw_net(net: planning.NetPlan, image_shape: tuple[int, int, int]) -> str:
     """Draw stem, stacks, units, layers, shortcuts, bridges and head as SVG.
 
     Equal units in sequence are drawn once, with their number. Shortcuts that change
     their input (the article's "special shortcut connection") are orange.
-
-    Args:
-        net: the plan.
-        image_shape: (height, width, channels) of the net's input.
+    ``image_shape`` is (height, width, channels) of the net's input.
     """
     shapes = {row.name: row.shape for row in layer_table(net, image_shape)}
-    parts = list(_parts(net, shapes, image_shape))
-    height = max(y for y, _ in parts)
-    body = "\n".join(piece for _, piece in parts)
+    pieces = [_text(MIDDLE, 20, f"image {_shape(image_shape)}")]
+    y = 20
+    for suffix, conv, norm in net.stem.layers() if net.stem else ():
+        words = f"stem: {_conv(conv)}" + (" · norm · ReLU" if norm else "")
+        y = _outer(pieces, y, words, _shape(shapes[f"stem/conv{suffix}"]))
+    if net.stem and net.stem.pool:
+        y = _outer(pieces, y, f"stem: max-pool 3{TIMES}3 /2")
+    for number, stack in enumerate(net.stacks, start=1):
+        layers = len(stack.units[-1].layers)
+        last = f"stack{number}/unit{len(stack.units)}/layer{layers}/conv"
+        y = _stack(pieces, y, stack, f"stack {number}", _shape(shapes[last]))
+    height, body = _head(pieces, y, net.head) + 16, "\n".join(pieces)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
         f'viewBox="0 0 {WIDTH} {height}">\n<style>{STYLE}</style>\n'
@@ -61,59 +67,37 @@ def draw_net(net: NetPlan, image_shape: tuple[int, int, int]) -> str:
     )
 
 
-def _parts(
-    net: NetPlan, shapes: dict[str, tuple[int, ...]], image: tuple[int, int, int]
-) -> Iterator[tuple[int, str]]:
-    """Yield (bottom edge, elements) of each part from top to bottom."""
-    y = 20
-    yield y, _text(MIDDLE, y, f"image {_shape(image)}")
-    if net.stem:
-        for suffix, conv, norm in net.stem.layers():
-            words = f"stem: {_conv(conv)}" + (" · norm · ReLU" if norm else "")
-            y, piece = _outer(y, words, _shape(shapes[f"stem/conv{suffix}"]))
-            yield y, piece
-        if net.stem.pool:
-            y, piece = _outer(y, f"stem: max-pool 3{TIMES}3 /2")
-            yield y, piece
-    for s, stack in enumerate(net.stacks, start=1):
-        runs = [(unit, len(list(same))) for unit, same in groupby(stack.units)]
-        # A bridge passes on the left, with its name above.
-        top = y + (24 if stack.bridge is None else 46)
-        inner = top + 30
-        bottom = inner + ROW * len(runs)
-        yield bottom, _arrow(f"M{MIDDLE},{y + 8} V{top - 2}")
-        box = _box(60, top, WIDTH - 120, bottom - top, "stack")
-        units, layers = len(stack.units), len(stack.units[-1].layers)
-        title = f"stack {s}: {units} {'unit' if units == 1 else 'units'}"
-        yield bottom, box + _text(74, top + 20, title, "title")
-        shape = shapes[f"stack{s}/unit{units}/layer{layers}/conv"]
-        yield bottom, _text(WIDTH - 74, top + 20, _shape(shape), "right")
-        number = 1
-        for k, (unit, count) in enumerate(runs):
-            names = f"unit {number}"
-            if count > 1:
-                names = f"units {number} to {number + count - 1}"
-            yield bottom, "".join(_unit(unit, names, count, inner + ROW * k))
-            number += count
-        if stack.bridge is not None:
-            words = "identity" if stack.bridge == "identity" else _conv(stack.bridge)
-            line = f"M{MIDDLE},{top - 10} H40 V{bottom + 10} H{MIDDLE - 2}"
-            label = _text(44, top - 15, f"bridge: {words}", "small left")
-            yield bottom + 10, _arrow(line, "bridge") + label
-        y = bottom
-    words = {"classifier": "logits", "latent": "latent", "none": "maps"}[net.head.kind]
-    steps = ["norm · ReLU"] if net.head.norm else []
-    if net.head.kind != "none":
-        steps.append("average" if net.head.pooled else "flatten")
-        steps += [f"FC {features} · ReLU" for features in net.head.hidden]
-        steps.append(f"FC → {net.head.features} {words}")
-        if net.head.variance:
-            steps.append("log-variance")
-    y, piece = _outer(y, "head: " + " · ".join(steps or [words]))
-    yield y + 16, piece
+def _stack(
+    pieces: list[str], y: int, stack: planning.StackPlan, name: str, shape: str
+) -> int:
+    """Draw a stack below ``y``; return its bottom edge."""
+    runs = [(unit, len(list(same))) for unit, same in groupby(stack.units)]
+    # A bridge passes on the left, with its name above.
+    top = y + (24 if stack.bridge is None else 46)
+    inner = top + 30
+    bottom = inner + ROW * len(runs)
+    units = len(stack.units)
+    title = f"{name}: {units} {'unit' if units == 1 else 'units'}"
+    box = _box(60, top, WIDTH - 120, bottom - top, "stack")
+    pieces.append(_arrow(f"M{MIDDLE},{y + 8} V{top - 2}"))
+    pieces.append(box + _text(74, top + 20, title, "title"))
+    pieces.append(_text(WIDTH - 74, top + 20, shape, "right"))
+    number = 1
+    for k, (unit, count) in enumerate(runs):
+        names = f"unit {number}"
+        if count > 1:
+            names = f"units {number} to {number + count - 1}"
+        pieces.append("".join(_unit(unit, names, count, inner + ROW * k)))
+        number += count
+    if stack.bridge is not None:
+        words = "identity" if stack.bridge == "identity" else _conv(stack.bridge)
+        line = f"M{MIDDLE},{top - 10} H40 V{bottom + 10} H{MIDDLE - 2}"
+        label = _text(44, top - 15, f"bridge: {words}", "small left")
+        pieces.append(_arrow(line, "bridge") + label)
+    return bottom
 
 
-def _unit(unit: UnitPlan, names: str, count: int, y: int) -> Iterator[str]:
+def _unit(unit: planning.UnitPlan, names: str, count: int, y: int) -> Iterator[str]:
     """Draw the layers from left to right, the shortcut below them, and the sum."""
     line, low, split = y + 24, y + 76, LEFT + 8
     step = (RIGHT - LEFT - 40) // len(unit.layers)
@@ -153,7 +137,7 @@ def _unit(unit: UnitPlan, names: str, count: int, y: int) -> Iterator[str]:
         yield _text(RIGHT + 70, line + 5, f"{TIMES} {count}")
 
 
-def _layer(layer: LayerPlan, x: int, y: int, width: int) -> str:
+def _layer(layer: planning.LayerPlan, x: int, y: int, width: int) -> str:
     """Draw a box with the convolution, and its norm above or below."""
     lines = [(_conv(layer.conv), "")]
     if layer.norm is not None:
@@ -166,18 +150,32 @@ def _layer(layer: LayerPlan, x: int, y: int, width: int) -> str:
     )
 
 
-def _outer(y: int, words: str, shape: str = "") -> tuple[int, str]:
-    """Draw a box outside the stacks; return its bottom edge and its elements."""
+def _head(pieces: list[str], y: int, head: planning.HeadPlan) -> int:
+    """Draw the head below ``y``; return its bottom edge."""
+    output = {"classifier": "logits", "latent": "latent", "none": "maps"}[head.kind]
+    steps = ["norm · ReLU"] if head.norm else []
+    if head.kind != "none":
+        steps.append("average" if head.pooled else "flatten")
+        steps += [f"FC {features} · ReLU" for features in head.hidden]
+        steps.append(f"FC → {head.features} {output}")
+        if head.variance:
+            steps.append("log-variance")
+    return _outer(pieces, y, "head: " + " · ".join(steps or [output]))
+
+
+def _outer(pieces: list[str], y: int, words: str, shape: str = "") -> int:
+    """Draw a box outside the stacks below ``y``; return its bottom edge."""
     top = y + 26
     piece = _arrow(f"M{MIDDLE},{y + 8} V{top - 2}")
     piece += _box(LEFT + 20, top, RIGHT - LEFT - 40, 30, "outer")
     piece += _text(MIDDLE, top + 20, words)
     if shape:
         piece += _text(WIDTH - 74, top + 20, shape, "right")
-    return top + 30, piece
+    pieces.append(piece)
+    return top + 30
 
 
-def _conv(conv: ConvPlan) -> str:
+def _conv(conv: planning.ConvPlan) -> str:
     stride = f" /{conv.stride}" if conv.stride > 1 else ""
     return f"{conv.kernel}{TIMES}{conv.kernel} → {conv.width}{stride}"
 

@@ -31,12 +31,7 @@ def init_in_one_draw(
     """Return initial ``params`` and ``batch_stats``, as ``init`` does but faster.
 
     It is fastest outside ``jit``. An autoencoder's decoder, which is small, is
-    initialized by linen's ``init``.
-
-    Args:
-        model: a net, or an autoencoder.
-        key: random key.
-        image_shape: (height, width, channels).
+    initialized by linen's ``init``. ``image_shape`` is (height, width, channels).
     """
     if not isinstance(model, Autoencoder):
         return _init_net(model, key, image_shape)
@@ -67,10 +62,9 @@ def _init_net(
     def record(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         """Record the initializer of each kernel."""
         layer = context.module
-        if isinstance(layer, Convolution):
-            initializers["params", *layer.path, "kernel"] = layer.plan.init
-        if isinstance(layer, nn.Dense):
-            initializers["params", *layer.path, "kernel"] = plan.head.init
+        if isinstance(layer, Convolution | nn.Dense):
+            p = plan.head if isinstance(layer, nn.Dense) else layer.plan
+            initializers["params", *layer.path, "kernel"] = p.init
         return call(*args, **kwargs)
 
     def spread(leaves: dict[Path, Any]) -> dict[Path, Any]:

@@ -16,27 +16,16 @@ def activations(
 ) -> dict[str, jax.Array]:
     """Return the outputs of stem, units, stacks and head in evaluation mode.
 
-    Args:
-        model: the net.
-        variables: its ``params`` and ``batch_stats``.
-        images: [N, H, W, channels], normalized.
-
-    Returns:
-        Maps [N, h, w, C] of "stem", "stack1/unit1", ..., "stack1", ..., and the output
-        of "head", in the order of the net.
+    Images are [N, H, W, channels] and normalized. The results are maps [N, h, w, C] of
+    "stem", "stack1/unit1", ..., "stack1", ..., and the output of "head".
     """
 
     def wanted(module: nn.Module, method: str) -> bool:
         kinds = (Stem, ResidualUnit, ResidualStack)
         return method == "__call__" and isinstance(module, kinds)
 
-    head, state = model.apply(
-        variables,
-        images,
-        train=False,
-        capture_intermediates=wanted,
-        mutable=["intermediates"],
-    )
+    captures = {"capture_intermediates": wanted, "mutable": ["intermediates"]}
+    head, state = model.apply(variables, images, train=False, **captures)
     captured, found = state["intermediates"], {}
     if "stem" in captured:
         found["stem"] = captured["stem"]["__call__"][0]

@@ -34,9 +34,7 @@ class LayerRow:
 def layer_table(net: NetPlan, image_shape: tuple[int, int, int]) -> list[LayerRow]:
     """List every convolution, norm and fully connected layer, in the net's order.
 
-    Args:
-        net: the plan.
-        image_shape: (height, width, channels) of the net's input.
+    ``image_shape`` is (height, width, channels) of the net's input.
     """
     rows, size, width = [], image_shape[:2], image_shape[2]
     if net.stem:
@@ -119,33 +117,25 @@ def _strided(size: Size, stride: int) -> Size:
 def unit_table(net: NetPlan, image_shape: tuple[int, int, int]) -> list[LayerRow]:
     """Sum ``layer_table`` up: one row for the stem, each unit, bridge and the head.
 
-    A row's name is a path in the parameter tree, for example "stack2/unit1". Its shape
-    is that part's output, its kernel the largest one, and its stride the product along
-    the main path.
+    Rows have names such as "stack2/unit1", the largest kernel, and the product of the
+    strides on the main path.
     """
     parts: dict[str, list[LayerRow]] = {}
     for row in layer_table(net, image_shape):
         words = row.name.split("/")
         part = words[0] if words[0] in ("stem", "head") else "/".join(words[:2])
         parts.setdefault(part, []).append(row)
-    table = [_sum(part, rows) for part, rows in parts.items()]
+    table = []
+    for part, rows in parts.items():
+        main = [row for row in rows if "shortcut" not in row.name]
+        kernel, stride = max(r.kernel for r in rows), math.prod(r.stride for r in main)
+        sums = sum(r.parameters for r in rows), sum(r.multiply_adds for r in rows)
+        table.append(LayerRow(part, main[-1].shape, kernel, stride, *sums))
     if net.stem is not None and net.stem.pool is not None:
         *size, maps = table[0].shape
         shape = (*_strided(tuple(size), 2), maps)
         table[0] = replace(table[0], shape=shape, stride=2 * table[0].stride)
     return table
-
-
-def _sum(part: str, rows: list[LayerRow]) -> LayerRow:
-    main = [row for row in rows if "shortcut" not in row.name]
-    return LayerRow(
-        part,
-        main[-1].shape,
-        max(row.kernel for row in rows),
-        math.prod(row.stride for row in main),
-        sum(row.parameters for row in rows),
-        sum(row.multiply_adds for row in rows),
-    )
 
 
 def fold(rows: list[LayerRow]) -> list[LayerRow]:
@@ -170,17 +160,14 @@ def fold(rows: list[LayerRow]) -> list[LayerRow]:
 
 def format_table(rows: list[LayerRow]) -> str:
     """Format ``rows`` and their sums as text, one line each."""
-    lines = [f"{'layer':<28}{'maps out':>16}{'kernel':>8}{'stride':>8}"]
-    lines[0] += f"{'parameters':>13}{'multiply-adds':>16}"
+    names = f"{'layer':<28}{'maps out':>16}{'kernel':>8}{'stride':>8}"
+    lines = [f"{names}{'parameters':>13}{'multiply-adds':>16}"]
     for row in rows:
         shape = " x ".join(map(str, row.shape))
-        lines.append(
-            f"{row.name:<28}{shape:>16}{row.kernel:>8}{row.stride:>8}"
-            f"{row.parameters:>13,}{row.multiply_adds:>16,}"
-        )
-    parameters = sum(row.parameters for row in rows)
-    macs = sum(row.multiply_adds for row in rows)
-    lines.append(f"{'total':<60}{parameters:>13,}{macs:>16,}")
+        names = f"{row.name:<28}{shape:>16}{row.kernel:>8}{row.stride:>8}"
+        lines.append(f"{names}{row.parameters:>13,}{row.multiply_adds:>16,}")
+    sums = sum(row.parameters for row in rows), sum(row.multiply_adds for row in rows)
+    lines.append(f"{'total':<60}{sums[0]:>13,}{sums[1]:>16,}")
     return "\n".join(lines)
 
 

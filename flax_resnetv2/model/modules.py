@@ -20,23 +20,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_resnetv2.errors import UsageError
-from flax_resnetv2.model import ops
+from flax_resnetv2.model import ops, planning
 from flax_resnetv2.model.architecture import Architecture, Execution
-from flax_resnetv2.model.planning import (
-    ConvPlan,
-    HeadPlan,
-    LayerPlan,
-    NetPlan,
-    NormPlan,
-    StackPlan,
-    StemPlan,
-    UnitPlan,
-    plan,
-)
 from flax_resnetv2.model.presets import get_preset
 from flax_resnetv2.model.semantics import VARIANCE_SCALING
 from flax_resnetv2.validation import check_dataclass
 
+Maps = jax.Array | ops.PreActivation
+"""Maps [N, H, W, C], or BN -> ReLU of maps that the next convolution computes."""
 _INITIALIZERS = {
     name: nn.initializers.variance_scaling(*scaling)
     for name, scaling in VARIANCE_SCALING.items()
@@ -56,11 +47,11 @@ class Latent(NamedTuple):
 class Convolution(nn.Module):
     """[N, H, W, C] -> [N, H/stride, W/stride, width]; kernel [k, k, C, width]."""
 
-    plan: ConvPlan
+    plan: planning.ConvPlan
     execution: Execution = Execution()
 
     @nn.compact
-    def __call__(self, x: jax.Array | ops.PreActivation) -> jax.Array:
+    def __call__(self, x: Maps) -> jax.Array:
         """Convolve, and add the bias if the plan has one."""
         p, e = self.plan, self.execution
         maps = x.x if isinstance(x, ops.PreActivation) else x
@@ -83,12 +74,11 @@ class Convolution(nn.Module):
 class NormReLU(nn.Module):
     """Normalization followed by ReLU, [N, H, W, C] -> [N, H, W, C].
 
-    Parameters are ``scale`` and ``bias`` [C]. Batch normalization keeps its running
-    ``mean`` and (biased) ``var`` [C] in the collection ``batch_stats``, as
-    ``nn.BatchNorm`` does.
+    Parameters are ``scale`` and ``bias`` [C]; the collection ``batch_stats`` has the
+    running ``mean`` and (biased) ``var`` [C] of batch normalization.
     """
 
-    plan: NormPlan
+    plan: planning.NormPlan
     execution: Execution = Execution()
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -99,11 +89,8 @@ class NormReLU(nn.Module):
         return y.value if self.plan.relu else y.normalized
 
     @nn.compact
-    def deferred(self, x: jax.Array, *, train: bool) -> jax.Array | ops.PreActivation:
-        """Defer the computation to the convolution that reads the result.
-
-        Group normalization, whose statistics are per image, is computed at once.
-        """
+    def deferred(self, x: jax.Array, *, train: bool) -> Maps:
+        """Defer batch normalization to the next convolution; compute group norm."""
         shape, e = x.shape[-1:], self.execution
         scale = self.param("scale", nn.initializers.ones_init(), shape, e.param_dtype)
         bias = self.param("bias", nn.initializers.zeros_init(), shape, e.param_dtype)
@@ -127,12 +114,9 @@ class NormReLU(nn.Module):
 
 
 class ResidualLayer(nn.Module):
-    """BN -> ReLU -> convolution: the article's full pre-activation.
+    """BN -> ReLU -> convolution, [N, H, W, C] -> [N, H/stride, W/stride, width]."""
 
-    [N, H, W, C] -> [N, H/stride, W/stride, width].
-    """
-
-    plan: LayerPlan
+    plan: planning.LayerPlan
     execution: Execution = Execution()
 
     def setup(self) -> None:
@@ -141,13 +125,11 @@ class ResidualLayer(nn.Module):
             self.norm = NormReLU(self.plan.norm, self.execution)
         self.conv = Convolution(self.plan.conv, self.execution)
 
-    def preactivate(
-        self, x: jax.Array, *, train: bool
-    ) -> jax.Array | ops.PreActivation:
+    def preactivate(self, x: jax.Array, *, train: bool) -> Maps:
         """Apply BN -> ReLU, deferred; the one layer without a norm returns ``x``."""
         return x if self.plan.norm is None else self.norm.deferred(x, train=train)
 
-    def convolve(self, x: jax.Array | ops.PreActivation) -> jax.Array:
+    def convolve(self, x: Maps) -> jax.Array:
         """Apply only the convolution."""
         return self.conv(x)
 
@@ -162,15 +144,14 @@ class ResidualUnit(nn.Module):
     """Residual layers in parallel with a shortcut, and their sum.
 
     [N, H, W, C] -> [N, H/stride, W/stride, width]. The shortcut is the identity, or a
-    convolution where resolution or width changes. Nothing follows the sum; in version 1
-    (``order="post"``) a ReLU does. If the collection ``intermediates`` is mutable, the
-    unit sows ``residual_ratio`` [N]: the norm of the residual branch over the norm of
-    the shortcut branch.
+    convolution where resolution or width changes. Nothing follows the sum, except for
+    version 1's ReLU. If the collection ``intermediates`` is mutable, the unit sows
+    ``residual_ratio`` [N]: the norm of the residual branch over that of the shortcut.
 
     >>> unit = ResidualUnit(plan_unit(in_width=64, width=128, reduction=2, stride=2))
     """
 
-    plan: UnitPlan
+    plan: planning.UnitPlan
     execution: Execution = Execution()
 
     @nn.compact
@@ -217,13 +198,13 @@ class ResidualUnit(nn.Module):
 
 
 class ResidualStack(nn.Module):
-    """Residual units of one width and one resolution, optionally with a bridge.
+    """Residual units of one width and resolution, [N, H, W, C] -> [N, h, w, width].
 
-    [N, H, W, C] -> [N, H/stride, W/stride, width]; one unit has the stride. The bridge
-    is a shortcut around the whole stack, which the article leaves as an open question.
+    The optional bridge, a shortcut around the whole stack, is the article's open
+    question.
     """
 
-    plan: StackPlan
+    plan: planning.StackPlan
     execution: Execution = Execution()
 
     @nn.compact
@@ -253,14 +234,11 @@ class ResidualStack(nn.Module):
         return y
 
     def _train_unit(
-        self, plan: UnitPlan, name: str, x: jax.Array, scale: jax.Array | None
+        self, plan: planning.UnitPlan, name: str, x: jax.Array, scale: jax.Array | None
     ) -> jax.Array:
         """Apply one unit through the function that all units of its plan share."""
-        variables = {
-            collection: self.get_variable(collection, name)
-            for collection in ("params", "batch_stats")
-            if self.has_variable(collection, name)
-        }
+        collections = "params", "batch_stats"
+        variables = {kind: self.get_variable(kind, name, {}) for kind in collections}
         y, stats = _train_unit(plan, self.execution, variables, x, scale)
         if stats and self.is_mutable_collection("batch_stats"):
             self.put_variable("batch_stats", name, stats)
@@ -268,13 +246,9 @@ class ResidualStack(nn.Module):
 
 
 class Stem(nn.Module):
-    """The first layers: images [N, H, W, channels] -> the maps that stack 1 reads.
+    """Convolutions with BN-ReLU and a max-pool: images [N, H, W, channels] -> maps."""
 
-    Convolution -> BN -> ReLU, "in this order"; optionally a second convolution that
-    reduces the resolution, and a max-pool.
-    """
-
-    plan: StemPlan
+    plan: planning.StemPlan
     execution: Execution = Execution()
 
     @nn.compact
@@ -293,13 +267,12 @@ class Stem(nn.Module):
 class Head(nn.Module):
     """BN -> ReLU on the last maps [N, h, w, C], pooling, and fully connected layers.
 
-    A classifier returns logits [N, num_classes], a latent head [N, latent] or a
-    ``Latent`` of two such arrays, both in ``execution.param_dtype``. Kind "none"
-    returns the maps. If the collection ``intermediates`` is mutable, a classifier sows
-    its input as ``features`` [N, K].
+    Returns logits [N, num_classes], latent vectors [N, latent] or a ``Latent`` in
+    ``execution.param_dtype``, or the maps (kind "none"). If the collection
+    ``intermediates`` is mutable, a classifier sows its input ``features`` [N, K].
     """
 
-    plan: HeadPlan
+    plan: planning.HeadPlan
     execution: Execution = Execution()
 
     @nn.compact
@@ -330,7 +303,7 @@ class Head(nn.Module):
 class ResNetV2(nn.Module):
     """Stem, stacks and head: images [N, H, W, channels] -> the head's output."""
 
-    plan: NetPlan
+    plan: planning.NetPlan
     execution: Execution = Execution()
 
     @nn.compact
@@ -341,11 +314,9 @@ class ResNetV2(nn.Module):
 
         Args:
             images: [N, H, W, channels] float.
-            train: normalize by the batch's statistics and update the running ones (the
-                collection ``batch_stats`` must then be mutable); else use the running
-                ones.
-            residual_scale: float [N, units], over the units of all stacks; multiplies
-                each unit's residual branch (stochastic depth).
+            train: normalize by the batch's statistics and update the running ones,
+                which needs a mutable ``batch_stats``; False: use the running ones.
+            residual_scale: [N, units of all stacks], see ``ResidualUnit``.
         """
         p, e, first = self.plan, self.execution, 0
         x = images.astype(e.dtype)
@@ -385,12 +356,12 @@ def create_model(
             "execution.dtype=float64 needs JAX's double precision, which is off; set "
             "JAX_ENABLE_X64=1, or choose float32"
         )
-    return ResNetV2(plan(architecture, image_shape), execution)
+    return ResNetV2(planning.plan(architecture, image_shape), execution)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _train_unit(
-    plan: UnitPlan,
+    plan: planning.UnitPlan,
     execution: Execution,
     variables: dict[str, Any],
     x: jax.Array,
@@ -420,7 +391,7 @@ def _standardized(kernel: jax.Array, epsilon: float) -> jax.Array:
     return (kernel - mean) * lax.rsqrt(kernel.var((0, 1, 2)) + epsilon)
 
 
-def _group_normalized(x: jax.Array, plan: NormPlan) -> jax.Array:
+def _group_normalized(x: jax.Array, plan: planning.NormPlan) -> jax.Array:
     """Normalize [N, H, W, C] to mean 0 and variance 1 per image and group of maps."""
     grouped = ops.widened(x).reshape(*x.shape[:3], plan.groups, -1)
     mean = grouped.mean((1, 2, 4), keepdims=True)
@@ -428,7 +399,7 @@ def _group_normalized(x: jax.Array, plan: NormPlan) -> jax.Array:
     return ((grouped - mean) * lax.rsqrt(variance + plan.epsilon)).reshape(x.shape)
 
 
-def _averaged(x: jax.Array | ops.PreActivation, side: int) -> jax.Array:
+def _averaged(x: Maps, side: int) -> jax.Array:
     """Average over ``side`` x ``side`` pixels, over fewer at the maps' edges."""
     x, sides = ops.value_of(x), (side, side)
     # linen divides in float32, and would not return bfloat16.

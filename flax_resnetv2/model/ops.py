@@ -1,17 +1,14 @@
 """The operations of a ResNet V2, made fast: batch normalization, ReLU, convolution.
 
-``batch_moments`` computes statistics, ``pre_activation`` defers BN -> ReLU, and
-``convolution`` computes it while reading its input. The derivatives are custom: the
-backward pass recomputes BN -> ReLU, so that a layer stores only its input. That halves
-the memory of a bottleneck net, and memory traffic is what limits its speed.
+``pre_activation`` defers BN -> ReLU, and ``convolution`` computes it while reading its
+input. Custom derivatives recompute it in the backward pass, so that a layer stores only
+its input. That halves the memory of a bottleneck net, and memory limits its speed.
 
-Each function equals its textbook form, gradients included (the tests check it).
-``lax.platform_dependent`` chooses what is faster on one platform only. Gains are for
-he2016-resnet164's training step on two CPU cores with batches of 128; see
+Each function equals its textbook form, gradients included (the tests check it). Gains
+are for he2016-resnet164's training step on two CPU cores with batches of 128; see
 docs/performance.md. Arrays are [N, H, W, C].
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -22,6 +19,8 @@ from jax import lax
 SPACE = (0, 1, 2)
 """The axes of [N, H, W, C] that batch normalization averages over."""
 Padding = Literal["same", "symmetric"]
+Moments = tuple[jax.Array, jax.Array]
+"""Mean and biased variance, both [C] in float32 or wider."""
 WIDEST_SHIFTED = 16
 """Widest maps whose shifted product beats XLA's CPU convolution (measured with the one
 that ``runtime.choose_convolutions`` chooses)."""
@@ -44,17 +43,17 @@ class PreActivation(NamedTuple):
     @property
     def value(self) -> jax.Array:
         """BN -> ReLU, computed: [N, H, W, C] in the dtype of ``x``."""
-        return self._compute(lambda y: jnp.maximum(y, 0))
+        return self._computed(relu=True)
 
     @property
     def normalized(self) -> jax.Array:
-        """BN without the ReLU, computed: [N, H, W, C] in the dtype of ``x``."""
-        return self._compute(lambda y: y)
+        """BN without the ReLU, computed likewise."""
+        return self._computed(relu=False)
 
-    def _compute(self, activation: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    def _computed(self, relu: bool) -> jax.Array:
         wide = self.x.astype(self.factor.dtype)
-        y = activation((wide - self.mean) * self.factor + self.bias)
-        return y.astype(self.x.dtype)
+        y = (wide - self.mean) * self.factor + self.bias
+        return (jnp.maximum(y, 0) if relu else y).astype(self.x.dtype)
 
 
 def pre_activation(
@@ -69,9 +68,7 @@ def pre_activation(
     return PreActivation(x, mean, scale * lax.rsqrt(variance + epsilon), bias)
 
 
-def plain_moments(
-    x: jax.Array, axis_name: str | None = None
-) -> tuple[jax.Array, jax.Array]:
+def plain_moments(x: jax.Array, axis_name: str | None = None) -> Moments:
     """Compute ``batch_moments`` in two passes, with automatic derivatives."""
     wide = widened(x)
     mean = wide.mean(SPACE)
@@ -91,15 +88,11 @@ def plain_convolution(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def batch_moments(
-    x: jax.Array, axis_name: str | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Return mean and biased variance of a batch, both [C] in float32 or wider.
+def batch_moments(x: jax.Array, axis_name: str | None = None) -> Moments:
+    """Return mean and variance of a batch [N, H, W, C].
 
-    Args:
-        x: [N, H, W, C].
-        axis_name: the mapped axis over which they are synchronized, with equal batches
-            on all devices; None: only over this device's batch.
+    With ``axis_name`` they are synchronized over that mapped axis; the batches of all
+    its devices must have equal sizes.
     """
     return _moments_forward(x, axis_name)[0]
 

@@ -29,14 +29,9 @@ from flax_resnetv2.validation import Range, check, check_arguments
 
 Side = Annotated[int, Range(1, 2**16)]
 ImageShape = Annotated[tuple[Side, Side, Side], "(height, width, channels)"]
-_STACK_FIELDS = {
-    "units": "units",
-    "width": "widths",
-    "stride": "strides",
-    "reduction": "reduction",
-    "central_reduction": "central_reduction",
-    "kernel": "kernel",
-    "bridge": "bridge",
+_STACK_FIELDS = {"width": "widths", "stride": "strides"} | {
+    name: name
+    for name in ("units", "reduction", "central_reduction", "kernel", "bridge")
 }
 """Arguments of ``plan_stack``, and the fields of ``Architecture`` they come from."""
 
@@ -163,8 +158,7 @@ def plan(architecture: Architecture, image_shape: ImageShape | None = None) -> N
             checked against the resolution; required without a stem.
 
     Raises:
-        UsageError: a field breaks a rule; names the field, its value and the legal
-            values.
+        UsageError: a field breaks a rule.
     """
     a = architecture
     check_architecture(a)
@@ -235,7 +229,8 @@ def plan_stack(
     check_semantics(semantics)
     check_arguments(plan_stack, locals())
     s = semantics
-    inner = _inner_widths(unit, in_width, width, reduction, central_reduction)
+    central = reduction if central_reduction is None else central_reduction
+    inner = _inner_widths(unit, in_width, width, reduction, central)
     strided = 0 if s.strided_unit == "first" else units - 1
 
     @cache  # Thousands of units have at most three different plans.
@@ -244,7 +239,7 @@ def plan_stack(
         if first and behind_norm and s.first_layer_exception and s.order == "pre":
             layers[0] = replace(layers[0], norm=None)
         project = first and s.projection == "every_stack"
-        return _plan_unit(tuple(layers), in_width, width, stride, project, s)
+        return _plan_unit(tuple(layers), stride, project, s)
 
     planned = [
         unit_plan(width if k else in_width, stride if k == strided else 1, k == 0)
@@ -301,14 +296,10 @@ def _plan_layers(
 
 
 def _plan_unit(
-    layers: tuple[LayerPlan, ...],
-    in_width: int,
-    width: int,
-    stride: int,
-    project: bool,
-    s: Semantics,
+    layers: tuple[LayerPlan, ...], stride: int, project: bool, s: Semantics
 ) -> UnitPlan:
     """Add the shortcut; with ``project`` it has a convolution in any case."""
+    in_width, width = layers[0].conv.in_width, layers[-1].conv.width
     post = s.order == "post"
     selects = stride == 1 or s.strided_shortcut == "selection"
     if in_width == width and selects and not project:
@@ -381,27 +372,14 @@ def plan_conv(
     in_width: int | None, width: int, kernel: int, stride: int, name: str, s: Semantics
 ) -> ConvPlan:
     """Plan a convolution; it has a bias if ``Semantics.biases`` contains ``name``."""
-    return ConvPlan(
-        in_width,
-        width,
-        kernel,
-        stride,
-        s.padding,
-        name in s.biases,
-        s.kernel_init,
-        s.standardize_epsilon,
-    )
+    bias, init, standardize = name in s.biases, s.kernel_init, s.standardize_epsilon
+    return ConvPlan(in_width, width, kernel, stride, s.padding, bias, init, standardize)
 
 
 def _inner_widths(
-    unit: UnitKind,
-    in_width: int,
-    width: int,
-    reduction: Reduction,
-    central_reduction: Reduction | None,
+    unit: UnitKind, in_width: int, width: int, reduction: Reduction, central: Reduction
 ) -> tuple[int, ...]:
     """Return the maps inside a unit: (p, q) of a bottleneck, (width,) of a basic."""
-    central = reduction if central_reduction is None else central_reduction
     for name, value in (("reduction", reduction), ("central_reduction", central)):
         if unit == "basic" and value != 1:
             raise UsageError(

@@ -49,16 +49,10 @@ def _imagenet(
     units: tuple[int, ...], semantics: Semantics, width: int = 256, **fields: Any
 ) -> Architecture:
     """Four stacks after a 7x7 stem, for images of 224x224 and 1000 classes."""
-    defaults = {
-        "widths": tuple(width << k for k in range(4)),
-        "strides": (1, 2, 2, 2),
-        "reduction": 4,
-        "stem_kernel": 7,
-        "stem_stride": 2,
-        "stem_pool": True,
-        "num_classes": 1000,
-    }
-    return Architecture(units, semantics=semantics, **(defaults | fields))
+    stem = {"stem_kernel": 7, "stem_stride": 2, "stem_pool": True}
+    defaults = stem | {"strides": (1, 2, 2, 2), "reduction": 4, "num_classes": 1000}
+    widths = tuple(width << k for k in range(4))
+    return Architecture(units, widths, semantics=semantics, **(defaults | fields))
 
 
 def _keras(units: tuple[int, ...]) -> Architecture:

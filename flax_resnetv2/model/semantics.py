@@ -37,9 +37,8 @@ class Semantics:
     """One version of the residual unit, the stem and the head."""
 
     order: Literal["pre", "post"] = "pre"
-    """pre: BN -> ReLU -> convolution, and nothing after the sum. post: version 1, that
-    is convolution -> BN -> ReLU, with the last ReLU after the sum and a BN after the
-    shortcut's convolution."""
+    """pre: BN -> ReLU -> convolution. post (version 1): convolution -> BN -> ReLU, the
+    last ReLU after the sum, and a BN after the shortcut's convolution."""
     stride_layer: Literal[1, 2] = 1
     """Layer of a bottleneck unit that has the stride: 1 (1x1, the article and He) or 2
     (3x3, most later code). In a basic unit it is always layer 1."""
@@ -49,8 +48,7 @@ class Semantics:
     """Input of a shortcut's convolution. raw: the unit's input (the article's side
     track). preactivated: the output of layer 1's BN-ReLU."""
     projection: Literal["when_needed", "every_stack"] = "when_needed"
-    """Convolution on the shortcut of a stack's unit 1: only where shapes differ, or in
-    every stack."""
+    """Unit 1 has a convolution on its shortcut if shapes differ, or in every stack."""
     strided_shortcut: Literal["convolution", "selection"] = "convolution"
     """Shortcut of a unit with a stride and equal widths: a strided convolution, or a
     selection of the unit's input pixels at that stride."""
@@ -88,8 +86,7 @@ class Semantics:
     dense_init: Initializer = "he_normal"
     """Initializer of the kernels in the head's fully connected layers."""
     zero_init_last: bool = False
-    """Initialize each unit's last convolution to zero, so that the unit starts as its
-    shortcut."""
+    """Start units as their shortcuts: initialize their last convolutions to zero."""
 
 
 ARTICLE = Semantics()

@@ -40,31 +40,28 @@ class WeightLayout:
     dense: bool
     """The classifier's kernel is [C, F]; False: that of a 1x1 convolution."""
 
-    def module(self, path: str) -> str:
-        """Return the library's name of a module, from its path.
-
-        Raises:
-            UsageError: the library has no such module.
-        """
-        name = self.outside.get(path)
-        if found := re.fullmatch(r"stack(\d+)/unit(\d+)/(.+)", path):
-            name = self.inside.get(found[3])
-            if name is not None:
-                name = self.unit(int(found[1]), int(found[2])) + name
-        if name is None:
-            raise self._missing(path)
-        return name
-
     def tensor(self, leaf: Leaf) -> str:
-        """Return the library's name of an array; errors as of ``module``."""
+        """Return the library's name of an array; refuse one that it does not have."""
         *path, name = leaf[1:]
         if path[-1].startswith("norm"):
-            if name not in self.norm:
-                raise self._missing("/".join(leaf[1:]))
-            name = self.norm[name]
+            name = self.norm.get(name)
         elif name == "kernel":
             name = self.kernel
-        return self.module("/".join(path)) + self.separator + name
+        module = self._module("/".join(path))
+        if module is None or name is None:
+            raise UsageError(
+                f"{'/'.join(leaf[1:])} has no counterpart in {self.library}; use the "
+                "model of a preset that the function reads, or classifier='leave' for "
+                "another head"
+            )
+        return module + self.separator + name
+
+    def _module(self, path: str) -> str | None:
+        """Return the library's name of a module, or None if it has no such module."""
+        if found := re.fullmatch(r"stack(\d+)/unit(\d+)/(.+)", path):
+            name = self.inside.get(found[3])
+            return name and self.unit(int(found[1]), int(found[2])) + name
+        return self.outside.get(path)
 
     def theirs(self, leaf: Leaf, array: np.ndarray) -> np.ndarray:
         """Convert one of our arrays to the library's layout."""
@@ -79,14 +76,8 @@ class WeightLayout:
         return array[0, 0] if self._is_convolution(leaf) else array
 
     def _is_convolution(self, leaf: Leaf) -> bool:
-        """Return whether the array is a classifier's kernel with four axes there."""
+        """Return whether it is the kernel of a classifier that is a convolution."""
         return "/".join(leaf[1:]) == f"{HEAD}/kernel" and not self.dense
-
-    def _missing(self, path: str) -> UsageError:
-        return UsageError(
-            f"{path} has no counterpart in {self.library}; use the model of a preset "
-            "that the function reads, or classifier='leave' for another head"
-        )
 
 
 KERAS = WeightLayout(

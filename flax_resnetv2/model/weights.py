@@ -12,7 +12,8 @@ import logging
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,8 +30,16 @@ from flax_resnetv2.model.weight_names import HEAD, WeightLayout
 from flax_resnetv2.validation import check_choice
 
 Tensors = dict[str, np.ndarray]
+Shapes = dict[str, tuple[int, ...]]
 LISTED = 4
 """Names of each kind that an error lists."""
+_KERAS, _TIMM, _BIT = (".keras", ".h5"), (".safetensors",), (".npz",)
+_ALL = _KERAS + _TIMM + _BIT
+_CONVERT = (
+    "a .pth is a pickle, which may run code; convert it where torch is installed: "
+    "python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('x.pth', "
+    "weights_only=True), 'x.safetensors')\""
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -46,7 +55,7 @@ def from_file(
 
     Args:
         path: a file as of ``from_keras``, ``from_timm`` or ``from_bit``.
-        model: the net of a preset of that family, or one with another head.
+        model: the net of a preset of that library, or one with another head.
         classifier: "leave" leaves the file's classifier out, and the model's own head
             is initialized.
         key: random key of that head; None: key 0.
@@ -58,17 +67,19 @@ def from_file(
         UsageError: the file does not exist, is damaged, or holds another net.
     """
     check_file(path)
-    read = _READERS[Path(path).suffix]
+    suffix = Path(path).suffix
+    read = {_TIMM[0]: from_timm, _BIT[0]: from_bit}.get(suffix, from_keras)
     return read(path, model, classifier=classifier, key=key)
 
 
-def check_file(path: str | Path) -> None:
-    """Refuse a file that ``from_file`` cannot read, without opening it.
-
-    Raises:
-        UsageError: the file does not exist, or has another suffix.
-    """
-    _check_file(Path(path), tuple(_READERS), _CONVERT)
+def check_file(
+    path: str | Path, suffixes: tuple[str, ...] = _ALL, repair: str = _CONVERT
+) -> None:
+    """Refuse a file that does not exist or has another suffix, without opening it."""
+    if Path(path).suffix not in suffixes:
+        raise UsageError(f"{path} must be a file {' or '.join(suffixes)}; {repair}")
+    if not os.path.isfile(path):  # Also if the name is too long.
+        raise UsageError(f"{path} does not exist or is no file; give the path of one")
 
 
 def from_keras(
@@ -80,10 +91,8 @@ def from_keras(
 ) -> dict[str, Any]:
     """Read weights of ``keras.applications.ResNet50V2``, ``101V2`` or ``152V2``.
 
-    Args:
-        path: ``.keras``, ``.weights.h5``, or the ``.h5`` of keras.applications.
-        model: the net of a preset keras-*, or one with another head.
-        classifier, key: as of ``from_file``, like results and errors.
+    The file is ``.keras``, ``.weights.h5``, or the ``.h5`` of keras.applications. Other
+    arguments, results and errors are as of ``from_file``.
     """
     tensors = _read_keras(Path(path))
     return _import(tensors, path, model, weight_names.KERAS, classifier, key)
@@ -98,12 +107,16 @@ def from_timm(
 ) -> dict[str, Any]:
     """Read weights of timm's ``resnetv2_*``, which include Big Transfer's.
 
-    Args:
-        path: ``.safetensors``.
-        model: the net of a preset timm-* or bit-*, or one with another head.
-        classifier, key: as of ``from_file``, like results and errors.
+    The file is ``.safetensors``. Other arguments, results and errors are as of
+    ``from_file``.
     """
-    tensors = _read_timm(Path(path))
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    with _reading(path, _TIMM, _CONVERT, SafetensorError):
+        tensors = load_file(path)
+    counts = "num_batches_tracked"
+    tensors = {n: t for n, t in tensors.items() if not n.endswith(counts)}
     return _import(tensors, path, model, weight_names.timm(model), classifier, key)
 
 
@@ -116,26 +129,16 @@ def from_bit(
 ) -> dict[str, Any]:
     """Read weights that Big Transfer published.
 
-    Args:
-        path: ``.npz``, for example BiT-M-R50x1.npz.
-        model: the net of a preset bit-*, or one with another head.
-        classifier, key: as of ``from_file``, like results and errors.
+    The file is ``.npz``, for example BiT-M-R50x1.npz. Other arguments, results and
+    errors are as of ``from_file``.
     """
-    tensors = _read_bit(Path(path))
+    with (
+        _reading(path, _BIT, "use the .npz that Big Transfer published"),
+        open(path, "rb") as file,
+        np.load(file, allow_pickle=False) as stored,
+    ):
+        tensors = dict(stored)
     return _import(tensors, path, model, weight_names.BIT, classifier, key)
-
-
-_READERS = {
-    ".keras": from_keras,
-    ".h5": from_keras,
-    ".safetensors": from_timm,
-    ".npz": from_bit,
-}
-_CONVERT = (
-    "a .pth is a pickle, which may run code; convert it where torch is installed: "
-    "python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('x.pth', "
-    "weights_only=True), 'x.safetensors')\""
-)
 
 
 def to_keras(variables: dict[str, Any], model: ResNetV2) -> Tensors:
@@ -154,12 +157,10 @@ def to_bit(variables: dict[str, Any], model: ResNetV2) -> Tensors:
 
 
 def _export(variables: dict[str, Any], layout: WeightLayout) -> Tensors:
-    # Contiguous copies, because file formats ignore strides.
-    return {
-        layout.tensor(leaf): np.ascontiguousarray(
-            layout.theirs(leaf, np.asarray(array))
-        )
-        for leaf, array in flatten_dict(variables).items()
+    arrays = flatten_dict(jax.tree.map(np.asarray, variables))
+    return {  # Contiguous, because file formats ignore strides.
+        layout.tensor(leaf): np.ascontiguousarray(layout.theirs(leaf, array))
+        for leaf, array in arrays.items()
     }
 
 
@@ -184,28 +185,26 @@ def _import(
                 "head_input='flattened' makes a head whose size depends on the images, "
                 "which are unknown here; choose head_input='pooled'"
             )
-        prefix = layout.module(HEAD)
+        prefix = layout.outside[HEAD]
         tensors = {n: t for n, t in tensors.items() if not n.startswith(prefix)}
         _logger.warning(
             "%s: the classifier of the file is left out, the model's head is new", path
         )
+    init = partial(model.init, jax.random.key(0), train=False)
     images = jax.ShapeDtypeStruct((1, *_IMAGE), dtype)
-    leaves = flatten_dict(
-        jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-    )
-    head = {leaf for leaf in leaves if leaf[1] == "head" and leaf[2] != "norm"}
-    wanted = {
-        layout.tensor(leaf): (leaf, layout.theirs(leaf, np.empty(array.shape)).shape)
-        for leaf, array in leaves.items()
-        if not (new_head and leaf in head)
+    leaves = flatten_dict(jax.eval_shape(init, images))
+    head = {k for k in leaves if new_head and k[1] == "head" and k[2] != "norm"}
+    wanted = {layout.tensor(leaf): leaf for leaf in leaves if leaf not in head}
+    shapes = {
+        name: layout.theirs(leaf, np.empty(leaves[leaf].shape)).shape
+        for name, leaf in wanted.items()
     }
-    shapes = {name: shape for name, (_, shape) in wanted.items()}
-    _compare(path, layout.library, shapes, {n: t.shape for n, t in tensors.items()})
+    _compare(path, layout, shapes, {name: t.shape for name, t in tensors.items()})
     found = {
         leaf: jnp.asarray(layout.ours(leaf, tensors[name]), dtype)
-        for name, (leaf, _) in wanted.items()
+        for name, leaf in wanted.items()
     }
-    if new_head:
+    if head:
         key = jax.random.key(0) if key is None else key
         drawn = flatten_dict(init_in_one_draw(model, key, _IMAGE))
         found |= {leaf: drawn[leaf] for leaf in head}
@@ -213,53 +212,45 @@ def _import(
 
 
 def _compare(
-    path: str | Path,
-    library: str,
-    wanted: dict[str, tuple[int, ...]],
-    found: dict[str, tuple[int, ...]],
+    path: str | Path, layout: WeightLayout, wanted: Shapes, found: Shapes
 ) -> None:
     """Refuse a file of another net, and list the differences."""
     differences = {
         "only in the model": wanted.keys() - found.keys(),
         "only in the file": found.keys() - wanted.keys(),
-        "of another shape": [
+        "of another shape": {
             f"{name} {list(found[name])} instead of {list(shape)}"
             for name, shape in wanted.items()
             if found.get(name, shape) != shape
-        ],
+        },
     }
-    texts = [
-        f"{kind}: {_some(names)}; " for kind, names in differences.items() if names
-    ]
+    texts = []
+    for kind, names in differences.items():
+        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        if names:
+            texts.append(f"{kind}: {', '.join(sorted(names)[:LISTED])}{more}; ")
     if texts:
         raise UsageError(
-            f"{path} holds another net than the model (names of {library}); "
-            + "".join(texts)
-            + "nothing was loaded; choose the preset of this file, or "
+            f"{path} holds another net than the model (names of {layout.library}); "
+            f"{''.join(texts)}nothing was loaded; choose the preset of this file, or "
             "classifier='leave' if only the classifier differs"
         )
-
-
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
 
 
 def _read_keras(path: Path) -> Tensors:
     """Read {"layer/variable": array} from any file that Keras writes."""
     import h5py
 
-    _check_file(path, (".keras", ".h5"), "save it in Keras as .keras or .weights.h5")
-    with _intact(path), contextlib.ExitStack() as stack:
-        file: Any = path
+    with _reading(path, _KERAS, "save it in Keras as .keras or .weights.h5"):
         if path.suffix == ".keras":
-            archive = stack.enter_context(zipfile.ZipFile(path))
-            file = stack.enter_context(archive.open("model.weights.h5"))
-        h5 = stack.enter_context(h5py.File(file))
-        if path.suffix == ".keras" or "layers" in h5:
-            return _keras_3(h5, path)
-        return _keras_classic(h5)
+            with (
+                zipfile.ZipFile(path) as archive,
+                archive.open("model.weights.h5") as file,
+                h5py.File(file) as h5,
+            ):
+                return _keras_3(h5, path)
+        with h5py.File(path) as h5:
+            return _keras_3(h5, path) if "layers" in h5 else _keras_classic(h5)
 
 
 _VARIABLES = {
@@ -305,36 +296,12 @@ def _keras_classic(h5: Any) -> Tensors:
     return tensors
 
 
-def _read_timm(path: Path) -> Tensors:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    _check_file(path, (".safetensors",), _CONVERT)
-    with _intact(path, SafetensorError):
-        tensors = load_file(path)
-    return {n: t for n, t in tensors.items() if not n.endswith("num_batches_tracked")}
-
-
-def _read_bit(path: Path) -> Tensors:
-    _check_file(path, (".npz",), "use the .npz that Big Transfer published")
-    with (
-        _intact(path),
-        path.open("rb") as file,
-        np.load(file, allow_pickle=False) as stored,
-    ):
-        return {name: stored[name] for name in stored.files}
-
-
-def _check_file(path: Path, suffixes: tuple[str, ...], repair: str) -> None:
-    if path.suffix not in suffixes:
-        raise UsageError(f"{path} must be a file {' or '.join(suffixes)}; {repair}")
-    if not os.path.isfile(path):  # Also if the name is too long.
-        raise UsageError(f"{path} does not exist or is no file; give the path of one")
-
-
 @contextlib.contextmanager
-def _intact(path: Path, *errors: type[Exception]) -> Iterator[None]:
-    """Turn what damaged files raise, and ``errors``, into a ``UsageError``."""
+def _reading(
+    path: str | Path, suffixes: tuple[str, ...], repair: str, *errors: type[Exception]
+) -> Iterator[None]:
+    """Check the path; turn what damaged files raise, and ``errors``, into one line."""
+    check_file(path, suffixes, repair)
     try:
         yield
     except UsageError:
