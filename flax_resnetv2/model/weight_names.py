@@ -104,9 +104,7 @@ TIMM = WeightLayout(
     separator=".",
     unit=lambda stack, unit: f"stages.{stack - 1}.blocks.{unit - 1}.",
     inside={"shortcut": "downsample.conv"}
-    | {
-        f"layer{k}/{kind}": f"{kind}{k}" for k in (1, 2, 3) for kind in ("norm", "conv")
-    },
+    | {f"layer{k}/{x}": f"{x}{k}" for k in (1, 2, 3) for x in ("norm", "conv")},
     outside={"stem/conv": "stem.conv", "head/norm": "norm", HEAD: "head.fc"},
     norm=dict(scale="weight", bias="bias", mean="running_mean", var="running_var"),
     kernel="weight",
@@ -117,11 +115,7 @@ TIMM_DEEP = replace(
     TIMM,
     outside=TIMM.outside
     | {"stem/conv": "stem.conv1", "stem/norm": "stem.norm1"}
-    | {
-        f"stem/{kind}{k}": f"stem.{kind}{k}"
-        for k in (2, 3)
-        for kind in ("norm", "conv")
-    },
+    | {f"stem/{x}{k}": f"stem.{x}{k}" for k in (2, 3) for x in ("norm", "conv")},
 )
 BIT = WeightLayout(
     library="Big Transfer",
