@@ -283,7 +283,6 @@ class Head(nn.Module):
             x = NormReLU(p.norm, self.execution, name="norm")(x, train=train)
         if p.kind == "none":
             return x
-
         init = _INITIALIZERS[p.init]
         dense = partial(nn.Dense, kernel_init=init, param_dtype=dtype, dtype=dtype)
         x = x.astype(dtype)

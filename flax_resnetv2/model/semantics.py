@@ -53,8 +53,8 @@ class Semantics:
     """Shortcut of a unit with a stride and equal widths: a strided convolution, or a
     selection of the unit's input pixels at that stride."""
     shortcut_pool: Literal["none", "average"] = "none"
-    """average: average pooling before a shortcut's convolution has its stride
-    (ResNet-D). none: the convolution has it."""
+    """none: a shortcut's convolution has the stride. average: average pooling before
+    the convolution has it (ResNet-D)."""
     shortcut_kernel: Kernel = 1
     """Kernel size of a shortcut's convolution in pixels (odd)."""
     padding: Literal["same", "symmetric"] = "same"

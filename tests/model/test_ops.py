@@ -223,7 +223,7 @@ def test_the_backward_pass_keeps_the_input_and_not_the_activation():
     assert memory(recompute=False) > 2 * 12
 
 
-def test_a_promise_uses_the_statistics_it_is_given(float64):
+def test_a_deferred_norm_uses_the_statistics_it_is_given(float64):
     x = normal(0, (2, 3, 3, 2))
     scale, bias, mean = (normal(k, (2,)) for k in (1, 2, 3))
     variance = jnp.asarray([0.5, 2.0])
