@@ -74,15 +74,15 @@ def evaluation_order(count: int, batch_size: int) -> np.ndarray:
     return order
 
 
-def gather_batch(split: Split, order: jax.Array, places: jax.Array) -> Batch:
-    """Gather the images ``order[places]``. Pure; runs inside a compiled step.
+def gather_batch(split: Split, order: jax.Array, positions: jax.Array) -> Batch:
+    """Gather the images ``order[positions]``. Pure; runs inside a compiled step.
 
     Args:
         split: arrays on the device.
         order: int32 [M], of ``epoch_order`` or ``evaluation_order``.
-        places: int32 [B], indices into ``order``.
+        positions: int32 [B], indices into ``order``.
     """
-    index = order[places]
+    index = order[positions]
     mask = index != PADDING
     index = jnp.where(mask, index, 0)
     return Batch(split.image[index], split.label[index], mask)

@@ -203,14 +203,10 @@ def open_dataset(config: DataConfig) -> Dataset:
             nothing to train on.
         RunError: the download failed, or the disk is full.
     """
-    given = _sources(config)
+    given, folder = _sources(config), None
     if (path := folder_of(config)) is not None:
-        folder, side = list_folder(path), _image_size(config)
-        names, remarks = folder.class_names, folder.notes
-        if config.stream:
-            splits = {k: Files(x, (side, side, 3)) for k, x in folder.files.items()}
-        else:
-            arrays, _ = folder.read(side)
+        folder = list_folder(path)
+        summary = folder.summary(_image_size(config))
     else:
         directory, label = prepared_directory(config), label_feature(config)
         if directory is None:
@@ -218,24 +214,27 @@ def open_dataset(config: DataConfig) -> Dataset:
         elif given:
             _logger.info("%s is prepared already; not used: %s", directory, given)
         summary = describe(config)
-        remarks = summary.notes
-        if config.stream:
-            feature, shape = label_of(directory, label), summary.image_shape
-            if shape[0] != shape[1]:
-                raise UsageError(
-                    f"data.stream={config.stream}: images of {shape[0]}x{shape[1]} "
-                    "pixels are read from disk as squares; add --data.image-size SIDE"
-                )
-            names, stored = feature.class_names, stored_splits(directory)
-            splits = {
-                k: Records(directory, x, feature, shape) for k, x in stored.items()
-            }
+    for note in summary.notes:
+        _logger.info("%s: %s", config.name, note)
+    shape = summary.image_shape
+    if not config.stream:
+        if folder is not None:
+            arrays, names = folder.read(shape[0])
         else:
             arrays, names = read_dataset(directory, label, config.image_size)
-    if not config.stream:
-        splits = {name: Split(*pair) for name, pair in arrays.items()}
-    for remark in remarks:
-        _logger.info("%s: %s", config.name, remark)
+        splits = {split: Split(*pair) for split, pair in arrays.items()}
+    elif folder is not None:
+        names = folder.class_names
+        splits = {split: Files(files, shape) for split, files in folder.files.items()}
+    elif shape[0] == shape[1]:
+        feature, stored = label_of(directory, label), stored_splits(directory)
+        names = feature.class_names
+        splits = {k: Records(directory, x, feature, shape) for k, x in stored.items()}
+    else:
+        raise UsageError(
+            f"data.stream={config.stream}: images of {shape[0]}x{shape[1]} pixels are "
+            "read from disk as squares; add --data.image-size SIDE"
+        )
     return Dataset(config.name, names, hold_out(splits, config))
 
 

@@ -18,7 +18,7 @@ from flax_resnetv2.system.files import user_cache
 
 SPLITS = ("train", "test")
 FORMAT = 1
-"""Raised when the contents of the files change their meaning."""
+"""Increase it when the contents of the files change their meaning."""
 
 Arrays = dict[str, tuple[np.ndarray, np.ndarray]]
 Decoded = tuple[Arrays, tuple[str, ...]]
@@ -110,7 +110,7 @@ def dataset_cache(
         root, version = directory.parent, directory.name
         version += "".join(f"-{x}" for x in (label, size) if x is not None)
         paths = [cache_path(directory, f"{root.name}-{version}")]
-        # root may write anywhere, but respects a directory that is marked read-only.
+        # The superuser may write anywhere, but a read-only mark is respected.
         marked = root.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)
         if marked and os.access(root, os.W_OK):
             paths.insert(0, root / f"decoded-{version}.npz")

@@ -104,7 +104,7 @@ class Files:
         return replace(self, files=self.files[first : first + count])
 
     def read(self, index: int, resize: Resize) -> tuple[np.ndarray, np.ndarray]:
-        """Read and resize an image: uint8 ``image_shape``, label int32."""
+        """Read an image, uint8 ``image_shape``, and its label, int32."""
         path, label = self.files[index]
         image = read_image(path, path, self.image_shape[2], resize)
         return image, np.asarray(label, np.int32)
@@ -123,9 +123,7 @@ def list_folder(path: str) -> Folder:
     tenth image of each class, sorted by name, is a test image.
 
     Raises:
-        UsageError: ``path`` is not a folder, has fewer than two classes, a class
-            without images, a class with test images only, no test image, or a link
-            that leads out of it.
+        UsageError: the folder cannot be read or trained on, or has a link out of it.
     """
 
     def refused(reason: str) -> UsageError:

@@ -70,11 +70,7 @@ def random_resized_crop(
     return resize
 
 
-def _scaled(
-    image: Any,
-    size: tuple[int, int],
-    box: tuple[float, float, float, float] | None = None,
-) -> Any:
+def _scaled(image: Any, size: tuple[int, int], box: Any = None) -> Any:
     from PIL import Image
 
     return image.resize(size, Image.Resampling.BICUBIC, box)

@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -101,9 +101,8 @@ def batches(
 
     if not flags.FLAGS.is_parsed():  # grain's workers read a flag
         flags.FLAGS.mark_as_parsed()
-    rows = grain.MapDataset.range(first * share, last * share).map(
-        _ProcessRow(row, share, *part)
-    )
+    positions = grain.MapDataset.range(first * share, last * share)
+    rows = positions.map(partial(_global_position, share=share, part=part)).map(row)
     # Prefetch batches instead of rows, so that only a few are in memory.
     threads = 1 if workers else os.cpu_count()
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
@@ -118,18 +117,10 @@ def batches(
     return iter(read)
 
 
-@dataclass(frozen=True)
-class _ProcessRow:
-    """Reads the row at a position in the batches of one of several processes."""
-
-    row: Callable[[int], Row]
-    share: int
-    index: int
-    processes: int
-
-    def __call__(self, position: int) -> Row:
-        batch, rest = divmod(position, self.share)
-        return self.row((batch * self.processes + self.index) * self.share + rest)
+def _global_position(position: int, share: int, part: tuple[int, int]) -> int:
+    """Turn a position in the batches of one process into one in those of all."""
+    (batch, rest), (index, processes) = divmod(position, share), part
+    return (batch * processes + index) * share + rest
 
 
 def _copy(rows: Row) -> Row:

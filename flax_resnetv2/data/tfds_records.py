@@ -26,8 +26,7 @@ _CHUNK = 1024
 def find_prepared(name: str, root: Path) -> Path | None:
     """Return root/name/VERSION of the newest version that is readable here, if any.
 
-    Raises:
-        UsageError: the data set is broken, or in a format that needs TensorFlow.
+    Refuses a data set that is incomplete, or in a format that needs TensorFlow.
     """
     versions = [
         path.parent
@@ -91,7 +90,7 @@ def stored_splits(directory: Path) -> dict[str, StoredSplit]:
 
 
 def notes(directory: Path) -> tuple[str, ...]:
-    """Return which records are tested on, unless it is the split "test"."""
+    """Return which records are test images, unless they are the split "test"."""
     tested = stored_splits(directory)["test"].name
     if tested == "train":
         return ("every tenth record is tested on, as there is no split but train",)
@@ -142,20 +141,15 @@ def image_shape_of(directory: Path) -> tuple[int | None, int | None, int]:
 def read_split(
     directory: Path, split: str, label: str | None = None, size: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Read a whole split in the order of its records.
+    """Read "train" or "test" in the order of the records.
 
     Args:
-        directory: as of ``find_prepared``.
-        split: "train" or "test".
-        label: the feature to learn; None: as of ``label_of``.
+        directory, split: as of ``stored_splits``.
+        label: as of ``label_of``.
         size: side of the central squares that are read; None: the images have one size.
 
     Returns:
         Images uint8 [N, H, W, C] and labels int32 [N], or uint8 [N, K] of K attributes.
-
-    Raises:
-        UsageError: the files are damaged, the images differ in size or mode, or a label
-            has no class.
     """
     from array_record.python.array_record_module import ArrayRecordReader
 
@@ -222,11 +216,7 @@ class Records:
         return replace(self, stored=self.stored._replace(indices=indices))
 
     def read(self, index: int, resize: Resize) -> tuple[np.ndarray, np.ndarray]:
-        """Read and resize an image: uint8 ``image_shape``, label as of ``read_split``.
-
-        Raises:
-            UsageError: the files are damaged or gone, or the label has no class.
-        """
+        """Read an image, uint8 ``image_shape``, and its label as of ``read_split``."""
         split, record_index = self.stored.name, int(self.stored.indices[index])
         name = f"image {record_index} of the split {split!r} of "
         with reading(self.directory, name):

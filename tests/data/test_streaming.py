@@ -17,6 +17,7 @@ from flax_resnetv2.data.streaming import EvaluationRow, TrainingRow, batches
 from flax_resnetv2.data.tfds_records import Records, label_of, stored_splits
 from flax_resnetv2.errors import Stopped
 from flax_resnetv2.run import run_directory
+from flax_resnetv2.run.validate import validate
 from flax_resnetv2.training.augment import AugmentConfig
 from tests.support import tiny
 from tests.support.prepared import prepare
@@ -275,17 +276,15 @@ def test_by_size_or_as_asked(tmp_path, monkeypatch):
         tiny.config(), architecture=replace(tiny.SMALL, num_classes=10), log_every=9
     )
 
-    def validate(limit, stream=None):
+    def streams(limit, stream=None):
         asked = replace(config, data=replace(config.data, stream=stream))
-        found, dataset = validate.validate(asked, tmp_path / "run", 2, limit)
+        found, dataset, _ = validate(asked, tmp_path / "run", 2, limit)
         assert found.data.stream == (not dataset.in_memory())
         return found.data.stream
 
     # 12,000 images of 3,072 bytes: a quarter of 147 MB.
-    assert (
-        validate(None) is validate(148_000_000) is validate(147_000_000, False) is False
-    )
-    assert validate(147_000_000) is validate(None, True) is True
+    assert streams(None) is streams(148_000_000) is streams(147_000_000, False) is False
+    assert streams(147_000_000) is streams(None, True) is True
 
 
 def test_a_run_stays_where_it_began(config, streamed, tmp_path, monkeypatch):

@@ -50,12 +50,7 @@ class Archive(OfficialFiles):
     """Most instructions of a pickled batch."""
 
     def read(self, paths: list[Path]) -> dict[str, Examples]:
-        """Read the splits "train" and "test" from either archive.
-
-        Raises:
-            UsageError: the archive cannot be read, is damaged, is another one, or holds
-                what no archive of the data set has.
-        """
+        """Read the splits "train" and "test" from either archive, or refuse it."""
         (path,), found = paths, {}
         needed = {name for names in self.batches.values() for name in names}
         complaint = f"{path} is damaged or no {self.spec.title} archive"

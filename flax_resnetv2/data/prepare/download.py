@@ -39,17 +39,13 @@ def check_url(url: str) -> None:
 
 
 def download_file(url: str, directory: Path, title: str, names: str) -> Path:
-    """Download a gzip file with a progress bar, resuming an earlier attempt.
+    """Download a gzip file into ``directory``, resuming an earlier attempt.
 
-    Args:
-        url: the address.
-        directory: where the file is stored; created if needed.
-        title: the data set, for the progress bar.
-        names: the local files that could be given instead, for a message.
+    ``title`` is for the progress bar; ``names``, for a message, are the local files
+    that could be given instead.
 
     Raises:
-        RunError: there is no connection, it broke off, or the answer is not a gzip
-            file; the message names the alternatives.
+        RunError: there is no connection, it broke off, or the answer is another file.
         OSError: the disk is full or not writable.
     """
     directory.mkdir(parents=True, exist_ok=True)

@@ -31,11 +31,7 @@ class IdxFiles(OfficialFiles):
     """Images and labels to train on, images and labels to test on."""
 
     def read(self, paths: list[Path]) -> dict[str, Examples]:
-        """Read the splits "train" and "test" from the four files.
-
-        Raises:
-            UsageError: a file cannot be read, is damaged, or is another file.
-        """
+        """Read the splits "train" and "test" from the four files, or refuse them."""
         splits = {}
         for k, split in ((0, "train"), (2, "test")):
             with _reading(paths[k], _NAMES[k]) as file:

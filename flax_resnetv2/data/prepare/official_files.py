@@ -45,11 +45,7 @@ class OfficialFiles:
         return [f"{url.rstrip('/')}/{next(iter(choices))}" for choices in self.files]
 
     def find(self, path: str) -> list[Path]:
-        """Return the local files: ``path`` itself, or several in that directory.
-
-        Raises:
-            UsageError: a file does not exist, is not a file, or is not accessible.
-        """
+        """Return the local files: ``path`` itself, or several in that directory."""
         found = Path(os.path.expanduser(path))
         paths, needed = [found], "a local copy of"
         if len(self.files) > 1:
@@ -70,11 +66,7 @@ class OfficialFiles:
         return paths
 
     def check(self, paths: Mapping[str, Path]) -> None:
-        """Refuse files whose SHA-256 is not official.
-
-        Args:
-            paths: the files by their names in a message, in the order of ``files``.
-        """
+        """Refuse files, given by their names in a message, that are not official."""
         for (source, path), choices in zip(paths.items(), self.files, strict=True):
             with reading(path, f"{source} is damaged", "fetch it again") as file:
                 received = hashlib.file_digest(file, "sha256").hexdigest()
@@ -92,10 +84,7 @@ class OfficialFiles:
 def reading(path: Path, complaint: str, repair: str) -> Iterator[IO[bytes]]:
     """Open a file, and turn any exception while it is read into a ``UsageError``.
 
-    Args:
-        path: the file.
-        complaint, repair: begin and end of the message, if not the system but the
-            content of the file is the reason.
+    ``complaint`` and ``repair`` are about damage, not about errors of the system.
     """
     try:
         with path.open("rb") as file:

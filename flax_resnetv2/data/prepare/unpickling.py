@@ -26,14 +26,10 @@ _ALLOWED = re.compile(
 def load(content: bytes, instructions: int) -> dict[str | bytes, Any]:
     """Return the dictionary of a pickle of protocol 2 to 4.
 
-    Args:
-        content: the pickle.
-        instructions: the most that it may have; one byte of it can take a hundred
-            bytes of memory.
+    ``instructions`` limits their number, as each can take a hundred bytes of memory.
 
     Raises:
-        ValueError, TypeError, LookupError, AttributeError, RecursionError,
-        pickle.UnpicklingError: the pickle asks for anything else, or is damaged.
+        Exception: of several types; the pickle asks for anything else, or is damaged.
     """
     for count, (instruction, _, _) in enumerate(pickletools.genops(content)):
         if count == instructions:

@@ -54,9 +54,7 @@ SOURCES = {
     shapes.NAME: Source("1.0.0"),
 }
 """By the name in TFDS."""
-_OFFICIAL = {
-    files.spec.stored: files for files in (CIFAR10, CIFAR100, MNIST, FASHION_MNIST)
-}
+_OFFICIAL = {x.spec.stored: x for x in (CIFAR10, CIFAR100, MNIST, FASHION_MNIST)}
 
 
 def prepare(
@@ -67,14 +65,9 @@ def prepare(
     url: str | None = None,
     accept_checksum: bool = False,
 ) -> None:
-    """Write ``root/NAME/VERSION`` from local files or a download.
+    """Write ``root/NAME/VERSION`` from official files, local or downloaded.
 
-    Args:
-        name: a data set with official files, as "cifar10".
-        root: a directory of TFDS data sets.
-        archive: a local official archive, or a directory with the files.
-        url: a mirror of the official address; None: that address.
-        accept_checksum: accept files with another SHA-256.
+    ``archive``, ``url`` and ``accept_checksum`` are as of ``DataConfig``.
 
     Raises:
         UsageError: a file is missing, wrong or damaged; ``root`` is not writable.
