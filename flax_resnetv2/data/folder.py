@@ -140,7 +140,7 @@ def list_folder(path: str) -> Folder:
     if has_train := "train" in folders:
         test = next((name for name in TEST_FOLDERS if name in folders), None)
         if others := [name for name in folders if name not in ("train", test)]:
-            notes.append(f"left out beside train and test: {', '.join(others[:9])}")
+            notes.append(f"left out next to train and test: {', '.join(others[:9])}")
     train_images = _classes(root, root / "train" if has_train else root, ignored)
     names = tuple(train_images)
     if len(names) < 2:

@@ -55,7 +55,7 @@ def test_sub_folders_say_what_is_tested_on(tmp_path, test):
         f"{test}/{x}" for x in ("cat/000.png", "dog/000.png", "dog/001.png")
     }
     assert len(found.files["train"]) == 5
-    assert found.notes == ("left out beside train and test: spare",)
+    assert found.notes == ("left out next to train and test: spare",)
 
 
 def test_the_better_word_is_tested_on_where_both_are_there(tmp_path):
@@ -63,7 +63,7 @@ def test_the_better_word_is_tested_on_where_both_are_there(tmp_path):
         fill(tmp_path / "a" / name, {"cat": 1, "dog": 1})
     found = list_folder(str(tmp_path / "a"))
     assert {name.split("/")[0] for name in names(found, "test")} == {"test"}
-    assert found.notes == ("left out beside train and test: val",)
+    assert found.notes == ("left out next to train and test: val",)
 
 
 def test_images_lie_deeper_too_and_other_files_are_counted(tmp_path):

@@ -293,7 +293,7 @@ def test_a_run_stays_where_it_began(config, streamed, tmp_path, monkeypatch):
     run_fit(tmp_path, replace(config, train=replace(config.train, epochs=1)),
             dataset=streamed)  # fmt: skip
     open_ended = replace(config, data=replace(config.data, stream=None))
-    assert run_directory.as_begun(tmp_path, open_ended).data.stream is True
+    assert run_directory.fill_in_from_run(tmp_path, open_ended).data.stream is True
 
 
 def test_crops_of_images_in_memory_are_refused(config, in_memory, tmp_path):

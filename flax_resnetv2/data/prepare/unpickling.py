@@ -1,8 +1,8 @@
 """Load the pickled batches of CIFAR's Python archives without running their code.
 
 A pickle is a program: it can call any function by its name, and even harmless functions
-can fill the memory. Here only a few instructions are allowed, and only so many of them;
-the five names that a batch needs stand for the stand-ins below.
+can fill the memory. Here only a few instructions are allowed, up to a limited number,
+and the only functions are stand-ins for the five that the pickle of a batch names.
 
 >>> load(pickle.dumps({b"labels": [3, 8]}, protocol=2), instructions=100)
 {b'labels': [3, 8]}
@@ -104,7 +104,7 @@ class _UInt8:
 
 
 class _Array:
-    """An array, whose shape, dtype and content come with its state."""
+    """An array; its shape, dtype and content come with its state."""
 
     value: np.ndarray | None = None
 

@@ -189,9 +189,9 @@ def _write(name: str, root: Path, splits: dict[str, Examples]) -> None:
     spec = DATASETS[name]
 
     drawn = name == shapes.NAME
-    known = tfds.core.GeneratorBasedBuilder if drawn else tfds.builder_cls(name)
+    base = tfds.core.GeneratorBasedBuilder if drawn else tfds.builder_cls(name)
 
-    class Builder(known, skip_registration=True):  # type: ignore[valid-type, misc]
+    class Builder(base, skip_registration=True):
         """TFDS's own builder, if it has one, with examples that are given as arrays."""
 
         VERSION = tfds.core.Version(SOURCES[name].version)
@@ -225,7 +225,7 @@ def _write(name: str, root: Path, splits: dict[str, Examples]) -> None:
                 yield index, record
 
         def _log_download_bytes(self) -> None:
-            """Print nothing; TFDS announces a download, even where there is none."""
+            """Print nothing; TFDS would announce a download, even without one."""
 
         _log_download_done = _log_download_bytes
 
