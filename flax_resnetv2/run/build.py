@@ -17,9 +17,8 @@ def create_net(
 ) -> ResNetV2 | Autoencoder:
     """Plan and create the net, or the autoencoder, that a run trains.
 
-    Args:
-        config: the run, with ``architecture.num_classes`` filled in.
-        image_shape: (height, width, channels) of stored images.
+    ``config.architecture.num_classes`` is filled in, and ``image_shape`` is the
+    (height, width, channels) of stored images.
 
     Raises:
         UsageError: the architecture breaks a rule, or does not fit the images.
@@ -31,7 +30,7 @@ def create_net(
 
 
 def create_objective(config: Config, model: ResNetV2 | Autoencoder) -> Objective:
-    """Create the objective of ``model``, which ``create_net`` returned."""
+    """Create the objective of a net from ``create_net``."""
     a = config.architecture
     if a.head == "latent":
         weight = config.autoencoder.kl_weight if a.latent_variance else None

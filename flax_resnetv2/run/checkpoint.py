@@ -11,9 +11,9 @@ afterwards. The checksums do.
 import contextlib
 import copy
 import errno
+import itertools
 import json
 import logging
-import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -122,10 +122,8 @@ class Checkpointer:
     def restore(self, step: int, like: Any) -> tuple[Any, Any]:
         """Read the state and the notes of ``step``.
 
-        Args:
-            step: one of ``steps``.
-            like: arrays or jax.ShapeDtypeStructs that define the state's structure,
-                shapes, dtypes and shardings.
+        ``like`` is a state of arrays, or jax.ShapeDtypeStructs, with the same structure
+        and shapes, and the shardings to restore to.
 
         Raises:
             DamagedError: it is not, bit for bit, what was saved.
@@ -151,12 +149,9 @@ class Checkpointer:
         return state, record["notes"]
 
     def restore_newest(self, like: Any) -> tuple[int, Any, Any] | None:
-        """Read the newest checkpoint that is not damaged.
+        """Return step, state and notes of the newest whole checkpoint, if any.
 
         Logs damaged ones and, unless read only, renames them to "damaged-STEP-N".
-
-        Returns:
-            Its step, state and notes; None if there is no checkpoint.
 
         Raises:
             RunError: all checkpoints are damaged, or have other arrays than ``like``.
@@ -199,11 +194,7 @@ class Checkpointer:
         # If another process has died, waiting for it would take minutes.
 
     def close(self) -> None:
-        """Wait until everything is on disk.
-
-        Raises:
-            RunError: it cannot be written.
-        """
+        """Wait until everything is on disk, and close orbax; raises as ``save``."""
         try:
             self.wait()
         except RunError:
@@ -213,7 +204,7 @@ class Checkpointer:
         self._manager.close()
 
     def wait(self) -> None:
-        """Wait until what was saved is on disk; raises as ``close``."""
+        """Wait until what was saved is on disk; raises as ``save``."""
         self._finish_writing()
         try:
             self._manager.wait_until_finished()
@@ -223,8 +214,7 @@ class Checkpointer:
     def _finish_writing(self) -> None:
         """Wait for the thread; orbax may still be writing what it started."""
         writing, self._writing = self._writing, None
-        error = writing and writing.exception()
-        if error:
+        if error := writing and writing.exception():
             self._newest = None
             raise self._unwritten(error) from error
 
@@ -258,28 +248,21 @@ class Checkpointer:
         """Rename a damaged checkpoint, so that it is no longer listed."""
         if jax.process_index() == 0:
             path = self._directory / str(step)
-            number = 1
-            while (aside := path.with_name(f"damaged-{step}-{number}")).exists():
-                number += 1
-            os.rename(path, aside)
+            asides = (path.with_name(f"damaged-{step}-{n}") for n in itertools.count(1))
+            path.rename(next(aside for aside in asides if not aside.exists()))
         multihost_utils.sync_global_devices(f"{step} is set aside")
         self._manager.reload()
 
     def _unwritten(self, error: BaseException) -> RunError:
-        # Not ``steps``, which includes those that are not complete.
-        names = [path.name for path in self._directory.glob("*")]
-        newest = max((int(name) for name in names if name.isdigit()), default=None)
+        # Not ``self.steps()``, which may include the one that failed.
+        steps = [int(p.name) for p in self._directory.glob("*") if p.name.isdigit()]
+        newest = f"the newest is of step {max(steps):,}" if steps else "there is none"
         reason = _reason(error)
         full = re.search("No space|quota|File too large", reason)
         return RunError(
-            f"a checkpoint cannot be written in {self._directory} ({reason}); "
-            + (
-                "there is none"
-                if newest is None
-                else f"the newest is of step {newest:,}"
-            )
-            + ("; free some space" if full else "; repair that")
-            + ", and give the same command to resume from there"
+            f"a checkpoint cannot be written in {self._directory} ({reason}); {newest};"
+            f" {'free some space' if full else 'repair that'}, and give the same "
+            "command to resume from there"
         )
 
 

@@ -72,10 +72,9 @@ class Config:
 
 
 def check_config(config: Config) -> None:
-    """Check what needs neither data nor devices; ``plan`` checks the architecture.
+    """Check what needs neither data nor devices; raise ``UsageError``.
 
-    Raises:
-        UsageError: a field is out of its range, or two do not fit together.
+    ``plan`` checks the architecture.
     """
     check_dataclass(config, Config)
     check_train(config.train)
@@ -108,11 +107,7 @@ def check_config(config: Config) -> None:
 
 
 def check_shape(config: Config, shape: tuple[int, int, int]) -> None:
-    """Check what depends on the image shape (height, width, channels).
-
-    Raises:
-        UsageError: a field is out of its range.
-    """
+    """Check what depends on the image shape (height, width, channels)."""
     side, channels = min(config.augment.input_shape(shape)[:2]), shape[2]
     for name in ("crop_padding", "cutout"):
         value = getattr(config.augment, name)

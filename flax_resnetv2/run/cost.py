@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.model.architecture import Execution
@@ -37,8 +38,6 @@ PEAK_FLOPS = {
 From the data sheets: SXM variants in bfloat16 (V100: float16), and TPU chips (v3: per
 core, half a chip, which is one JAX device)."""
 
-_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
-
 
 @dataclass(frozen=True)
 class StepCost:
@@ -62,22 +61,14 @@ class StepCost:
         return replace(self, fixed_bytes=self.fixed_bytes + size_of(trees))
 
     def bytes(self, share: int) -> int:
-        """Predict the memory of a device that computes ``share`` images of a batch.
-
-        This is a lower bound, because the compiler also needs work space.
-        """
+        """Predict memory for ``share`` images, without the compiler's work space."""
         return self.fixed_bytes + share // self.parts * self.image_bytes
 
     def check(self, batch: int, devices: int, limit: int | None) -> None:
-        """Refuse a batch that cannot fit.
+        """Raise ``UsageError`` if a number of devices cannot share a batch.
 
-        Args:
-            batch: images per step, over all devices.
-            devices: the number of devices that share it.
-            limit: memory of one device in bytes; None: unknown, nothing is refused.
-
-        Raises:
-            UsageError: names the largest batch that would fit, and alternatives.
+        ``limit`` is the memory of one device in bytes, or None if unknown. The message
+        names the largest batch that would fit, and alternatives.
         """
         share = batch // devices
         needed = self.bytes(share)
@@ -116,23 +107,21 @@ class StepCost:
 def step_cost(
     model: ResNetV2 | Autoencoder, input_shape: tuple[int, int, int], parts: int = 1
 ) -> StepCost:
-    """Predict what a training step costs, without the state and data on the device.
+    """Predict the cost of a training step, without the state and data on the device.
 
-    Args:
-        model: the net, or autoencoder, that is trained.
-        input_shape: (height, width, channels) of its input.
-        parts: parts of a batch, computed one after the other.
+    ``input_shape`` is (height, width, channels); ``parts`` as in ``StepCost``.
     """
     rows, execution = net_layers(model, input_shape), model.execution
     last_layer = f"layer{len(model.plan.stacks[0].units[0].layers)}/conv"
     kept = [row for row in rows if _is_kept(row, execution, last_layer)]
     parameters = sum(row.parameters for row in rows)
+    size = [jnp.dtype(d).itemsize for d in (execution.dtype, execution.param_dtype)]
     return StepCost(
         parameters=parameters,
         flops=6.0 * sum(row.multiply_adds for row in rows),
-        image_bytes=sum(math.prod(row.shape) for row in kept) * _BYTES[execution.dtype],
+        image_bytes=sum(math.prod(row.shape) for row in kept) * size[0],
         # Gradients are as large as the parameters, and so is their sum over parts.
-        fixed_bytes=parameters * _BYTES[execution.param_dtype] * min(parts, 2),
+        fixed_bytes=parameters * size[1] * min(parts, 2),
         execution=execution,
         parts=parts,
     )

@@ -98,27 +98,21 @@ def fit(
             notes = [f"changed: {x}" for x in run_directory.check_same(workdir, config)]
             if training is None:
                 training = _resumed(trainer, kept)
-                done = training.done
-                if profile and profile[0] < done < total:
-                    notes.append(f"not traced: step {profile[0]} is done already")
-                    profile = None
-                check_steps(profile, done, total)
-                if done > total:
-                    raise UsageError(
-                        f"train.epochs={config.train.epochs} is less than this run has "
-                        f"done: {done // trainer.steps_per_epoch}; give that or more"
-                    )
-            if first:
-                run_directory.write_records(
-                    workdir, config, dataset, devices, training.done
+            done = training.done
+            if profile and profile[0] < done < total:
+                notes.append(f"not traced: step {profile[0]} is done already")
+                profile = None
+            check_steps(profile, done, total)
+            if done > total:
+                raise UsageError(
+                    f"train.epochs={config.train.epochs} is less than this run has "
+                    f"done: {done // trainer.steps_per_epoch}; give that or more"
                 )
+            if first:
+                run_directory.write_records(workdir, config, dataset, devices, done)
             with (
                 Reporter(
-                    workdir,
-                    began,
-                    total,
-                    training.done,
-                    batch,
+                    *(workdir, began, total, done, batch),
                     flops=cost.flops,
                     peak=peak and peak * placement.count,
                     silent=not first,
@@ -304,16 +298,11 @@ class _Training:
         return sums
 
     def _log(self, checkpoints: Checkpointer, report: Reporter) -> None:
-        sums = dict(self._training_sums(checkpoints))
-        self._sums = None
-        norms, steps = sums.pop("gradient_norm"), sums["steps"]
-        report.training(
-            self.done,
-            self._epoch,
-            sums,
-            learning_rate=float(self.trainer.schedule(self.done - 1)),
-            gradient_norm={k: v / steps for k, v in norms.items()},
-        )
+        sums, self._sums = self._training_sums(checkpoints), None
+        norms = {k: v / sums["steps"] for k, v in sums["gradient_norm"].items()}
+        rate = float(self.trainer.schedule(self.done - 1))
+        more = {"learning_rate": rate, "gradient_norm": norms}
+        report.training(self.done, self._epoch, sums, **more)
 
     def _save(self, checkpoints: Checkpointer, report: Reporter) -> None:
         """Save, unless this step is saved; a state that is not finite never is."""
@@ -350,8 +339,7 @@ class _Training:
                 what = f"the {split} loss after step {self.done:,}"
                 raise _diverged(what, checkpoints)
             more = {}
-            correct = sums.get("correct", 0.0)
-            if self._reaches(split, correct / sums["count"]):
+            if self._reaches(split, sums.get("correct", 0.0) / sums["count"]):
                 more["epochs_to"] = self._epoch
             more["residual_ratio"] = {
                 stack: [
@@ -362,8 +350,7 @@ class _Training:
             }
             line = report.evaluation(split, self.done, self._epoch, sums, **more)
             if split == "validation":
-                score = line.get("accuracy", -line["loss"])
-                self._validation[str(self.done)] = score
+                self._validation[str(self.done)] = line.get("accuracy", -line["loss"])
         return True
 
 

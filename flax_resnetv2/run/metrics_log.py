@@ -9,14 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import rich
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+import rich.progress
 
 from flax_resnetv2.run.run_directory import read_metrics
 from flax_resnetv2.system.files import write_whole
@@ -35,15 +28,13 @@ _MEANS = {
 class Reporter:
     """Writes ``metrics.jsonl``, logs each line, and shows a progress bar.
 
-    The bar is shown if rich's global console is a terminal and this log shows INFO; the
-    bar then replaces the log lines of training.
+    The bar replaces the log lines of training, if rich's global console is a terminal
+    and the log shows INFO.
 
     Args:
-        workdir: contains ``metrics.jsonl``. Lines after step ``done`` are removed, so
-            that a resumed run has each step once.
+        workdir: the run directory. Lines after step ``done`` are removed.
         began: ``time.perf_counter()`` at the start of the run.
-        total: steps of the whole run.
-        done: steps done before.
+        total, done: steps of the whole run, and steps done before.
         batch_size: images per step.
         flops: FLOPs of training on one image.
         peak: FLOP/s of all devices together; None: unknown.
@@ -63,8 +54,7 @@ class Reporter:
         silent: bool = False,
         tensorboard: bool = False,
     ) -> None:
-        """Open the files."""
-        self._flops, self._peak, self._silent = flops, peak, silent
+        self._flops, self._peak = flops, peak
         self.last: dict[str, dict[str, Any]] = {}
         """The newest line of each split."""
         self._began, self._total, self._batch = began, total, batch_size
@@ -81,7 +71,7 @@ class Reporter:
             if not path.exists() or path.read_bytes() != wanted.encode():
                 write_whole(path, wanted)
             self._file = path.open("a", buffering=1)
-        if tensorboard and not silent:
+        if not silent and tensorboard:
             from tensorboardX import SummaryWriter
 
             shutil.rmtree(workdir / "tensorboard", ignore_errors=True)
@@ -90,12 +80,12 @@ class Reporter:
                 self._write_scalars(line)
         console = rich.get_console()
         shown = console.is_terminal and _logger.isEnabledFor(logging.INFO)
-        self._bar = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+        self._bar = rich.progress.Progress(
+            "step",
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.BarColumn(),
+            rich.progress.TimeRemainingColumn(),
+            "{task.description}",
             console=console,
             disable=silent or not shown,
         )
@@ -113,7 +103,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Log one line."""
-        if not self._silent:
+        if self._file:
             _logger.info(text)
 
     def sync(self) -> None:
@@ -198,7 +188,7 @@ class Reporter:
 
 
 def _summary(line: dict[str, Any], digits: int = 3) -> str:
-    """Format a line's loss, and those of its other metrics that it has."""
+    """Format the loss and the other metrics of a line."""
     text = f"loss {line['loss']:.3f}"
     for name in ("accuracy", "squared_error", "kl"):
         if name in line:

@@ -64,14 +64,12 @@ class Placement:
     def shard(self, tree: Any) -> Any:
         """Split the rows [B, ...] of host arrays evenly over the devices."""
 
-        def put(rows: np.ndarray) -> jax.Array:
+        def put(x: np.ndarray) -> jax.Array:
             if self.executor == "jit":
-                return jax.make_array_from_process_local_data(
-                    self._batch_sharding, rows
-                )
+                return jax.make_array_from_process_local_data(self._batch_sharding, x)
             count = len(self.devices)
-            rows = rows.reshape(count, len(rows) // count, *rows.shape[1:])
-            return jax.device_put(rows, self._batch_sharding)
+            x = x.reshape(count, len(x) // count, *x.shape[1:])
+            return jax.device_put(x, self._batch_sharding)
 
         return jax.tree.map(put, tree)
 
@@ -88,13 +86,14 @@ class Placement:
         if self.executor == "jit":
             whole = PartitionSpec()
             mapped = jax.shard_map(
-                function,
+                lambda first, rest: function(first, *rest),
                 mesh=self._mesh,
-                in_specs=(whole, PartitionSpec(AXIS)) if sharded else whole,
+                in_specs=(whole, PartitionSpec(AXIS) if sharded else whole),
                 out_specs=whole,
                 check_vma=False,  # like pmap, which does not check that outputs agree
             )
-            return jax.jit(mapped, donate_argnums=(0,) if donate else ())
+            mapped = jax.jit(mapped, donate_argnums=(0,) if donate else ())
+            return lambda first, *rest: mapped(first, rest)
         mapped = jax.pmap(
             # pmap needs one argument with a mapped axis, hence the device's number.
             lambda number, first, rest: function(first, *rest),

@@ -18,8 +18,7 @@ class Recipe:
     config: Config
     description: str
     published: str | None = None
-    """Test accuracy that others report for this training; None: no one has trained it
-    before."""
+    """Test accuracy that others report for this training; None: no report."""
 
 
 _ONE_CYCLE = TrainConfig(
@@ -85,10 +84,9 @@ _CPU_HOUR = Config(
 _PAPER = Config(
     train=TrainConfig(nesterov=False, warmup_epochs=1.0, lr_drops=(80 / 200, 121 / 200))
 )
-# Atienza's script, except for what has no field here: it shifts images by 10 % and
-# repeats their border, subtracts the mean of each pixel, does not decay the
-# classifier's kernel, and halves the rate at its last drop. Keras's l2(1e-4) is a decay
-# of 2e-4.
+# Atienza's script, except that it shifts images by 10 % and repeats their border,
+# subtracts the mean of each pixel, does not decay the classifier's kernel, and halves
+# the rate at its last drop. Keras's l2(1e-4) is a decay of 2e-4.
 _BOOK = Config(
     augment=AugmentConfig(crop_padding=3),
     train=TrainConfig(
@@ -191,11 +189,8 @@ def _recipes() -> Iterator[tuple[str, Config, str] | tuple[str, Config, str, str
     yield "quickstart", _QUICKSTART, about
     about = "14 layers of basic units, bfloat16, Muon; CIFAR-10 on one large GPU"
     yield "cifar10-fast", _FAST, about
-    about = (
-        "18 layers of basic units at full resolution, bfloat16, Muon; CIFAR-10 on one "
-        "large GPU, for 96 %"
-    )
-    yield "cifar10-accurate", _ACCURATE, about
+    about = "18 layers of basic units at full resolution, bfloat16, Muon; CIFAR-10 on"
+    yield "cifar10-accurate", _ACCURATE, f"{about} one large GPU, for 96 %"
     about = "14 layers of basic units; CIFAR-10 in an hour on two CPU cores"
     yield "cifar10-cpu-hour", _CPU_HOUR, about
     for name, preset in PRESETS.items():
@@ -261,25 +256,14 @@ def _recipes() -> Iterator[tuple[str, Config, str] | tuple[str, Config, str, str
 
 def _encoder(config: Config, variational: bool) -> Config:
     """Turn a classifier's configuration into that of an autoencoder."""
-    return replace(
-        config,
-        # Averages over a map would lose where in the image something is.
-        architecture=replace(
-            config.architecture,
-            head="latent",
-            head_input="flattened",
-            latent_variance=variational,
-        ),
-        # A shifted image has a border that the latent vector need not store.
-        augment=replace(config.augment, crop_padding=0),
-        train=replace(
-            config.train,
-            optimizer="adamw",
-            learning_rate=2e-3,
-            weight_decay=1e-2,
-            label_smoothing=0.0,
-        ),
-    )
+    # Averages over a map would lose where in the image something is.
+    head = {"head": "latent", "head_input": "flattened", "latent_variance": variational}
+    # A shifted image has a border that the latent vector need not store.
+    augment = replace(config.augment, crop_padding=0)
+    adamw = {"optimizer": "adamw", "learning_rate": 2e-3, "weight_decay": 1e-2}
+    train = replace(config.train, label_smoothing=0.0, **adamw)
+    net = replace(config.architecture, **head)
+    return replace(config, architecture=net, augment=augment, train=train)
 
 
 RECIPES: dict[str, Recipe] = {name: Recipe(*rest) for name, *rest in _recipes()}

@@ -7,6 +7,7 @@ It holds ``config.json``, ``dataset.json``, ``environment.json`` (an entry per s
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import platform
@@ -37,15 +38,11 @@ MAY_CHANGE = {
 def new_workdir(recipe: str) -> Iterator[Path]:
     """Create the first runs/RECIPE-N that does not exist; remove it if it stays empty.
 
-    It is created at once, so two runs that start together get two directories.
-
-    Raises:
-        UsageError: it cannot be created.
+    It is created at once, so two runs that start together get two directories. Errors
+    as of ``make_directory``.
     """
-    number, path = 1, Path("runs") / f"{recipe}-1"
-    while not make_directory(path, new=True):
-        number += 1
-        path = path.with_name(f"{recipe}-{number}")
+    paths = (Path("runs") / f"{recipe}-{n}" for n in itertools.count(1))
+    path = next(path for path in paths if make_directory(path, new=True))
     try:
         yield path
     finally:
@@ -55,25 +52,20 @@ def new_workdir(recipe: str) -> Iterator[Path]:
 
 
 def make_directory(path: Path, new: bool = False) -> bool:
-    """Create a run's directory, and check that it can be written.
-
-    Returns:
-        False if it should be ``new`` and exists.
+    """Create a run's directory; return False if it should be ``new`` and exists.
 
     Raises:
         UsageError: it cannot be created or written.
     """
-    reason = None
     try:
         path.mkdir(parents=True, exist_ok=not new)
+        reason = None if os.access(path, os.W_OK) else "permission denied"
     except FileExistsError:
         if new:
             return False
         reason = "it is a file"
     except OSError as error:
         reason = error.strerror
-    if reason is None and not os.access(path, os.W_OK):
-        reason = "permission denied"
     if reason is not None:
         raise UsageError(
             f"workdir={path} cannot be written ({reason}); choose another --workdir"
@@ -140,20 +132,12 @@ def load_config(workdir: str | Path) -> Config:
 
 
 def load_environment(workdir: str | Path) -> list[dict[str, Any]]:
-    """Read ``environment.json`` of a run: commit, versions, devices of each start.
-
-    Raises:
-        UsageError: it is damaged.
-    """
+    """Read commit, versions and devices of each start; errors as of ``load_config``."""
     return _load(Path(workdir) / "environment.json", list)
 
 
 def load_dataset_summary(workdir: str | Path) -> dict[str, Any]:
-    """Read ``dataset.json`` of a run: name, class_names, image_shape, num_images, ...
-
-    Raises:
-        UsageError: it is missing or damaged.
-    """
+    """Read name, class_names, image_shape, ...; errors as of ``load_config``."""
     path = Path(workdir) / "dataset.json"
     if not path.is_file():
         raise UsageError(f"{workdir} has no dataset.json; resume the run to write it")
@@ -179,10 +163,7 @@ def _damaged(path: Path, reason: str) -> UsageError:
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
-    """Read the lines of ``metrics.jsonl``, without damaged ones.
-
-    The last line is damaged if the run was killed while it wrote it.
-    """
+    """Read the lines of ``metrics.jsonl``, except damaged ones (of a killed run)."""
     path, lines = Path(workdir) / "metrics.jsonl", []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, TypeError, KeyError):
@@ -194,11 +175,7 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
 
 
 def check_data(workdir: Path, dataset: Dataset) -> None:
-    """Refuse to resume with other images, or with the same images in another order.
-
-    Raises:
-        UsageError: names the splits that differ.
-    """
+    """Refuse, by ``UsageError``, to resume with other images or another order."""
     if not (workdir / "dataset.json").exists():
         return
     before, now = load_dataset_summary(workdir).get("checksums"), _checksums(dataset)
@@ -215,7 +192,7 @@ def _checksums(dataset: Dataset) -> dict[str, str]:
     return {name: f"{s.checksum():08x}" for name, s in dataset.splits.items()}
 
 
-def as_begun(workdir: Path, config: Config) -> Config:
+def fill_in_from_run(workdir: Path, config: Config) -> Config:
     """Fill in what was decided when the run began, where None leaves it open."""
     if not is_run(workdir):
         return config
@@ -239,7 +216,7 @@ def check_same(workdir: Path, config: Config) -> list[str]:
     """
     if not is_run(workdir):
         return []
-    found = differences(load_config(workdir), as_begun(workdir, config))
+    found = differences(load_config(workdir), fill_in_from_run(workdir, config))
     # All other schedules depend on the number of epochs.
     constant = config.train.schedule == "constant"
     allowed = MAY_CHANGE | ({"train.epochs"} if constant else set())
@@ -283,7 +260,7 @@ def write_records(
 
 def _environment(devices: list[jax.Device]) -> dict[str, Any]:
     """Describe a start of the run: date, commit, versions and devices."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    packages = "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),

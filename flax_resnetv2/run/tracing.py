@@ -13,11 +13,7 @@ Steps = tuple[int, int]
 
 
 def parse_steps(text: str | None) -> Steps | None:
-    """Read "20:30" as (20, 30).
-
-    Raises:
-        UsageError: the text is not of this form.
-    """
+    """Read "20:30" as (20, 30), or raise ``UsageError``."""
     if text is None:
         return None
     found = re.fullmatch(r"(\d+):(\d+)", text)
@@ -28,11 +24,7 @@ def parse_steps(text: str | None) -> Steps | None:
 
 
 def check_steps(steps: Steps | None, done: int, total: int) -> None:
-    """Refuse to trace steps that are not among those after ``done`` of ``total``.
-
-    Raises:
-        UsageError: names the steps that can be traced.
-    """
+    """Refuse, by ``UsageError``, steps that do not follow ``done`` of ``total``."""
     if steps is None or done <= steps[0] < steps[1] <= total:
         return
     first, end = steps

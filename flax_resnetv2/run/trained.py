@@ -8,15 +8,10 @@ import jax
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.model.autoencoder import Autoencoder
 from flax_resnetv2.model.modules import ResNetV2
+from flax_resnetv2.run import run_directory
 from flax_resnetv2.run.build import create_net
 from flax_resnetv2.run.checkpoint import Checkpointer, best_step
 from flax_resnetv2.run.config import Config
-from flax_resnetv2.run.run_directory import (
-    load_config,
-    load_dataset_summary,
-    load_environment,
-    read_metrics,
-)
 from flax_resnetv2.training.step import train_state_shapes
 from flax_resnetv2.validation import check_choice
 
@@ -49,7 +44,8 @@ def restore(workdir: str | Path, checkpoint: CheckpointChoice = "newest") -> Tra
         RunError: the checkpoints are damaged.
     """
     check_choice("checkpoint", checkpoint, ("newest", "best"))
-    config, summary = load_config(workdir), load_dataset_summary(workdir)
+    config = run_directory.load_config(workdir)
+    summary = run_directory.load_dataset_summary(workdir)
     classes, asked = len(summary["class_names"]), config.architecture.num_classes
     if config.architecture.head == "classifier" and classes != asked:
         raise UsageError(
@@ -83,17 +79,8 @@ def restore(workdir: str | Path, checkpoint: CheckpointChoice = "newest") -> Tra
             raise missing
         else:
             step, state, _ = found
-    tests = [
-        line
-        for line in read_metrics(workdir)
-        if line["split"] == "test" and line["step"] <= step
-    ]
-    return TrainedNet(
-        config,
-        summary,
-        step,
-        model,
-        state.variables(),
-        tests[-1] if tests else None,
-        load_environment(workdir)[-1],
-    )
+    tests = [x for x in run_directory.read_metrics(workdir) if x["split"] == "test"]
+    test = next((x for x in reversed(tests) if x["step"] <= step), None)
+    environment = run_directory.load_environment(workdir)[-1]
+    variables = state.variables()
+    return TrainedNet(config, summary, step, model, variables, test, environment)

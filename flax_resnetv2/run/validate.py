@@ -7,7 +7,6 @@ the run uses this plan.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 
@@ -27,20 +26,10 @@ IN_MEMORY = 4
 """Images are streamed if they need more than a device's memory divided by this."""
 
 
-class ValidRun(NamedTuple):
-    """A run that can start."""
-
-    config: Config
-    """The configuration with every field filled in."""
-    dataset: Dataset
-    model: ResNetV2 | Autoencoder
-    """The planned net; batch statistics are not yet synchronized over devices."""
-
-
 def validate(
     config: Config, workdir: Path, devices: int, limit: int | None
-) -> ValidRun:
-    """Check everything, fill in the configuration, and open the data set.
+) -> tuple[Config, Dataset, ResNetV2 | Autoencoder]:
+    """Check everything, fill in the configuration, open the data set, plan the net.
 
     Args:
         config, workdir: the run and its directory.
@@ -58,17 +47,13 @@ def validate(
         )
     dataset = open_dataset(config.data)
     run_directory.check_data(workdir, dataset)
-    return ValidRun(fill_in(config, dataset), dataset, model)
+    return fill_in(config, dataset), dataset, model
 
 
 def validate_static(
     config: Config, workdir: Path, devices: int, limit: int | None
 ) -> tuple[Config, ResNetV2 | Autoencoder]:
-    """Check everything that needs no image; arguments and errors as of ``validate``.
-
-    Returns:
-        The configuration as far as it can be filled in, and the planned net.
-    """
+    """Check and fill in what needs no image; arguments as of ``validate``."""
     check_config(config)
     summary = describe(config.data)
     config = fill_in_classes(config, summary)
@@ -76,7 +61,7 @@ def validate_static(
     model = create_net(config, summary.image_shape)
     _check_devices(config, devices)
     run_directory.check_same(workdir, config)
-    config = run_directory.as_begun(workdir, config)
+    config = run_directory.fill_in_from_run(workdir, config)
     config = _choose_streaming(config, summary, limit)
     _check_weights(config, summary.image_shape, workdir)
     return config, model
@@ -124,11 +109,10 @@ def _check_weights(
     """Refuse ``weights`` that a new run could not open or use."""
     if config.weights is None or run_directory.is_run(workdir):
         return
-    expected, channels = len(NORMALIZATION.mean), image_shape[2]
-    if channels != expected:
+    if image_shape[2] != 3:
         raise UsageError(
-            f"weights={config.weights} are for images of {expected} channels, and "
-            f"those of {config.data.name} have {channels}; leave the weights out"
+            f"weights={config.weights} are for images of 3 channels, and those of "
+            f"{config.data.name} have {image_shape[2]}; leave the weights out"
         )
     try:
         weights.check_file(config.weights)
@@ -161,11 +145,7 @@ def fill_in(config: Config, dataset: Dataset) -> Config:
 
 
 def check_fits(config: Config, dataset: Dataset) -> None:
-    """Refuse a configuration that does not fit the data set.
-
-    Raises:
-        UsageError: the number of classes, the crops or the batch size do not fit.
-    """
+    """Raise ``UsageError`` if classes, crops or batch size do not fit the data set."""
     classes, asked = len(dataset.class_names), config.architecture.num_classes
     if config.architecture.head == "classifier" and classes != asked:
         raise UsageError(

@@ -119,8 +119,7 @@ def targets(
 ) -> jax.Array:
     """Turn the labels of a ``Batch`` into targets, ``dtype`` [B, classes].
 
-    One class per image becomes a distribution over the classes, smoothed towards the
-    uniform one; several labels become probabilities, each smoothed towards 1/2.
+    Classes are smoothed towards the uniform distribution, several labels towards 1/2.
     """
     if label.ndim == 1:
         target = jax.nn.one_hot(label, classes, dtype=dtype)

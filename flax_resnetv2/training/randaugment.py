@@ -87,8 +87,7 @@ def plan_change(
     Args:
         operation: int32, an index into ``OPERATIONS``.
         strength: float32 from 0 (no change) to 1 (the strongest).
-        sign: float32, 1 or -1: the direction of a move, and whether a blend
-            strengthens or weakens.
+        sign: float32, 1 or -1: direction of a move, or of a blend (more or less).
         shape: (height, width, channels).
     """
     height, width, _ = shape

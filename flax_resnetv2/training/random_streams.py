@@ -38,12 +38,9 @@ def initial_key(seed: int) -> jax.Array:
 
 
 def image_keys(key: jax.Array, step: jax.Array, positions: jax.Array) -> jax.Array:
-    """Return the keys [B] of a step's images.
+    """Return the keys [B] of a step's images, by position [B] in the global batch.
 
-    Args:
-        key: the run's key, ``jax.random.key(seed)``.
-        step: int32 scalar.
-        positions: int32 [B], each image's position in the global batch.
+    ``key`` is that of the run, ``jax.random.key(seed)``.
     """
     at_step = jax.random.fold_in(key, step)
     return jax.vmap(lambda position: jax.random.fold_in(at_step, position))(positions)

@@ -97,8 +97,7 @@ def train_state_shapes(
 class TrainStep:
     """The pure training step ``step(state, batch) -> (state, metrics)``.
 
-    It consists of ``inputs``, ``loss`` and ``update``, which can also be called one by
-    one. ``make_train_step`` creates it.
+    It calls ``inputs``, ``loss`` and ``update``. ``make_train_step`` creates it.
 
     Metrics are sums over the images (``loss`` and, for a classifier, ``correct``) with
     their ``count``, and sums over the steps (``gradient_norm`` by part of the net) with

@@ -1,4 +1,4 @@
-"""The fault harness on a short run; the long one: ``python -m tests.support.faults``."""
+"""The fault harness on a short run (long: ``python -m tests.support.faults``)."""
 
 import shutil
 import signal
@@ -13,7 +13,7 @@ EPOCHS = 2
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A run that nobody disturbs."""
+    """An undisturbed run."""
     workdir = tmp_path_factory.mktemp("faults") / "alone"
     faults.finish(workdir, EPOCHS, 1)
     return workdir
@@ -31,15 +31,15 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(alone, name, kills):
 
 
 def test_the_harness_sees_a_difference(alone, tmp_path):
-    """A line that says something else, and one bit of an array."""
+    """A line with another number, and arrays of another step."""
     other = tmp_path / "other"
     shutil.copytree(alone, other)
     text = (other / "metrics.jsonl").read_text()
     (other / "metrics.jsonl").write_text(
         text.replace('"count": 448', '"count": 449', 1)
     )
-    (said,) = faults.compare(alone, other)
-    assert said.startswith("metrics.jsonl: ")
+    (difference,) = faults.compare(alone, other)
+    assert difference.startswith("metrics.jsonl: ")
     (other / "metrics.jsonl").write_text(text)
     newest = other / "checkpoints" / str(faults.steps_of(other))
     shutil.rmtree(newest)

@@ -1,4 +1,4 @@
-"""Several processes of one run, on loopback."""
+"""Several processes of one run, connected through the loopback interface."""
 
 import json
 import shutil
@@ -48,8 +48,8 @@ if code not in (0, 75):
     exit_without_peers(code)
 sys.exit(code)
 """
-"""A process of CONFIG in float64; records: the directory of those to read from disk;
-more: after how many steps which process is asked to stop."""
+"""One process of a run of CONFIG in float64. records: the directory to stream from, if
+any. more: the number of steps after which a process gets a signal, and its index."""
 
 
 def start(workdir, count, devices=1, executor="pmap", records="", more=()):
@@ -70,10 +70,10 @@ def start(workdir, count, devices=1, executor="pmap", records="", more=()):
 
 
 def end(processes, codes=(0,)):
-    """What they said, when all have left."""
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    assert {process.returncode for process in processes} <= set(codes), said
-    return said
+    """Return the output of all processes, after they have exited."""
+    output = [process.communicate(timeout=300)[0] for process in processes]
+    assert {process.returncode for process in processes} <= set(codes), output
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -96,18 +96,18 @@ def assert_same_losses(one, other):
 
 @pytest.fixture(scope="module")
 def together(alone):
-    """The run on two processes; what the first of them said."""
-    said = end(start(alone / "together", 2))
-    for other in said[1:]:
+    """The run on two processes, and the output of the first."""
+    output = end(start(alone / "together", 2))
+    for other in output[1:]:
         assert "step" not in other
-    return alone / "together", said[0]
+    return alone / "together", output[0]
 
 
 def test_two_processes_do_what_one_does(alone, together):
     """Each image counts once, one process writes, and the losses agree."""
-    workdir, said = together
+    workdir, output = together
     assert_same_losses(alone / "alone", workdir)
-    assert "2 cpu devices of 2 processes" in said
+    assert "2 cpu devices of 2 processes" in output
     assert len(json.loads((workdir / "environment.json").read_text())) == 1
 
 
@@ -119,23 +119,23 @@ def test_so_do_four_and_the_other_executor(alone, count, executor):
 
 
 def test_each_reads_its_own_images_from_disk(alone, tmp_path):
-    """Whatever maps the step."""
+    """With both executors."""
     directory = prepare_tiny(tmp_path)
     end(start(alone / "from-disk", 1, devices=2, records=directory))
     for executor in ("pmap", "jit"):
         workdir = alone / f"from-disk-{executor}"
-        said = end(start(workdir, 2, executor=executor, records=directory))
-        assert "read from disk" in said[0]
+        output = end(start(workdir, 2, executor=executor, records=directory))
+        assert "read from disk" in output[0]
         assert_same_losses(alone / "from-disk", workdir)
 
 
 def test_a_signal_to_one_process_stops_all_and_all_go_on(alone, together):
-    """As many as before to the same bits, another number to the same losses."""
+    """The same number of processes to the same bits, another to the same losses."""
     workdir = alone / "stopped"
-    said = end(start(workdir, 2, more=["7", "1"]), codes=(75,))
-    # The signal is heard between two steps.
-    assert all("stopped by" in text for text in said)
-    assert "SIGTERM" in said[1]
+    output = end(start(workdir, 2, more=["7", "1"]), codes=(75,))
+    # The signal takes effect between two steps.
+    assert all("stopped by" in text for text in output)
+    assert "SIGTERM" in output[1]
     steps = [int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*")]
     assert max(steps) == 7
     shutil.copytree(workdir, alone / "changed")

@@ -1,14 +1,14 @@
-"""Kill a run at random moments until enough; it must end as one that was left alone.
+"""Kill a run at random moments; it must end like an undisturbed one.
 
     python -m tests.support.faults --kills 50                # kill -9, one process
     python -m tests.support.faults --kills 20 --with-signal TERM
     python -m tests.support.faults --kills 10 --processes 2
 
-Each kill comes after a random time of the process's life: while it starts, compiles,
+Each kill comes a random time after the process started: while it starts, compiles,
 trains, evaluates or writes a checkpoint (every five steps). Then all fields of
-``metrics.jsonl`` but the times, and every byte of the last checkpoint's arrays, are
-compared with those of an undisturbed run. A line of JSON says what was found; the exit
-code is 1 if anything differs.
+``metrics.jsonl`` except the times, and every byte of the last checkpoint's arrays, are
+compared with those of an undisturbed run. The result is printed as a line of JSON; the
+exit code is 1 if anything differs.
 """
 
 import json
@@ -36,28 +36,28 @@ RUN = [
 ]
 """148 steps an epoch, about a hundred a second."""
 LIMIT = 360
-"""Seconds after which a process that should end counts as hanging: more than the five
-minutes that processes wait for each other to start."""
+"""Seconds after which a process that should exit counts as hanging: more than the five
+minutes that processes wait for each other to connect."""
 
 
 @dataclass
 class Faults:
-    """What became of a run that was killed again and again."""
+    """The results of killing a run repeatedly."""
 
     kills: int = 0
     early: int = 0
-    """Lives without a new checkpoint."""
+    """Processes that were killed before they wrote a checkpoint."""
     whole: int = 0
-    """Lives that ended with exit code 75: stopped and saved."""
+    """Processes that exited with code 75: stopped and saved."""
     leaving: list[float] = field(default_factory=list)
-    """Seconds from a kill until the last process had left."""
+    """Seconds from a kill until the last process had exited."""
     codes: list[int] = field(default_factory=list)
-    """Exit codes of those that were not killed."""
+    """Exit codes of processes that were not killed."""
     differences: list[str] = field(default_factory=list)
 
 
 def start(workdir: Path, epochs: int, processes: int) -> list[subprocess.Popen]:
-    """Start the run, or let it go on."""
+    """Start or resume the run."""
     command = [
         sys.executable,
         "train.py",
@@ -89,7 +89,7 @@ def start(workdir: Path, epochs: int, processes: int) -> list[subprocess.Popen]:
 
 
 def wait(lives: list[subprocess.Popen], seconds: float) -> list[int | None]:
-    """Exit codes after so many seconds at most; None: still running."""
+    """Wait at most this long; return exit codes, or None for those still running."""
     until = time.monotonic() + seconds
     while any(life.poll() is None for life in lives) and time.monotonic() < until:
         time.sleep(0.01)
@@ -106,16 +106,16 @@ def disturb(
     seed: int,
     after_progress: bool = False,
 ) -> Faults:
-    """Kill one of the processes again and again, each time in another life.
+    """Start the run and kill one of its processes, repeatedly.
 
     Args:
         workdir, epochs, processes: the run.
-        kills: how often.
+        kills: number of kills.
         number: the signal.
-        longest: seconds, of which a random part passes before the kill.
-        seed: of these parts.
-        after_progress: they count from the first checkpoint of a life on, not from its
-            start.
+        longest: largest number of seconds before a kill.
+        seed: seed of the random times.
+        after_progress: measure the time from the first new checkpoint, not from the
+            start of the process.
     """
     rng, found = random.Random(seed), Faults()
     while found.kills < kills:
@@ -127,9 +127,7 @@ def disturb(
         codes = wait(lives, rng.uniform(0, longest))
         if None not in codes:
             if any(codes):
-                raise SystemExit(
-                    f"a life ended by itself with {codes}; see {workdir}.log"
-                )
+                raise SystemExit(f"the run failed with {codes}; see {workdir}.log")
             raise SystemExit(f"it ended after {found.kills} kills; give more --epochs")
         victim = rng.choice([life for life in lives if life.poll() is None])
         victim.send_signal(number)
@@ -141,51 +139,51 @@ def disturb(
             for life in lives:
                 life.kill()
                 life.wait()
-        # Heard before the first step it ends a process at once, later it is saved.
+        # Before the first step a signal ends the process at once; later it saves.
         code = victim.returncode
         if number != signal.SIGKILL and code not in (75, 130, -number):
-            found.differences.append(f"the one that was asked to stop left with {code}")
+            found.differences.append(f"the signaled process exited with {code}")
         found.kills += 1
         found.early += steps_of(workdir) == before
         found.whole += 75 in codes
         others = [c for c, life in zip(codes, lives, strict=True) if life is not victim]
         found.codes += others
         if 0 in others:
-            found.differences.append("a survivor left with exit code 0")
+            found.differences.append("a surviving process exited with code 0")
         print(f"kill {found.kills}: {codes}, step {steps_of(workdir)}", flush=True)
     return found
 
 
 def steps_of(workdir: Path) -> int:
-    """The newest step that is saved."""
+    """Return the newest step that is saved."""
     steps = (workdir / "checkpoints").glob("[0-9]*")
     return max((int(p.name) for p in steps if p.name.isdigit()), default=0)
 
 
 def finish(workdir: Path, epochs: int, processes: int) -> None:
-    """Let a run go to its end."""
+    """Run to the end."""
     lives = start(workdir, epochs, processes)
     for life in lives:
         life.wait(timeout=3600)
     if any(life.returncode for life in lives):
-        raise SystemExit(f"a run that was left alone failed; see {workdir}.log")
+        raise SystemExit(f"an undisturbed run failed; see {workdir}.log")
 
 
 def lines_of(workdir: Path) -> list[dict]:
-    """All fields but the times."""
+    """Return all lines of metrics without the times."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
 def arrays_of(workdir: Path) -> dict[str, bytes]:
-    """The bytes of every array of the newest checkpoint, by orbax alone."""
+    """Return the bytes of every array of the newest checkpoint, using orbax alone."""
     import jax
     import numpy as np
     import orbax.checkpoint as ocp
 
     newest = workdir / "checkpoints" / str(steps_of(workdir)) / "state"
     with warnings.catch_warnings(action="ignore"), ocp.PyTreeCheckpointer() as reader:
-        # Of other devices than this process has: as arrays of NumPy.
+        # As NumPy arrays, because the run had other devices than this process.
         plain = jax.tree.map(
             lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
             reader.metadata(newest.absolute()).item_metadata.tree,
@@ -198,17 +196,17 @@ def arrays_of(workdir: Path) -> dict[str, bytes]:
 
 
 def compare(one: Path, other: Path) -> list[str]:
-    """What differs between two runs."""
-    said = []
+    """Return the differences between two runs."""
+    found = []
     a, b = lines_of(one), lines_of(other)
     if a != b:
         at = next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), -1)
-        said.append(f"metrics.jsonl: {len(a)} and {len(b)} lines, differing at {at}")
+        found.append(f"metrics.jsonl: {len(a)} and {len(b)} lines, differing at {at}")
     x, y = arrays_of(one), arrays_of(other)
-    said += [
+    found += [
         f"array {name}" for name in x.keys() | y.keys() if x.get(name) != y.get(name)
     ]
-    return said
+    return found
 
 
 def main(
@@ -220,21 +218,21 @@ def main(
     seed: int = 0,
     directory: str | None = None,
 ) -> int:
-    """Kill a run again and again.
+    """Kill a run repeatedly and compare it with an undisturbed one.
 
     Args:
-        kills: How often.
+        kills: Number of kills.
         with_signal: KILL, TERM or INT.
-        processes: That make up the run; each kill hits one of them, by chance.
-        epochs: Of the run: it must be long enough for all kills.
-        longest: Seconds of the longest life.
-        seed: Of the moments.
-        directory: Where the runs lie; None: a temporary one, removed at the end.
+        processes: Number of processes of the run; each kill hits a random one.
+        epochs: Length of the run, which must suffice for all kills.
+        longest: Largest number of seconds before a kill.
+        seed: Seed of the random times.
+        directory: Directory of the runs; None: a temporary one, deleted at the end.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        place = Path(directory or temporary)
-        place.mkdir(parents=True, exist_ok=True)
-        alone, killed = place / f"alone-{processes}", place / f"killed-{with_signal}"
+        root = Path(directory or temporary)
+        root.mkdir(parents=True, exist_ok=True)
+        alone, killed = root / f"alone-{processes}", root / f"killed-{with_signal}"
         began = time.monotonic()
         finish(alone, epochs, processes)
         undisturbed = time.monotonic() - began

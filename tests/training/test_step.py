@@ -16,6 +16,7 @@ from flax_resnetv2 import (
     Execution,
     Predictor,
     TrainConfig,
+    TrainState,
     UsageError,
     create_model,
     create_train_state,
@@ -54,6 +55,13 @@ def state_of(model, config):
 @pytest.fixture(scope="module")
 def model():
     return create_model(tiny.NET)
+
+
+def sums_of(logits, target, batch):
+    """Return the loss and the number of correct answers of a classification."""
+    classification = objective.Classification(4, "float32", PLAIN)
+    sums = classification.train_metrics(logits, target, batch)
+    return sums["loss"], sums["correct"]
 
 
 # Schedules
@@ -255,12 +263,50 @@ def test_the_step_is_a_pure_function_of_sums(model):
     assert float(metrics["loss"]) > 0
 
 
+def test_a_steps_parts_called_one_by_one_are_the_step():
+    """Bit for bit, with options that change each part."""
+    config = TrainConfig(
+        epochs=1,
+        schedule="constant",
+        ema_decay=0.9,
+        clip_norm=1.0,
+        label_smoothing=0.1,
+        stochastic_depth=0.3,
+    )
+    pixels = replace(PIXELS, mixup=0.5, randaugment=1, cutout=2)
+    model = create_model(tiny.SMALL)
+    step = make_train_step(model, config, pixels, seed=3, steps_per_epoch=10)
+    state, batch = state_of(model, config), batch_of(8, padding=1)
+    state = state.replace(step=jnp.int32(4))
+    inputs = jax.eval_shape(step.inputs, state.step, batch)
+    assert inputs.images.shape == (8, *tiny.SHAPE)
+    assert inputs.target.shape == (8, 4)
+    assert inputs.arguments["residual_scale"].shape == (8, 2)
+
+    @jax.jit
+    def apart(state, batch):
+        inputs = step.inputs(state.step, batch)
+        gradient, (stats, sums) = jax.grad(step.loss, has_aux=True)(
+            state.params, state.batch_stats, inputs, batch, batch.mask.sum()
+        )
+        return step.update(state, gradient, stats), sums
+
+    @jax.jit
+    def whole(state, batch):
+        new, metrics = step(state, batch)
+        return new, {name: metrics[name] for name in ("loss", "correct")}
+
+    (new, sums), expected = apart(state, batch), whole(state, batch)
+    jax.tree.map(np.testing.assert_array_equal, (new, sums), expected)
+    assert int(new.step) == 5
+
+
 def test_the_loss_is_the_sum_of_smoothed_cross_entropies(float64):
     logits = jnp.asarray([[1.0, 2.0, 0.0], [0.5, 0.0, 3.0], [9.0, 0.0, 0.0]])
     label = jnp.asarray([1, 0, 2])
     batch = Batch(None, label, jnp.asarray([True, True, False]))
     smoothed = objective.targets(label, 3, 0.3, "float64")
-    loss, correct = objective.classification_sums(logits, smoothed, batch)
+    loss, correct = sums_of(logits, smoothed, batch)
     log = np.asarray(logits) - np.log(np.exp(logits).sum(-1, keepdims=True))
     target = np.full((3, 3), 0.1) + 0.7 * np.eye(3)[[1, 0, 2]]
     expected = -(target * log).sum(-1)[:2].sum()
@@ -275,7 +321,7 @@ def test_several_labels_have_a_sigmoid_each(float64):
     batch = jax.tree.map(jnp.asarray, Batch(None, label, mask))
     target = objective.targets(batch.label, 4, 0.2, "float64")
     np.testing.assert_allclose(target, 0.1 + 0.8 * label, rtol=1e-12)
-    loss, correct = objective.classification_sums(jnp.asarray(logits), target, batch)
+    loss, correct = sums_of(jnp.asarray(logits), target, batch)
     p = 1 / (1 + np.exp(-logits))
     t = np.asarray(target)
     terms = -(t * np.log(p) + (1 - t) * np.log(1 - p))
@@ -464,7 +510,7 @@ def small_step(config, pixels=PLAIN, seed=0):
     model = create_model(tiny.SMALL)
     step = make_train_step(model, config, pixels, seed=seed, steps_per_epoch=10)
     variables = tiny.variables_of(model)
-    state = step.TrainState(
+    state = TrainState(
         step=jnp.int32(0),
         params=variables["params"],
         batch_stats=variables["batch_stats"],
@@ -566,18 +612,14 @@ def test_a_masked_row_gives_neither_loss_nor_gradient_nor_hit():
     # Every row is right.
     logits = 5 * jax.nn.one_hot(batch.label, 4)
     target = objective.targets(batch.label, 4, 0.1, "float32")
-    loss, correct = objective.classification_sums(logits, target, batch)
+    loss, correct = sums_of(logits, target, batch)
     assert int(correct) == 4
-    np.testing.assert_allclose(
-        loss, objective.classification_sums(logits[:4], target[:4], few)[0], rtol=1e-6
-    )
-    gradient = jax.grad(lambda x: objective.classification_sums(x, target, batch)[0])(
-        logits
-    )
+    np.testing.assert_allclose(loss, sums_of(logits[:4], target[:4], few)[0], rtol=1e-6)
+    gradient = jax.grad(lambda x: sums_of(x, target, batch)[0])(logits)
     assert not gradient[4:].any()
     assert gradient[:4].any(1).all()
     # Not even where a masked row is beyond all numbers.
-    wild = objective.classification_sums(logits.at[5].set(jnp.inf), target, batch)[0]
+    wild = sums_of(logits.at[5].set(jnp.inf), target, batch)[0]
     np.testing.assert_array_equal(wild, loss)
 
 
@@ -657,3 +699,27 @@ def test_other_versions_train_and_are_evaluated(name):
     evaluated = make_eval_step(model, PLAIN)(state.variables(), batch)
     assert np.isfinite(float(evaluated["loss"]))
     assert evaluated["count"] == 16
+
+
+# Other platforms
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_the_steps_lower_for_cpu_cuda_and_tpu(kind):
+    model = create_model(tiny.NET)
+    config = TrainConfig(epochs=1, schedule="constant")
+    state, batch = state_of(model, config), batch_of(4)
+    if kind == "train":
+        made = make_train_step(model, config, PIXELS, seed=0, steps_per_epoch=10)
+        step, first = lambda params, batch: made(
+            state.replace(params=params), batch
+        )[1], state.params  # fmt: skip
+    else:
+        step, first = make_eval_step(model, PIXELS), state.variables()
+    exported = jax.export.export(jax.jit(step), platforms=PLATFORMS)(first, batch)
+    assert exported.platforms == PLATFORMS
+    metrics, expected = exported.call(first, batch), jax.jit(step)(first, batch)
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-6)
+    assert int(metrics["count"]) == 4
