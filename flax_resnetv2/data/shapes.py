@@ -149,3 +149,4 @@ _SHAPES: dict[str, Shape] = {
 center of a shape of radius r."""
 
 SHAPE_CLASSES = tuple(_SHAPES)
+"""Names of the ten drawn shapes, in the order of their labels."""
