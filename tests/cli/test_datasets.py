@@ -36,7 +36,7 @@ def train(recipe, flags):
     assert train_command.main([recipe, *shlex.split(SMALL), *shlex.split(flags)]) == 0
 
 
-def facts(run):
+def summary(run):
     return json.loads((run / "dataset.json").read_text())
 
 
@@ -47,8 +47,8 @@ def test_cifar100_from_its_archive(home, capsys, name):
     source = "--data.archive a.tar.gz --data.accept-checksum"
     train("cifar100-article", f"{where} {source}")
     names = list(DATASETS[name].class_names)
-    assert facts(home / "run")["class_names"] == names
-    assert facts(home / "run")["images"] == {"train": 12, "test": 4}
+    assert summary(home / "run")["class_names"] == names
+    assert summary(home / "run")["num_images"] == {"train": 12, "test": 4}
     config = json.loads((home / "run" / "config.json").read_text())
     # Left to the data set, and stored as what it was then.
     assert config["architecture"]["num_classes"] == len(names)
@@ -64,10 +64,10 @@ def test_celeba_as_tfds_prepared_it(home, capsys):
     archives.write_celeba(home / "data", train=16)
     where = "--data.dir data --data.image-size 16 --workdir run"
     train("celeba-article", where)
-    found = facts(home / "run")
+    found = summary(home / "run")
     assert found["class_names"] == list(DATASETS["celeba"].class_names)
     assert found["multi_label"] is True
-    assert found["images"] == {"train": 16, "test": 5}
+    assert found["num_images"] == {"train": 16, "test": 5}
     lines = (home / "run" / "metrics.jsonl").read_text().splitlines()
     assert all(0 <= json.loads(line)["accuracy"] <= 1 for line in lines)
     train("celeba-article", where)
@@ -109,9 +109,9 @@ def test_a_folder_of_images_of_many_kinds(home, capsys):
     said = capsys.readouterr().out
     assert "folder:pets: every tenth image of a class is tested on" in said
     assert "folder:pets: left out as no images: 1 .txt" in said
-    found = facts(home / "run")
+    found = summary(home / "run")
     assert found["class_names"] == ["cat", "dog", "newt"]
-    assert found["images"] == {"train": 27, "test": 3}
+    assert found["num_images"] == {"train": 27, "test": 3}
     assert found["image_shape"] == [8, 8, 3]
 
     def finished(run):
@@ -150,9 +150,9 @@ def test_mnist_from_its_files(home, capsys):
     archives.write_files(home / "files", archives.idx_files())
     where = "--data.dir data --workdir run --data.validation 4"
     train("mnist-article", f"{where} --data.archive files --data.accept-checksum")
-    found = facts(home / "run")
+    found = summary(home / "run")
     assert found["image_shape"] == [28, 28, 1]
-    assert found["images"] == {"train": 8, "test": 4, "validation": 4}
+    assert found["num_images"] == {"train": 8, "test": 4, "validation": 4}
     config = json.loads((home / "run" / "config.json").read_text())
     assert len(config["augment"]["mean"]) == len(config["augment"]["std"]) == 1
     # A color image is seen in gray.

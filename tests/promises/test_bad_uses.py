@@ -104,7 +104,7 @@ def snapshot(*roots):
 
 RULE_OR_REPAIR = (
     r"\b(must|needs?|choose|give|given|name|set|add|make|remove|convert|download|train|"
-    r"restore|resume|scale|leave|wait)\b"
+    r"restore|resume|bring|scale|leave|wait)\b"
 )
 
 
