@@ -1,8 +1,4 @@
-"""``python -m flax_resnetv2 COMMAND``.
-
-If packages are missing or broken, so that the commands cannot be loaded, ``doctor``
-still lists which ones.
-"""
+"""``python -m flax_resnetv2 COMMAND``; with broken packages ``doctor`` lists these."""
 
 import sys
 

@@ -33,20 +33,15 @@ _ACCELERATORS = {
     "an NVIDIA GPU": ("nvidia[0-9]*", "cuda", "cuda13"),
     "a TPU": ("accel[0-9]*", "tpu", "tpu"),
 }
-"""The driver's files in /dev, JAX's name of the backend, and the extra of package jax.
-"""
+"""Files of the driver in /dev, name of JAX's backend, extra of the package jax."""
 
 
 def doctor(words: list[str], /) -> int:
-    """Check what train.py would find and do with the same recipe and flags.
-
-    The exit code is 1 if there is a problem.
-    """
+    """Check what train.py would find and do; exit with 1 if there is a problem."""
     # Flags without a recipe are for quickstart.
     if not words or re.match(r"--(?!help$)", words[0]):
         words = ["quickstart", *words]
-    about = "Check what train.py would find and do with the same words."
-    command = parse(words, "python -m flax_resnetv2 doctor", about)
+    command = parse(words, "python -m flax_resnetv2 doctor", doctor.__doc__)
     return installed.print_findings(examine(command, shlex.join(["train.py", *words])))
 
 
@@ -168,8 +163,7 @@ def data(config: DataConfig) -> Iterator[Finding]:
         return
     counts = ", ".join(f"{count:,} {split}" for split, count in sizes.items())
     yield Finding("ok", "data", f"{text}; images: {counts}")
-    for note in describe(config).notes:
-        yield Finding("note", "data", note)
+    yield from (Finding("note", "data", note) for note in describe(config).notes)
     if decoded:
         size = amount(decoded.stat().st_size, "B")
         yield Finding("ok", "data", f"decoded images are kept in {decoded}: {size}")
@@ -237,12 +231,9 @@ def run(command: TrainCommand, line: str) -> Iterator[Finding]:
     where = f"in {parent}" if command.workdir else "in a new directory of runs"
     if command.workdir and run_directory.is_run(parent):
         where += ", resuming the run there"
-    yield Finding(
-        "ok",
-        "run",
-        f"{line}: {cost.parameters:,} parameters, {train.epochs} epochs of "
-        f"{steps:,} steps, {train.batch_size} images per step{each}; {where}",
-    )
+    text = f"{line}: {cost.parameters:,} parameters, {train.epochs} epochs of "
+    text += f"{steps:,} steps, {train.batch_size} images per step{each}; {where}"
+    yield Finding("ok", "run", text)
 
 
 class _Streamed(Dataset):

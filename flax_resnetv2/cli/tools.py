@@ -109,8 +109,7 @@ class SweepCommand:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs of each override."""
     report: bool = False
-    """Train nothing; write sweep.md and sweep.png of the finished runs. Only --workdir
-    is needed."""
+    """Train nothing; write sweep.md and sweep.png of the finished runs in --workdir."""
 
 
 def sweep(words: list[str], /) -> None:
@@ -128,16 +127,14 @@ def sweep(words: list[str], /) -> None:
     shared = train.parse(rest, prog, "Flags of every run of a sweep.")
     if train.check_processes(shared.multi_process):
         raise UsageError(
-            "each run of a sweep is one process; leave --distributed and --processes "
-            "out"
+            "a run of a sweep is one process; leave --distributed and --processes out"
         )
     overrides = [text.strip() for text in command.vary or ("",)]
     varied = [(text, _override(shared, text)) for text in overrides]
-    seeds = {config.seed for _, config in varied}
-    if changed := seeds - {RECIPES[shared.recipe].config.seed}:
+    usual = RECIPES[shared.recipe].config.seed
+    if changed := {config.seed for _, config in varied} - {usual}:
         raise UsageError(
-            f"seed={changed.pop()} cannot be set in a sweep; give all seeds by "
-            "--seeds, as --seeds 0 1"
+            f"seed={changed.pop()} cannot be set in a sweep; give all seeds by --seeds"
         )
     planned = sweeps.plan_sweep(rest, shared.config, varied, command.seeds)
     sweeps.run_sweep(planned, workdir)
@@ -203,11 +200,7 @@ def reconstruct(
 
 
 def export(
-    net: str,
-    /,
-    to: str,
-    checkpoint: CheckpointChoice = "newest",
-    card: bool = False,
+    net: str, /, to: str, checkpoint: CheckpointChoice = "newest", card: bool = False
 ) -> None:
     """Write a trained net to one file, for this package or for other programs.
 

@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -144,9 +143,7 @@ def _train(words: list[str]) -> None:
     )
 
 
-def open_workdir(
-    command: RecipeCommand, suffix: str = ""
-) -> AbstractContextManager[str | Path]:
+def open_workdir(command: RecipeCommand, suffix: str = "") -> AbstractContextManager:
     """Return the directory that --workdir names, or a new one in runs/."""
     if command.workdir == "":
         raise UsageError("workdir='' names no directory; give --workdir DIR")
