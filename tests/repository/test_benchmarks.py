@@ -422,7 +422,7 @@ def test_a_short_log_has_a_line_an_epoch():
 def test_what_a_study_compares_can_be_trained(name, protocol):
     for override in studies.STUDIES[name].overrides.values():
         words = [*studies.PROTOCOLS[protocol].words.split(), *override.split()]
-        _, config, _ = train_command.parse(words, "x", "y")
+        config = train_command.parse(words, "x", "y").config
         check_config(config)
         create_net(config, (32, 32, 3))
 
