@@ -349,7 +349,7 @@ def run_tests(file: str, tiny: bool) -> dict[str, Any]:
     environment = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     if not tiny:
         environment.pop("JAX_PLATFORMS", None)
-    chosen = ["-m", "not slow", "-k", "not device", "-q", "--tb=short", file]
+    chosen = ["-m", "not exhaustive", "-k", "not device", "-q", "--tb=short", file]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *chosen],
         cwd=ROOT,

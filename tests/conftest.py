@@ -1,6 +1,12 @@
-"""Strict JAX for every test: eight CPU devices, no implicit promotion of dtypes."""
+"""Strict JAX for every test: eight CPU devices, no implicit promotion of dtypes.
+
+``exhaustive.txt`` lists the tests that take long and repeat, with more cases or at full
+size, what another test checks: ``python -m pytest -m exhaustive`` runs these alone, and
+``-m ""`` all tests.
+"""
 
 import gc
+from pathlib import Path
 
 import jax
 import pytest
@@ -23,6 +29,32 @@ def key():
     return jax.random.key(0)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
+def pytest_collection_modifyitems(items):
+    """Mark the tests of ``exhaustive.txt``: one case, or all cases of a function."""
+    lines = Path(__file__).with_name("exhaustive.txt").read_text().splitlines()
+    listed = {line for line in lines if not line.startswith("#")}
+    for item in items:
+        name = item.nodeid.removeprefix("tests/")
+        if name in listed or name.partition("[")[0] in listed:
+            item.add_marker(pytest.mark.exhaustive)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compile_once(tmp_path_factory):
+    """Keep compiled programs on disk for this session and its child processes, because
+    most tests compile the same tiny nets."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "programs"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
     """Free the programs of a module's tests: each maps pieces of memory, of which Linux
@@ -33,9 +65,8 @@ def _forget_programs():
 
 
 @pytest.fixture(autouse=True)
-def _keep_no_programs():
-    """Undo what a command did: it keeps compiled programs from then on, and XLA has
-    crashed writing one of a later test."""
+def _restore_cache():
+    """Undo what a command changed: where compiled programs are kept."""
     before = jax.config.jax_compilation_cache_dir
     yield
     if jax.config.jax_compilation_cache_dir != before:

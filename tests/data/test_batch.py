@@ -228,7 +228,6 @@ def has_cifar10():
 
 # The README's users run the tests without CIFAR-10, which is no dependency that can be
 # installed; `.ci/run` has it.
-@pytest.mark.slow
 @pytest.mark.skipif(
     not has_cifar10(), reason="needs TFDS_DATA_DIR, a directory with cifar10 prepared"
 )

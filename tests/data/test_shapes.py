@@ -47,7 +47,6 @@ def test_an_unknown_split_is_refused():
         draw_shapes("validation")
 
 
-@pytest.mark.slow
 def test_a_linear_model_learns_little(splits):
     result = softmax_regression(*splits["train"], *splits["test"])
     assert result["test_accuracy"] <= 0.5

@@ -23,13 +23,10 @@ from tests.support import tiny
 from tests.support.prepared import prepare
 from tests.support.runs import (
     CONFIG,
-    compiled_once,  # noqa: F401  the fixture
     run_fit,
     stop_after,
     untimed,
 )
-
-pytestmark = pytest.mark.usefixtures("compiled_once")
 
 SHAPE = (8, 8, 3)
 

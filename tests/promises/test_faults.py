@@ -7,7 +7,6 @@ import pytest
 
 from tests.support import faults
 
-pytestmark = pytest.mark.slow
 EPOCHS = 2
 
 

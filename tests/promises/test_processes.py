@@ -13,8 +13,6 @@ import pytest
 from tests.data.test_streaming import prepare_tiny
 from tests.support.runs import lines_of, untimed
 
-pytestmark = pytest.mark.slow
-
 MEMBER = """
 import sys
 from dataclasses import replace

@@ -568,7 +568,6 @@ def expected_output(net, shape):
     return [(2, net.latent)] * (1 + net.latent_variance)
 
 
-@pytest.mark.slow
 def test_linen_makes_what_the_plan_says():
     made = Counter()
 
@@ -607,7 +606,6 @@ def test_linen_makes_what_the_plan_says():
     assert made["nets"] >= 30
 
 
-@pytest.mark.slow
 def test_what_is_legal_runs_forward_and_backward_in_finite_numbers():
     made = Counter()
 

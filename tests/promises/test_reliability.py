@@ -35,7 +35,6 @@ from tests.support.runs import (
     EVERY_5,
     VALIDATED,
     Chunked,
-    compiled_once,  # noqa: F401  the fixture
     configuration,
     data,
     lines_of,
@@ -45,7 +44,6 @@ from tests.support.runs import (
     untimed,
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
 STEPS = 12
 """Steps of CONFIG."""
 

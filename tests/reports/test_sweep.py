@@ -338,7 +338,6 @@ def is_free(workdir):
     return True
 
 
-@pytest.mark.slow
 def test_a_sweep_that_was_killed_and_stopped_goes_on(tmp_path, capsys):
     workdir, cache = tmp_path / "sweep", tmp_path / "cache"
     run = workdir / "unchanged" / "seed-7"

@@ -94,7 +94,6 @@ def python_blocks(path):
     return re.findall(r"```python\n(.*?)```", path.read_text(), re.S)
 
 
-@pytest.mark.slow
 def test_the_python_code_of_the_readme_runs(tmp_path):
     from PIL import Image
 

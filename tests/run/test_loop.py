@@ -27,7 +27,6 @@ from tests.support import runs, tiny
 from tests.support.runs import (
     CONFIG,
     VALIDATED,
-    compiled_once,  # noqa: F401  the fixture
     configuration,
     data,
     differing,
@@ -37,8 +36,6 @@ from tests.support.runs import (
     run_fit,
     untimed,
 )
-
-pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture

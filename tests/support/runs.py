@@ -6,7 +6,6 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from flax_resnetv2.data.batch import Split
 from flax_resnetv2.run import loop, trainer
@@ -15,19 +14,6 @@ from flax_resnetv2.training import optimizers, step
 from tests.support import tiny
 
 TIMES = {"seconds", "images_per_second"}
-
-
-@pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """Keep compiled programs on disk, for modules in which most tests run the same."""
-    cache = tmp_path_factory.mktemp("compiled")
-    old = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", old)
-    compilation_cache.reset_cache()  # or JAX would keep using it
 
 
 def data(train=50, validation=0, test=23):
