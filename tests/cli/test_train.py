@@ -176,7 +176,7 @@ def test_two_runs_that_start_together_take_two_directories(tmp_path, monkeypatch
         ),
         (
             "quickstart --architecture.strides 8 8 8",
-            ["stride=8", "stack 3, unit 1, layer 1", "already 1x1", "32x32"],
+            ["stride=8", "stack3/unit1/layer1", "already 1x1", "32x32"],
         ),
         ("quickstart --architecture.kernel 2", ["kernel", "odd", "2", "1, 3, 5"]),
         ("quickstart --train.ema-decay 1", ["train.ema_decay=1", "[0, 1)"]),
