@@ -50,7 +50,7 @@ def test_a_rate_that_never_was_too_high_is_no_answer(tmp_path):
     with pytest.raises(
         RunError, match=r"still falling at the highest rate, 0.05; give"
     ):
-        run(tmp_path / "rates", steps=40, highest=0.05)
+        run(tmp_path / "rates", steps=100, highest=0.05)
 
 
 def test_a_run_is_left_alone(tmp_path):
