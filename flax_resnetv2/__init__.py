@@ -115,7 +115,8 @@ _HOME = {
     "model.initial": "init_in_one_draw",
     "model.intermediates": "activations residual_ratios",
     "model.layer_table": "layer_table receptive_field",
-    "model.modules": "Head ResNetV2 ResidualLayer ResidualStack ResidualUnit Stem create_model",
+    "model.modules": "Head ResNetV2 ResidualLayer ResidualStack ResidualUnit Stem "
+    "create_model",
     "model.planning": "plan plan_stack plan_unit",
     "model.presets": "PRESETS",
     "model.semantics": "ARTICLE ATIENZA BIT HE2016 KERAS TIMM Semantics",
