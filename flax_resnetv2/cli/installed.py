@@ -19,7 +19,7 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parents[2]
 """The repository, if the package runs from it."""
 PYTHON = ">=3.11"
-"""As in pyproject.toml."""
+"""The supported versions of Python, as in pyproject.toml."""
 
 _MODULES = {"orbax-checkpoint": "orbax.checkpoint", "pillow": "PIL"}
 """Packages whose module has another name."""

@@ -63,7 +63,7 @@ class EvaluationRow:
 
     records: Records | Files
     scale: float = 1.0
-    """As of ``center_crop``."""
+    """Share of the shorter side that ``center_crop`` keeps."""
 
     def __call__(self, position: int) -> Row:
         """Read a row."""

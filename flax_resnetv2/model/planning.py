@@ -116,7 +116,7 @@ class StemPlan:
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """What follows the last stack."""
+    """The head: norm, pooling and the fully connected layers."""
 
     kind: Literal["classifier", "latent", "none"]
     norm: NormPlan | None

@@ -44,7 +44,7 @@ class Config:
     augment: AugmentConfig = AugmentConfig()
     """Normalization and augmentation of images."""
     architecture: Architecture = Architecture()
-    """The net."""
+    """The units, widths, strides and semantics of the net."""
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Seed of initial parameters, data order and augmentation."""
     weights: str | None = None

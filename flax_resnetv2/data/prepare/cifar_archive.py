@@ -45,7 +45,7 @@ class Archive(OfficialFiles):
     """Key of each label in a pickled batch, in the order of the label bytes before an
     image of a binary batch."""
     largest_member: int
-    """Bytes."""
+    """The largest size of a member, in bytes."""
     instructions: int
     """Most instructions of a pickled batch."""
 
