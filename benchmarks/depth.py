@@ -48,7 +48,7 @@ import numpy as np
 
 from benchmarks import peers
 from benchmarks.cpu import read_rows
-from benchmarks.gpu import MARK, ROOT, Job, run_job
+from benchmarks.jobs import MARK, ROOT, Job, run_job
 from benchmarks.measure import RESULTS, append, interleaved, provenance, summary
 from flax_resnetv2.data.batch import Batch
 from flax_resnetv2.model.architecture import Architecture, Execution

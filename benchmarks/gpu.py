@@ -1,14 +1,16 @@
 """All measurements on a GPU in one command, the most important first.
 
-    python -m benchmarks.gpu --minutes 25
+    python -m benchmarks.gpu --minutes 13
     python -m benchmarks.gpu --tiny        # the whole queue on a CPU, on tiny nets
+    python -m benchmarks.gpu --plan        # what it would do in that time
     python -m benchmarks.gpu --table
 
-A queue of jobs, each in its own process, so that a failure affects no other job: it
-leaves a row with the last line of its error. Rows are appended to
-``benchmarks/results/gpu.jsonl``. The same command resumes where it stopped: a job with
-a row of status "ok" is not run again, failed jobs come after those never tried, and no
-job is started for which too little time is left.
+A queue of jobs (``benchmarks.jobs``), each in its own process. First all programs are
+compiled at once, ours and PyTorch's, one process for each core, and files of tests run
+beside them; then the programs run one after the other with nothing beside. Rows are
+appended to ``benchmarks/results/gpu.jsonl``. The same command resumes where it
+stopped: a job with a row of status "ok" is not run again, failed jobs come after those
+never tried, and compiled programs are in ``build/gpu-cache``.
 
 We train in bfloat16 as ``fit`` does: several steps per dispatch, on a data set in the
 device's memory, with every batch gathered, cropped and mirrored inside the step.
@@ -17,30 +19,31 @@ normalized batch that stays on the device. Both wait once for the same number of
 This needs jax, flax, optax, numpy, pytest and torch, but not the packages of the
 command line.
 
-Jobs: "tests/FILE" (its fast tests that need one device, products in full float32),
-"peak" (matrix product and copy), "train/NET/BATCH/CONTESTANT", and
-"pipeline/NET/BATCH": gathering, normalizing and augmenting in comparison with one
-normalized batch, in turns, as a share of a step; and, if CIFAR-10 is available
-(``TFDS_DATA_DIR``), "accuracy/RECIPE/SEED" and "study/NAME", which add their lines to
+Jobs: "train/NET/BATCH/CONTESTANT" (contestants: ``VARIANTS`` and PyTorch's; our
+"ours-fixed" trains on one normalized batch, so what it saves is the data pipeline),
+"profile/NET/BATCH/CONTESTANT" (kernels of the same program by time), "tests/FILE" (its
+tests that need one device, products in full float32), "peak" (matrix product and copy),
+and "compile/NET/BATCH/CONTESTANT": compiled alone without a cache, and timed, because
+XLA chooses kernels by trying them, and a busy device could mislead it; "recompile/..."
+does that with the choices kept in a file. If CIFAR-10 is available
+(``TFDS_DATA_DIR``), "accuracy/RECIPE/SEED" and "study/NAME" add their lines to
 ``results`` (``benchmarks.studies page`` makes the page). These two save their state
-when the time is over and resume next time, so half an hour is enough to make progress.
-The model's FLOPs are six per multiply-add of ``layer_table``.
+when the time is over and resume next time, so a quarter of an hour is enough to make
+progress. The model's FLOPs are six per multiply-add of ``layer_table``.
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +54,10 @@ from jax import lax
 
 from benchmarks import peers
 from benchmarks.cpu import read_rows
-from benchmarks.measure import RESULTS, append, interleaved, summary
+from benchmarks.jobs import GRACE, MARK, ROOT, Job, plan, run_job, run_queue, serve
+from benchmarks.measure import RESULTS, interleaved, summary, usable_cores
 from flax_resnetv2.data.batch import Batch, Split, epoch_order, gather_batch
+from flax_resnetv2.model import ops
 from flax_resnetv2.model.architecture import Architecture, Execution
 from flax_resnetv2.model.modules import create_model
 from flax_resnetv2.model.presets import PRESETS
@@ -60,9 +65,8 @@ from flax_resnetv2.model.semantics import HE2016
 from flax_resnetv2.training.augment import AugmentConfig, positions
 from flax_resnetv2.training.step import make_train_step
 
-ROOT = Path(__file__).parent.parent
-MARK = "RESULT "
-"""Prefix of the line in which a job's process returns its row."""
+CACHE = ROOT / "build" / "gpu-cache"
+"""Compiled programs, ours and Inductor's, and the kernels that XLA chose."""
 AUGMENT = AugmentConfig(mean=peers.PIXELS.mean, std=peers.PIXELS.std)
 EAGER, COMPILED = "torch-eager", "torch-compile-"
 TESTS = {
@@ -72,8 +76,6 @@ TESTS = {
     "augment": "tests/training/test_augment.py",
 }
 """Test files by the name of the job that runs them."""
-GRACE = 60
-"""Seconds that a job has for saving."""
 ACCURACY = (
     ("cifar10-accurate", 5),
     ("cifar10-he2016-resnet164-paper", 5),
@@ -142,162 +144,127 @@ TINY_NETS = {
 
 
 @dataclass(frozen=True)
-class Job:
-    """One process of the queue."""
+class Variant:
+    """One way to run our step."""
 
-    id: str
-    command: tuple[str, ...]
-    """The command; it prints ``MARK`` and a JSON object, or fails."""
-    estimate: float
-    """Seconds that must be left to start it."""
-    timeout: float
-    """Seconds after which it is terminated."""
-    saves: bool = False
-    """Whether it saves on SIGTERM and later resumes."""
-
-
-def run_queue(
-    jobs: list[Job], out: Path, seconds: float, about: dict[str, Any] | None = None
-) -> None:
-    """Run the jobs without a row of status "ok" in ``out``, as long as time is left.
-
-    Args:
-        jobs: the most important first.
-        out: file of JSON lines; every job that was started appends one: "ok",
-            "failed" (with "error"), or "cut" if the queue's time was over first.
-        seconds: for all of them together.
-        about: fields for every row.
-    """
-    end = time.monotonic() + seconds
-    rows = read_rows(out)
-    tries = Counter(row["id"] for row in rows)
-    status = {row["id"]: row["status"] for row in rows}
-    waiting = [job for job in jobs if status.get(job.id) != "ok"]
-    # One cut once keeps its place; cut again, it may be longer than any run.
-    waiting.sort(
-        key=lambda j: status.get(j.id) == "failed" or (tries[j.id] > 1 and not j.saves)
-    )
-    print(f"{len(jobs)} jobs, {len(jobs) - len(waiting)} done before", flush=True)
-    for job in waiting:
-        left = end - time.monotonic()
-        if left < job.estimate:
-            print(f"{job.id}: not started, {left:.0f} s left", flush=True)
-            continue
-        print(f"{job.id}: started, {left:.0f} s left", flush=True)
-        row = run_job(job, left)
-        peak = _value(read_rows(out), "peak", "bfloat16_flops")
-        if peak and "model_flops" in row:
-            row["fraction_of_peak"] = round(row["model_flops"] / peak, 4)
-        append(out, {"benchmark": "gpu"} | row | (about or {}))
+    execution: dict[str, Any] = field(default_factory=dict)
+    """Changed fields of ``Execution``."""
+    xla: tuple[str, ...] = ()
+    """Flags of XLA's GPU compiler."""
+    patch: Callable[[], None] | None = None
+    """Changes the package before the step is traced; tried here before it is built."""
+    pipeline: bool = True
+    """Gather and augment every batch, or train on one normalized batch."""
 
 
-def run_job(job: Job, left: float = math.inf) -> dict[str, Any]:
-    """Run one job in its own process group; return its row, whatever happens."""
-    began, limit = time.monotonic(), min(job.timeout, left)
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            job.command,
-            cwd=ROOT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        timed_out = False
-        try:
-            process.wait(limit - GRACE if job.saves else limit)
-        except subprocess.TimeoutExpired:
-            timed_out = True
-            if job.saves:
-                os.killpg(process.pid, signal.SIGTERM)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(GRACE)
-        finally:
-            # The whole group: compilers' workers would hold the device.
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        output.seek(0)
-        text = output.read().decode(errors="replace")
-    seconds = round(time.monotonic() - began, 1)
-    row = {"id": job.id, "status": "ok", "job_seconds": seconds}
-    found = [line for line in text.splitlines() if line.startswith(MARK)]
-    if process.returncode == 0 and found:
-        return row | json.loads(found[-1].removeprefix(MARK))
-    if timed_out and left < job.timeout:
-        return row | {"status": "cut", "error": f"time over after {seconds} s"}
-    if timed_out:
-        return row | {"status": "failed", "error": f"ended after {seconds} s"}
-    return row | {
-        "status": "failed",
-        "exit_code": process.returncode,
-        "error": last_error(text) or "no output",
-    }
+def _one_pass() -> None:
+    """Read a map once for its moments: sums of x - s and its square, s any pixel."""
+
+    def moments(x: jax.Array, axis_name: str | None = None) -> tuple:
+        wide = ops.widened(x)
+        near = lax.stop_gradient(wide[:1, :1, :1])
+        centered = wide - near
+        mean = centered.mean(ops.SPACE)
+        variance = jnp.square(centered).mean(ops.SPACE) - jnp.square(mean)
+        return mean + near[0, 0, 0], variance
+
+    ops.plain_moments = moments
 
 
-def last_error(text: str) -> str:
-    """Return the last line that names an error, or else the last line."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    telling = re.compile(r"\w(Error|Exception)\b|RESOURCE_EXHAUSTED|^(E |FAILED)")
-    errors = [line for line in lines if telling.search(line)]
-    return (errors or lines or [""])[-1][:500]
+def _products() -> None:
+    """Compute 1x1 convolutions as products of matrices, as on the CPU."""
+    fastest = ops._fastest
+
+    def choose(size: int, stride: int, plain: Any, product: Any, *rest: Any) -> Any:
+        if size == 1:
+            return product(*rest[1:])
+        return fastest(size, stride, plain, product, *rest)
+
+    ops._fastest = choose
+
+
+VARIANTS = {
+    "ours": Variant(),
+    "ours-fixed": Variant(pipeline=False),
+    "ours-remat-nothing": Variant({"remat": "nothing"}),
+    "ours-remat-units": Variant({"remat": "units"}),
+    "ours-automatic": Variant({"remat": "nothing", "backward": "automatic"}),
+    "ours-one-pass": Variant(patch=_one_pass),
+    "ours-products": Variant(patch=_products),
+    "ours-buffers": Variant(xla=("--xla_gpu_enable_command_buffer=+WHILE",)),
+    "ours-conv-fusion": Variant(
+        xla=("--xla_gpu_experimental_enable_conv_fusion=true",)
+    ),
+}
+"""Our contestants by name."""
 
 
 def queue(tiny: bool) -> list[Job]:
     """Return all jobs, the most important first."""
-    ours, eager, default = "ours", EAGER, COMPILED + "default"
+    eager, default = EAGER, COMPILED + "default"
     graphs = COMPILED + "reduce-overhead"
     tuned = COMPILED + "max-autotune-no-cudagraphs"
-    every = (ours, eager, default, graphs, tuned)
-    kept, units = "ours-remat-nothing", "ours-remat-units"
+    rivals = "ours", eager, default
+    tried = (
+        *("ours-one-pass", "ours-products", "ours-buffers", "ours-conv-fusion"),
+        *("ours-remat-nothing", "ours-automatic"),
+    )
     n20, n164, n1001, big = (
         "he2016-resnet20", "he2016-resnet164", "he2016-resnet1001", "resnet50-sized",
     )  # fmt: skip
     if tiny:
-        plan = [
-            ("tiny", 8, (*every, kept, units)),
-            ("tiny-pooled", 8, (ours, eager, default)),
-            ("tiny", 8, None),
-            ("tiny-pooled", 8, None),
-        ]
+        first = [("tiny", 8, ("ours", "ours-fixed", eager))]
+        later = [("tiny", 8, (default, *tried)), ("tiny-pooled", 8, ("ours",))]
+        apart = [("tiny", 8, "ours")]
     else:
-        plan = [
-            (n164, 128, (ours, eager, default, graphs)),
-            (n164, 512, (ours, eager, default)),
-            (big, 128, (ours, eager, default)),
-            (big, 256, (ours, eager, default)),
-            (n20, 128, (ours, eager, default, graphs)),
-            (n20, 512, (ours, eager, default)),
-            (n1001, 128, (ours, eager, kept, units)),
-            (n164, 128, None),
-            (big, 128, None),
-            (n20, 128, None),
-            (n164, 128, (tuned, kept, units)),
-            (big, 128, (tuned, graphs)),
-            (n164, 256, (ours, eager, default)),
-            (n164, 1024, (ours, eager, default)),
-            (n20, 1024, (ours, eager, default)),
-            (n20, 256, (ours, eager, default)),
-            (big, 512, (ours, eager, default)),
-            (n1001, 256, (ours, units, eager)),
-            (n1001, 512, (units,)),
-            (n1001, 128, (default,)),
-            (n1001, 1024, (units,)),
-            (big, 1024, (ours, units)),
+        first = [
+            (n164, 128, ("ours", "ours-fixed", eager, default, graphs)),
+            (big, 128, ("ours", "ours-fixed", eager, default)),
+            (n20, 128, ("ours", "ours-fixed", eager, default, graphs)),
         ]
-    seconds = {n20: 45, n164: 90, n1001: 240, big: 75}
+        apart = [(n20, 128, "ours"), (n164, 128, "ours"), (n164, 128, default)]
+        later = [
+            (n164, 128, tried),
+            (big, 128, (*tried, graphs)),
+            (n164, 512, rivals),
+            (big, 256, rivals),
+            (n20, 512, rivals),
+            (n20, 128, tried[:4]),
+            (n164, 256, rivals),
+            (n164, 1024, rivals),
+            (n20, 1024, rivals),
+            (n1001, 128, ("ours", eager, "ours-remat-nothing", "ours-remat-units")),
+            (n164, 128, (tuned, "ours-remat-units")),
+            (big, 128, (tuned,)),
+            (big, 512, rivals),
+            (n1001, 512, ("ours-remat-units",)),
+        ]
+    profiled = {(net, batch, name) for net, batch, _ in first for name in rivals}
+
+    def programs(plan: Iterable[tuple[str, int, Iterable[str]]]) -> list[Job]:
+        return [
+            _program(net, batch, name, tiny, (net, batch, name) in profiled)
+            for net, batch, names in plan
+            for name in names
+        ]
+
     files = list(TESTS)[-1:] if tiny else TESTS
-    jobs = [*(_job(f"tests/{f}", tiny, 90) for f in files), _job("peak", tiny, 45)]
+    jobs = programs(first)
+    jobs += [_job(f"tests/{f}", tiny, 0, beside=100) for f in files]
+    jobs.append(_job("peak", tiny, 20))
+    jobs += programs(later[:2])
+    for net, batch, name in apart:
+        jobs += [
+            replace(
+                _job(f"{kind}/{net}/{batch}/{name}", tiny, 70),
+                environment=environment(name, Path(net) / str(batch), kind),
+            )
+            for kind in ("compile", "recompile")
+            if kind == "compile" or "torch" not in name
+        ]
     if not tiny:
         jobs += [_accuracy_job("cifar10-fast", seed) for seed in range(5)]
-    for net, batch, contestants in plan:
-        estimate = seconds.get(net, 10)
-        if contestants is None:
-            jobs.append(_job(f"pipeline/{net}/{batch}", tiny, 1.5 * estimate))
-        for name in contestants or ():
-            # Seconds: eager compiles nothing, Inductor takes longer than XLA.
-            factor = {ours: 1, eager: 0.6}.get(name, 2 if "torch" in name else 1)
-            job = f"train/{net}/{batch}/{name}"
-            jobs.append(_job(job, tiny, factor * estimate))
+    jobs += programs(later[2:])
     if not tiny:
         jobs += [
             _accuracy_job(recipe, seed) for recipe, n in ACCURACY for seed in range(n)
@@ -309,14 +276,67 @@ def queue(tiny: bool) -> list[Job]:
     return jobs
 
 
+def environment(contestant: str, choices: Path, kind: str = "train") -> dict[str, str]:
+    """Return the environment variables of a program's process.
+
+    Args:
+        contestant: ours, with its flags of XLA, or PyTorch's.
+        choices: path in ``CACHE`` of the file of the kernels that XLA chose.
+        kind: "train" takes what is in caches and adds to them; "compile" uses none and
+            writes ``choices``; "recompile" reads ``choices``.
+    """
+    flags = list(VARIANTS[contestant].xla) if contestant in VARIANTS else []
+    if kind == "train":
+        return {
+            "JAX_COMPILATION_CACHE_DIR": str(CACHE / "jax"),
+            "TORCHINDUCTOR_CACHE_DIR": str(CACHE / "torch"),
+            "TORCHINDUCTOR_COMPILE_THREADS": "4",
+            "XLA_FLAGS": " ".join(flags),
+        }
+    file = CACHE / "choices" / f"{str(choices).replace('/', '-')}.txt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    verb = (
+        "dump_autotune_results_to"
+        if kind == "compile"
+        else "load_autotune_results_from"
+    )
+    return {
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+        "XLA_FLAGS": " ".join([*flags, f"--xla_gpu_{verb}={file}"]),
+    }
+
+
+def _program(net: str, batch: int, name: str, tiny: bool, profiled: bool) -> Job:
+    # Seconds of one core. Eager compiles nothing, Inductor takes longer than XLA.
+    compiling = {"he2016-resnet20": 45, "he2016-resnet1001": 400}.get(net, 90)
+    factor = 0.2 if name == EAGER else 1.5 if "torch" in name else 1
+    job = f"train/{net}/{batch}/{name}"
+    return Job(
+        job,
+        _command(job, tiny, "--program"),
+        estimate=9,
+        timeout=max(6 * factor * compiling, 300),
+        beside=factor * (10 if tiny else compiling),
+        program=True,
+        environment=environment(name, Path(net)),
+        also=("profile",) if profiled else (),
+    )
+
+
 def _accuracy_job(recipe: str, seed: int) -> Job:
     job = _job(f"accuracy/{recipe}/{seed}", tiny=False, estimate=2 * GRACE)
     return replace(job, timeout=math.inf, saves=True)
 
 
-def _job(name: str, tiny: bool, estimate: float) -> Job:
-    command = [sys.executable, "-m", "benchmarks.gpu", "--job", name]
-    return Job(name, (*command, *["--tiny"] * tiny), estimate, max(2 * estimate, 120))
+def _job(name: str, tiny: bool, estimate: float, beside: float = 0) -> Job:
+    timeout = max(2 * (estimate + beside), 120)
+    return Job(name, _command(name, tiny), estimate, timeout, beside=beside)
+
+
+def _command(name: str, tiny: bool, flag: str = "--job") -> tuple[str, ...]:
+    python = sys.executable, "-m", "benchmarks.gpu"
+    return (*python, *["--tiny"] * tiny, flag, name)
 
 
 def perform(name: str, tiny: bool) -> dict[str, Any]:
@@ -328,18 +348,11 @@ def perform(name: str, tiny: bool) -> dict[str, Any]:
         return measure_peak(tiny)
     if kind in ("accuracy", "study"):
         return gather_evidence(kind, *rest)
-    net, batch = (TINY_NETS if tiny else NETS)[rest[0]], int(rest[1])
-    task = peers.Task(
-        rest[0], net.architecture, net.image_shape, batch, dtype="bfloat16"
-    )
-    row = {"net": rest[0], "batch": batch}
-    if kind == "pipeline":
-        return row | measure_pipeline(task, net)
-    contestant = rest[2]
-    measure = measure_torch if contestant.startswith("torch") else measure_ours
-    row |= {"contestant": contestant} | measure(task, net, contestant, tiny)
-    row["images_per_second"] = round(batch / row["seconds"], 1)
-    row["model_flops"] = 3 * task.flops * batch / row["seconds"]
+    program = Program(name, tiny)  # to compile it, and to time it afterwards
+    program.warm()
+    timed = summary([program.run()["seconds"] for _ in range(5)])
+    row = program.facts | timed | program.memory()
+    row["seconds"] /= row["steps"]
     return row
 
 
@@ -418,17 +431,192 @@ def measure_peak(tiny: bool) -> dict[str, Any]:
     return row
 
 
-def measure_ours(
-    task: peers.Task, net: Net, contestant: str, tiny: bool
+class Program:
+    """A contestant's training steps, compiled: what ``jobs.serve`` asks.
+
+    Attributes:
+        facts: net, batch, contestant, steps per run, FLOPs of a step, and what
+            compiling told.
+    """
+
+    def __init__(self, name: str, tiny: bool) -> None:
+        """Compile "train/NET/BATCH/CONTESTANT"."""
+        _, net_name, batch, contestant = name.split("/")
+        net = (TINY_NETS if tiny else NETS)[net_name]
+        task = peers.Task(
+            net_name, net.architecture, net.image_shape, int(batch), dtype="bfloat16"
+        )
+        self._torch = contestant.startswith("torch")
+        make = self._compile_torch if self._torch else self._compile_ours
+        facts = make(task, net, contestant, "cpu" if tiny else "cuda")
+        self.facts = {
+            "net": net_name,
+            "batch": task.batch,
+            "contestant": contestant,
+            "steps": net.steps,
+            "flops_per_step": 3 * task.flops * task.batch,
+        } | facts
+
+    def _compile_ours(
+        self, task: peers.Task, net: Net, contestant: str, device: str
+    ) -> dict[str, Any]:
+        variant = VARIANTS[contestant]
+        if variant.patch is not None:
+            variant.patch()
+        execution = Execution(dtype=task.dtype, **variant.execution)
+        self._run, facts = our_chunk(task, net, execution, variant.pipeline)
+        return facts
+
+    def _compile_torch(
+        self, task: peers.Task, net: Net, contestant: str, device: str
+    ) -> dict[str, Any]:
+        import torch
+
+        if device == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("torch sees no CUDA device")
+        mode = None
+        if contestant.startswith(COMPILED):
+            mode = contestant.removeprefix(COMPILED)
+        rival = peers.pytorch(task, device=device, compile_mode=mode)
+        self._run = lambda: rival.train(net.steps)
+        # cuDNN's kernels are tried only when nothing else runs; a recorded graph keeps
+        # its kernels, so it is made anew then, from Inductor's cache.
+        torch.backends.cudnn.benchmark = False
+        self._record_again = mode == "reduce-overhead"
+        began = time.perf_counter()
+        if mode is not None:
+            rival.train(1)
+        compiling = time.perf_counter() - began
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        name = "cpu" if device == "cpu" else torch.cuda.get_device_name()
+        return {"compile_seconds": round(compiling, 3), "torch_device": name}
+
+    def warm(self) -> dict[str, Any]:
+        """Run twice."""
+        if self._torch:
+            import torch
+
+            torch.backends.cudnn.benchmark = True
+            if self._record_again:
+                torch._dynamo.reset()
+        for _ in range(2):
+            self._run()
+        return {}
+
+    def run(self) -> dict[str, float]:
+        """Time one run, to the end of its last step."""
+        began = time.perf_counter()
+        self._run()
+        return {"seconds": time.perf_counter() - began}
+
+    def memory(self) -> dict[str, int | None]:
+        """Return the largest memory that was in use."""
+        if self._torch:
+            import torch
+
+            on = torch.cuda.is_available()
+            return {"peak_bytes": torch.cuda.max_memory_allocated() if on else None}
+        stats = jax.local_devices()[0].memory_stats() or {}
+        return {"peak_bytes": stats.get("peak_bytes_in_use")}
+
+    def profile(self) -> dict[str, Any]:
+        """Trace one run; return its kernels by time."""
+        began = time.perf_counter()
+        kernels = (_torch_kernels if self._torch else _xla_kernels)(self._run)
+        traced = time.perf_counter() - began
+        facts = {k: self.facts[k] for k in ("net", "batch", "contestant", "steps")}
+        return (
+            facts
+            | {"traced_seconds": traced}
+            | kernel_table(kernels, self.facts["steps"])
+        )
+
+
+def _xla_kernels(run: Callable[[], Any]) -> list[tuple[str, float, float]]:
+    """Trace ``run``; return (kernel, start, duration) in nanoseconds."""
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            run()
+        (file,) = Path(directory).rglob("*.xplane.pb")
+        planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
+    on_gpu = any(plane.name.startswith("/device:GPU") for plane in planes)
+    wanted = ("/device:GPU", "Stream") if on_gpu else ("/host:CPU", "tf_XLA")
+    return [
+        (event.name, event.start_ns, event.duration_ns)
+        for plane in planes
+        if plane.name.startswith(wanted[0])
+        for line in plane.lines
+        if line.name.startswith(wanted[1])
+        for event in line.events
+    ]
+
+
+def _torch_kernels(run: Callable[[], Any]) -> list[tuple[str, float, float]]:
+    """Trace ``run``; return (kernel, start, duration) in nanoseconds."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = torch.cuda.is_available()
+    kind = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    with profile(activities=[kind]) as traced:
+        run()
+    wanted = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    return [
+        (e.name, 1e3 * e.time_range.start, 1e3 * e.time_range.elapsed_us())
+        for e in traced.events()
+        if e.device_type == wanted
+    ]
+
+
+KINDS = {
+    "copy": r"memcpy|memset|copy|transpose|nchwtonhwc|nhwctonchw",
+    "convolution": r"conv|cudnn|xmma|implicit|wgrad|dgrad|fprop|winograd",
+    "product": r"gemm|cutlass|nvjet|cublas|matmul|dot",
+    "reduction": r"reduc|_red_|norm",
+}
+"""Kinds of kernels by what their names contain; the first that fits counts."""
+
+
+def kernel_table(
+    kernels: list[tuple[str, float, float]], steps: int, most: int = 15
 ) -> dict[str, Any]:
-    """Measure our training step, including the data pipeline."""
-    execution = Execution(dtype=task.dtype)
-    if remat := contestant.removeprefix("ours").removeprefix("-remat-"):
-        execution = replace(execution, remat=remat)
-    run, facts = our_chunk(task, net, execution, pipeline=True)
-    row = _steps(run, net.steps) | facts
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return row | {"peak_bytes": stats.get("peak_bytes_in_use")}
+    """Return how the time of a step is spent, in milliseconds.
+
+    Args:
+        kernels: (name, start, duration) in nanoseconds.
+        steps: number of steps that were traced.
+        most: number of kernels in the list.
+
+    Returns:
+        "busy": time in which at least one kernel ran; "gaps": the rest between the
+        first and the last; "launches": kernels a step; "kinds": time by ``KINDS``;
+        "kernels": [name, launches, time] of the longest.
+    """
+    busy, end = 0.0, -math.inf
+    for _, start, duration in sorted(kernels, key=lambda kernel: kernel[1]):
+        busy += max(start + duration - max(start, end), 0.0)
+        end = max(end, start + duration)
+    span = end - min((start for _, start, _ in kernels), default=end)
+    by_name: dict[str, list[float]] = defaultdict(list)
+    kinds: dict[str, float] = defaultdict(float)
+    per_step = 1e-6 / steps
+    for name, _, duration in kernels:
+        # Numbers at the end tell copies of one kernel apart.
+        by_name[re.sub(r"[._]\d+$", "", name)].append(duration)
+        found = (k for k, part in KINDS.items() if re.search(part, name.lower()))
+        kinds[next(found, "elementwise")] += duration
+    longest = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:most]
+    return {
+        "busy": round(busy * per_step, 4),
+        "gaps": round((span - busy) * per_step, 4),
+        "launches": round(len(kernels) / steps, 1),
+        "kinds": {k: round(v * per_step, 4) for k, v in sorted(kinds.items())},
+        "kernels": [
+            [name[:90], round(len(v) / steps, 2), round(sum(v) * per_step, 4)]
+            for name, v in longest
+        ],
+    }
 
 
 def our_chunk(
@@ -488,47 +676,6 @@ def our_chunk(
     return run, facts
 
 
-def measure_torch(
-    task: peers.Task, net: Net, contestant: str, tiny: bool
-) -> dict[str, Any]:
-    """Measure PyTorch's training step on a batch that stays on the device."""
-    import torch
-
-    if not tiny and not torch.cuda.is_available():
-        raise RuntimeError("torch sees no CUDA device")
-    mode = contestant.removeprefix(COMPILED) if COMPILED in contestant else None
-    device = "cpu" if tiny else "cuda"
-    rival = peers.pytorch(task, device=device, compile_mode=mode)
-    first, second = _timed(lambda: rival.train(1), tries=2, warmup=0)
-    row = _steps(lambda: rival.train(net.steps), net.steps)
-    row["compile_seconds"] = round(first - second, 3)
-    row["peak_bytes"] = None if tiny else torch.cuda.max_memory_allocated()
-    row["torch_device"] = "cpu" if tiny else torch.cuda.get_device_name()
-    return row
-
-
-def measure_pipeline(task: peers.Task, net: Net) -> dict[str, Any]:
-    """Measure our training step with and without its data pipeline, in turns."""
-    execution = Execution(dtype=task.dtype)
-    runs = {
-        name: our_chunk(task, net, execution, pipeline=name == "pipeline")[0]
-        for name in ("pipeline", "fixed")
-    }
-    seconds = interleaved(runs, rounds=10, warmup=2)
-    row = {name: summary(s)["seconds"] / net.steps for name, s in seconds.items()}
-    spread = {f"{name}_spread": summary(s)["spread"] for name, s in seconds.items()}
-    share = 1 - row["fixed"] / row["pipeline"]
-    return row | spread | {"pipeline_share": round(share, 4), "steps": net.steps}
-
-
-def _steps(run: Callable[[], Any], steps: int) -> dict[str, Any]:
-    """Return median and spread of one step, from several runs of ``steps`` steps."""
-    once = _timed(run, tries=2, warmup=1)[-1]
-    tries = min(max(int(12 / once), 4), 15)
-    row = summary(_timed(run, tries, warmup=0))
-    return row | {"seconds": row["seconds"] / steps, "steps": steps}
-
-
 def _timed(run: Callable[[], Any], tries: int = 5, warmup: int = 2) -> list[float]:
     return interleaved({"run": run}, tries, warmup)["run"]
 
@@ -546,6 +693,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         if row["id"].startswith("train/"):
             group = groups.setdefault((row["net"], row["batch"]), {})
             group[row["contestant"]] = row
+    peak = good.get("peak", {})
     for (net, batch), group in groups.items():
         eager = group.get(EAGER, {}).get("seconds")
         compiled = [r["seconds"] for n, r in group.items() if COMPILED in n]
@@ -562,18 +710,28 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{min(compiled) / seconds:.2f}" if compiled else "-",
                 f"{row.get('lower_seconds', 0) + row['compile_seconds']:.1f}",
                 f"{memory / 1e9:.1f}" if memory else "-",
-                f"{row['fraction_of_peak']:.1%}" if "fraction_of_peak" in row else "-",
+                f"{row['model_flops'] / peak['bfloat16_flops']:.1%}" if peak else "-",
             ]
             lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
-    for row in good.values():
-        if row["id"].startswith("pipeline/"):
+    for (net, batch), group in groups.items():
+        if {"ours", "ours-fixed"} <= set(group):
+            share = 1 - group["ours-fixed"]["seconds"] / group["ours"]["seconds"]
             lines.append(
-                f"- {row['id']}: {1000 * row['pipeline']:.2f} ms a step, "
-                f"{1000 * row['fixed']:.2f} on one batch: {row['pipeline_share']:.1%}"
+                f"- {net}, {batch}: the data pipeline takes {share:.1%} of a step"
             )
-    if "peak" in good:
-        peak = good["peak"]
+    for name, row in good.items():
+        if name.partition("/")[0] in ("compile", "recompile"):
+            seconds = row.get("lower_seconds", 0) + row["compile_seconds"]
+            step = f"{1000 * row['seconds']:.2f} ms a step"
+            lines.append(f"- {name}: {seconds:.1f} s, then {step}")
+        if name.startswith("profile/"):
+            kinds = ", ".join(f"{kind} {ms:.2f}" for kind, ms in row["kinds"].items())
+            lines.append(
+                f"- {name}: {row['busy']:.2f} ms of kernels a step ({kinds}), gaps "
+                f"{row['gaps']:.2f}, {row['launches']:.0f} launches"
+            )
+    if peak:
         lines += [
             f"- {key.removesuffix('_flops')} products: {peak[key] / 1e12:.1f} TFLOP/s"
             for key in peak
@@ -593,11 +751,6 @@ def table(rows: list[dict[str, Any]]) -> str:
         if name not in good
     ]
     return "\n".join(lines)
-
-
-def _value(rows: list[dict[str, Any]], job: str, key: str) -> Any:
-    found = [r[key] for r in rows if r["id"] == job and r["status"] == "ok"]
-    return found[-1] if found else None
 
 
 def _about(commit: str | None) -> dict[str, Any]:
@@ -621,28 +774,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0]
     )
-    parser.add_argument("--minutes", type=float, default=25, help="for all jobs")
+    parser.add_argument("--minutes", type=float, default=13, help="for all jobs")
     parser.add_argument("--out", type=Path, help="receives the rows")
     parser.add_argument("--tiny", action="store_true", help="tiny nets on the CPU")
-    parser.add_argument("--only", default="", help="jobs whose id has this in it")
+    parser.add_argument("--only", default="", help="jobs that match this expression")
     parser.add_argument("--commit", help="where git cannot say it")
+    parser.add_argument("--plan", action="store_true", help="print the plan only")
+    parser.add_argument("--cores", type=int, help="plan for so many cores")
     parser.add_argument("--table", action="store_true", help="print the table only")
     parser.add_argument("--job", help="do this one job here and print its row")
+    parser.add_argument("--program", help="compile this program, and answer the queue")
     given = parser.parse_args()
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    # Seconds of compiling are those of a first start.
-    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     if given.tiny:
         os.environ["JAX_PLATFORMS"] = "cpu"
+    if given.program:
+        serve(lambda: Program(given.program, given.tiny))
+        return
     if given.job:
         print(MARK + json.dumps(perform(given.job, given.tiny)))
         return
     default = ROOT / "build" / "gpu-tiny.jsonl" if given.tiny else RESULTS / "gpu.jsonl"
     out = given.out or default
+    jobs = [job for job in queue(given.tiny) if re.search(given.only, job.id)]
+    cores = given.cores or usable_cores()
+    if given.plan:
+        print(plan(jobs, 60 * given.minutes, cores))
+        return
     if not given.table:
-        jobs = [job for job in queue(given.tiny) if given.only in job.id]
-        run_queue(jobs, out, 60 * given.minutes, _about(given.commit))
+        run_queue(jobs, out, 60 * given.minutes, cores, _about(given.commit))
     print(table(read_rows(out)))
 
 

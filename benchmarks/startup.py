@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cpu import read_rows
-from benchmarks.gpu import MARK, ROOT
+from benchmarks.jobs import MARK, ROOT
 from benchmarks.measure import RESULTS, append, provenance
 
 BEGAN = "STARTUP_BEGAN"
