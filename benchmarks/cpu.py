@@ -27,7 +27,6 @@ bytes_fraction: bytes that the compiled program's operations read and write as X
     both fractions; caches can lift the second one above 1.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -47,6 +46,7 @@ from benchmarks.measure import (
     append,
     interleaved,
     provenance,
+    read_rows,
     summary,
     usable_cores,
 )
@@ -153,13 +153,6 @@ def copy_bandwidth(megabytes: int = 256, tries: int = 8) -> float:
             list(pool.map(np.copyto, target, source))
 
         return 2 * source.nbytes / min(_seconds(copy) for _ in range(tries))
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a file; an empty list if it does not exist."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line]
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -47,9 +47,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import peers
-from benchmarks.cpu import read_rows
 from benchmarks.jobs import MARK, ROOT, Job, run_job
-from benchmarks.measure import RESULTS, append, interleaved, provenance, summary
+from benchmarks.measure import (
+    RESULTS,
+    append,
+    interleaved,
+    provenance,
+    read_rows,
+    summary,
+)
 from flax_resnetv2.data.batch import Batch
 from flax_resnetv2.model.architecture import Architecture, Execution
 from flax_resnetv2.model.modules import (

@@ -26,8 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from benchmarks.cpu import read_rows
-from benchmarks.measure import append, summary
+from benchmarks.measure import append, read_rows, summary
 
 ROOT = Path(__file__).parent.parent
 MARK = "RESULT "
@@ -207,17 +206,18 @@ def run_together(
 
 def time_program(process: "Process") -> Iterator[dict[str, Any]]:
     """Warm the program up, time its runs, and yield its rows."""
-    job = process.job
+    name = process.job.id
     try:
         process.ask("warm", WARM_UP)
         seconds = [process.ask("run", ONE_RUN)["seconds"] for _ in range(RUNS)]
         row = process.facts | summary(seconds) | process.ask("memory", ONE_RUN)
-        yield {"id": job.id, "status": "ok"} | _per_step(row)
-        for word in job.also:
+        yield {"id": name, "status": "ok"} | _per_step(row)
+        for word in process.job.also:
+            name = f"{word}/{process.job.id.partition('/')[2]}"
             found = process.ask(word, WARM_UP)
-            yield {"id": f"{word}/{job.id.partition('/')[2]}", "status": "ok"} | found
+            yield {"id": name, "status": "ok"} | found
     except JobError as error:
-        yield process.row() | {"status": "failed", "error": str(error)}
+        yield {"id": name, "status": "failed", "error": str(error)}
     finally:
         process.close()
 
@@ -305,9 +305,16 @@ class Process:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+        if not self._output.closed:
+            self._log = self._text()
+            self._output.close()
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe is not None:
+                    pipe.close()
 
     def row(self, left: float = math.inf) -> dict[str, Any]:
-        """Return the row of an ended process; ``left`` was the queue's time."""
+        """End the process; return its row. ``left`` was the queue's time."""
+        self.close()
         text, code = self._text(), self._process.returncode
         seconds = round(time.monotonic() - self.began, 1)
         row = {"id": self.job.id, "status": "ok", "job_seconds": seconds}
@@ -322,6 +329,8 @@ class Process:
         return row | {"status": "failed", "exit_code": code, "error": error}
 
     def _text(self) -> str:
+        if self._output.closed:
+            return self._log
         self._output.seek(0)
         return self._output.read().decode(errors="replace")
 

@@ -97,3 +97,10 @@ def append(path: Path, row: dict[str, Any]) -> None:
     with path.open("a") as file:
         file.write(line + "\n")
     print(line, flush=True)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a file; an empty list if it does not exist."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line]

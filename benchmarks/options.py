@@ -19,8 +19,14 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from benchmarks.cpu import read_rows
-from benchmarks.measure import RESULTS, append, interleaved, provenance, summary
+from benchmarks.measure import (
+    RESULTS,
+    append,
+    interleaved,
+    provenance,
+    read_rows,
+    summary,
+)
 from flax_resnetv2.data.datasets import DataConfig, Dataset, open_dataset
 from flax_resnetv2.run.build import create_net
 from flax_resnetv2.run.config import Config

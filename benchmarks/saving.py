@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from benchmarks.cpu import read_rows
-from benchmarks.measure import RESULTS, append, provenance
+from benchmarks.measure import RESULTS, append, provenance, read_rows
 from flax_resnetv2.data.datasets import DataConfig, open_dataset
 from flax_resnetv2.run.build import create_net
 from flax_resnetv2.run.checkpoint import Checkpointer

@@ -47,10 +47,16 @@ import numpy as np
 from jax import lax
 
 from benchmarks import peers
-from benchmarks.cpu import read_rows
 from benchmarks.gpu import LIKE_RESNET50
 from benchmarks.jobs import MARK, ROOT, Job, run_job
-from benchmarks.measure import RESULTS, append, interleaved, provenance, summary
+from benchmarks.measure import (
+    RESULTS,
+    append,
+    interleaved,
+    provenance,
+    read_rows,
+    summary,
+)
 from flax_resnetv2.data.batch import Split, epoch_order
 from flax_resnetv2.data.datasets import Dataset
 from flax_resnetv2.model.architecture import Architecture

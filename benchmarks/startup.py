@@ -29,9 +29,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu import read_rows
 from benchmarks.jobs import MARK, ROOT
-from benchmarks.measure import RESULTS, append, provenance
+from benchmarks.measure import RESULTS, append, provenance, read_rows
 
 BEGAN = "STARTUP_BEGAN"
 """The environment variable with the time at which a process was started."""

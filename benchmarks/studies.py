@@ -31,7 +31,7 @@ from typing import Any
 
 from scipy import stats
 
-from benchmarks.cpu import read_rows
+from benchmarks.measure import read_rows
 from flax_resnetv2 import RECIPES
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.inference import scores

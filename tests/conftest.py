@@ -6,6 +6,7 @@ size, what another test checks: ``python -m pytest -m exhaustive`` runs these al
 """
 
 import gc
+import os
 from pathlib import Path
 
 import jax
@@ -14,6 +15,16 @@ from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Compiling takes longer than running what was compiled, so it is done with few
+# optimizations, here and in child processes. CI runs the exhaustive tests with all of
+# them, as users do: it sets this variable.
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false "
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    )
 
 
 @pytest.fixture

@@ -75,11 +75,18 @@ def end(processes, codes=(0,)):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The run on one device of one process."""
+def both(tmp_path_factory):
+    """The runs of one process and of two, at the same time; the output of the two."""
     directory = tmp_path_factory.mktemp("processes")
-    end(start(directory / "alone", 1))
-    return directory
+    single, two = start(directory / "alone", 1), start(directory / "together", 2)
+    end(single)
+    return directory, end(two)
+
+
+@pytest.fixture(scope="module")
+def alone(both):
+    """The directory of all runs; in "alone", that on one device of one process."""
+    return both[0]
 
 
 def assert_same_losses(one, other):
@@ -93,12 +100,12 @@ def assert_same_losses(one, other):
 
 
 @pytest.fixture(scope="module")
-def together(alone):
+def together(both):
     """The run on two processes, and the output of the first."""
-    output = end(start(alone / "together", 2))
+    directory, output = both
     for other in output[1:]:
         assert "step" not in other
-    return alone / "together", output[0]
+    return directory / "together", output[0]
 
 
 def test_two_processes_do_what_one_does(alone, together):

@@ -16,6 +16,7 @@ import pytest
 
 from flax_resnetv2 import RECIPES, RunError, UsageError
 from flax_resnetv2.cli import tools
+from flax_resnetv2.errors import Stopped
 from flax_resnetv2.reports import sweep, sweep_table
 from flax_resnetv2.reports.sweep import (
     join,
@@ -295,6 +296,27 @@ def test_a_failed_run_is_recorded_and_the_queue_goes_on(tmp_path, monkeypatch, c
         "something\nfailed: no network\n"
     )
     assert caplog.text.count("failed:") == 2
+
+
+STOPS = """
+import sys
+open(sys.argv[sys.argv.index("--workdir") + 1] + ".began", "a").write("x")
+sys.exit(75)
+"""
+
+
+def test_finished_runs_are_not_repeated_and_a_stopped_one_is_begun_again(
+    tmp_path, monkeypatch
+):
+    """In its directory, where train.py resumes it."""
+    monkeypatch.setattr(sweep, "_CHILD", STOPS)
+    (tmp_path / "sweep.jsonl").write_text(json.dumps(line("", 0, 0.5)) + "\n")
+    for times in (1, 2):
+        with pytest.raises(Stopped, match=r"run 2 of 2: \(unchanged\), seed 1"):
+            run_sweep(planned([("", BASE)]), tmp_path)
+        began = {path.name: path.read_text() for path in tmp_path.rglob("*.began")}
+        assert began == {"seed-1.began": "x" * times}
+    assert read_lines(tmp_path) == [line("", 0, 0.5)]
 
 
 # The command

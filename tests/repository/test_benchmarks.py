@@ -19,6 +19,7 @@ import pytest
 from benchmarks import (
     cpu,
     gpu,
+    jobs,
     operations,
     options,
     peers,
@@ -27,8 +28,7 @@ from benchmarks import (
     textbook,
     together,
 )
-from benchmarks.cpu import read_rows
-from benchmarks.measure import append, interleaved, summary
+from benchmarks.measure import append, interleaved, read_rows, summary
 from flax_resnetv2 import ARTICLE, HE2016, PRESETS, RECIPES, Architecture, Execution
 from flax_resnetv2.cli import train as train_command
 from flax_resnetv2.errors import Stopped, UsageError
@@ -156,7 +156,7 @@ def test_the_cpu_table_joins_the_last_run():
 
 
 def python(name, code, estimate=0.0, timeout=20.0):
-    return gpu.Job(name, (sys.executable, "-c", code), estimate, timeout)
+    return jobs.Job(name, (sys.executable, "-c", code), estimate, timeout)
 
 
 def ok(name, **row):
@@ -164,16 +164,16 @@ def ok(name, **row):
 
 
 def statuses(path):
-    return [(row["id"], row["status"]) for row in cpu.read_rows(path)]
+    return [(row["id"], row["status"]) for row in read_rows(path)]
 
 
 def test_the_queue_goes_on_after_a_failure_and_where_it_stopped(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     broken = python("broken", "raise MemoryError('RESOURCE_EXHAUSTED: 80 GB')")
-    run = lambda *jobs: gpu.run_queue(list(jobs), out, 60, {"commit": "c"})  # noqa: E731
+    run = lambda *given: jobs.run_queue(list(given), out, 60, 2, {"commit": "c"})  # noqa: E731
     run(broken, ok("a", x=1))
     assert statuses(out) == [("broken", "failed"), ("a", "ok")]
-    failed, good = cpu.read_rows(out)
+    failed, good = read_rows(out)
     assert failed["error"] == "MemoryError: RESOURCE_EXHAUSTED: 80 GB"
     assert failed["exit_code"] == 1
     assert good["x"] == 1
@@ -189,20 +189,20 @@ def test_a_job_that_takes_too_long_is_ended_with_its_children(tmp_path):
     child = f"import time; time.sleep(2); open({str(marker)!r}, 'w')"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     began = time.monotonic()
-    row = gpu.run_job(python("slow", code, timeout=0.5))
+    row = jobs.run_job(python("slow", code, timeout=0.5))
     assert row["status"] == "failed"
     assert row["error"].startswith("ended after")
     # The queue's end is no fault of the job's.
-    assert gpu.run_job(python("slow", code), left=0.3)["status"] == "cut"
+    assert jobs.run_job(python("slow", code), left=0.3)["status"] == "cut"
     time.sleep(max(0, began + 3 - time.monotonic()))
     assert not marker.exists()
 
 
 def test_a_job_is_not_started_when_too_little_time_is_left(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
-    gpu.run_queue([python("long", "", estimate=100), ok("short")], out, 30)
+    jobs.run_queue([python("long", "", estimate=100), ok("short")], out, 30, 2)
     assert statuses(out) == [("short", "ok")]
-    assert "long: not started" in capsys.readouterr().out
+    assert "left out: long" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("cuts", "order"), [(1, "abc"), (2, "acb")])
@@ -210,33 +210,137 @@ def test_a_job_that_was_cut_keeps_its_place_once(tmp_path, cuts, order):
     out = tmp_path / "rows.jsonl"
     for _ in range(cuts):
         append(out, {"id": "b", "status": "cut"})
-    gpu.run_queue([ok(name) for name in "abc"], out, 60)
+    jobs.run_queue([ok(name) for name in "abc"], out, 60, 2)
     assert "".join(name for name, _ in statuses(out)[cuts:]) == order
 
 
 def test_a_job_without_a_result_has_failed():
-    assert gpu.run_job(python("mute", ""))["error"] == "no output"
-    killed = gpu.run_job(python("killed", "import os; os.kill(os.getpid(), 9)"))
+    assert jobs.run_job(python("mute", ""))["error"] == "no output"
+    killed = jobs.run_job(python("killed", "import os; os.kill(os.getpid(), 9)"))
     assert killed["exit_code"] == -9
 
 
-def test_the_fraction_of_the_peak_is_joined_in_the_queue(tmp_path):
+PROGRAM = """
+import sys, time
+from benchmarks import jobs
+
+class Program:
+    facts = {"steps": 2, "batch": 4, "flops_per_step": 6}
+
+    def __init__(self):
+        print("noise")
+        time.sleep(COMPILING)
+
+    def warm(self):
+        return {}
+
+    def run(self):
+        began = time.time()
+        time.sleep(0.05)
+        return {"seconds": 2.0, "began": began}
+
+    def memory(self):
+        return {"peak_bytes": None, "at": time.time()}
+
+    def profile(self):
+        raise MemoryError("RESOURCE_EXHAUSTED")
+
+jobs.serve(Program)
+"""
+
+
+def program(name, compiling=0.0, **more):
+    code = PROGRAM.replace("COMPILING", str(compiling))
+    job = python(name, code, estimate=2.0)
+    return replace(job, program=True, beside=3.0, **more)
+
+
+def test_programs_compile_together_and_then_run_one_by_one(tmp_path):
     out = tmp_path / "rows.jsonl"
-    jobs = [ok("peak", bfloat16_flops=8.0), ok("train/n/4/ours", model_flops=2.0)]
-    gpu.run_queue(jobs, out, 60)
-    assert cpu.read_rows(out)[1]["fraction_of_peak"] == 0.25
+    beside = replace(ok("tests/x"), beside=1.0)
+    began = time.time()
+    given = [
+        program("train/a", 1.5, also=("profile",)),
+        program("train/b", 1.5),
+        beside,
+        ok("alone"),
+    ]
+    jobs.run_queue(given, out, 60, 3)
+    rows = {row["id"]: row for row in read_rows(out)}
+    assert statuses(out) == [
+        ("tests/x", "ok"),
+        ("train/a", "ok"),
+        ("profile/a", "failed"),
+        ("train/b", "ok"),
+        ("alone", "ok"),
+    ]
+    assert rows["train/b"]["seconds"] == 1.0
+    assert rows["train/b"]["images_per_second"] == 4.0
+    assert rows["train/b"]["model_flops"] == 6.0
+    assert rows["profile/a"]["error"] == "MemoryError: RESOURCE_EXHAUSTED"
+    # Nothing is timed before all are compiled.
+    assert rows["train/b"]["at"] > began + 1.5
+
+
+def test_a_program_that_is_not_ready_in_its_turn_is_cut(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    began = time.monotonic()
+    jobs.run_queue([program("slow", 60.0), program("fast")], out, 12, 2)
+    assert statuses(out) == [("slow", "cut"), ("fast", "ok")]
+    assert time.monotonic() - began < 14
+
+
+def test_a_program_that_ends_leaves_its_error(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    broken = replace(
+        python("broken", "raise RuntimeError('no device')"), program=True, beside=1.0
+    )
+    jobs.run_queue([broken, program("good")], out, 30, 2)
+    assert statuses(out) == [("broken", "failed"), ("good", "ok")]
+    assert read_rows(out)[0]["error"] == "RuntimeError: no device"
+
+
+def test_the_plan_is_what_there_is_time_for():
+    given = [program("a"), program("b"), python("long", "", 50.0), ok("short")]
+    # Compiling takes 3 s for both on two cores, and each runs for 2.
+    assert jobs.duration(given[:2], cores=2) == 7.0
+    assert jobs.duration(given[:2], cores=1) == 10.0
+    chosen, left_out = jobs.choose(given, seconds=20, cores=2)
+    assert [job.id for job in chosen] == ["a", "b", "short"]
+    assert [job.id for job in left_out] == ["long"]
+    text = jobs.plan(given, 20, 2)
+    assert "3 of 4 jobs in about 7 of 20 s on 2 cores" in text
+    assert text.endswith("left out: long")
+
+
+def test_kernels_are_added_up_by_name_and_kind():
+    kernels = [
+        ("loop_fusion.1", 0.0, 2e6),
+        ("loop_fusion.22", 1e6, 2e6),  # in part beside the first
+        ("sm90_xmma_fprop_nhwc", 5e6, 4e6),
+        ("MemcpyD2D", 9e6, 1e6),
+    ]
+    found = gpu.kernel_table(kernels, steps=2, most=2)
+    assert found == {
+        "busy": 4.0,
+        "gaps": 1.0,
+        "launches": 2.0,
+        "kinds": {"convolution": 2.0, "copy": 0.5, "elementwise": 2.0},
+        "kernels": [["loop_fusion", 1.0, 2.0], ["sm90_xmma_fprop_nhwc", 0.5, 2.0]],
+    }
 
 
 @pytest.mark.parametrize("small", [False, True])
 def test_the_queue_names_nets_that_there_are_once(small):
-    jobs = gpu.queue(small)
-    names = [job.id for job in jobs]
+    found = gpu.queue(small)
+    names = [job.id for job in found]
     assert len(set(names)) == len(names)
-    assert names[0].startswith("tests/")
-    measured = [n for n in names if n.startswith(("train/", "pipeline/"))]
+    measured = [n for n in names if n.startswith(("train/", "compile/"))]
+    contestants = {name.split("/")[3] for name in measured}
+    assert small or contestants >= {*gpu.VARIANTS, gpu.EAGER}
     nets = gpu.TINY_NETS if small else gpu.NETS
     assert {name.split("/")[1] for name in measured} == set(nets)
-    assert all(0 < job.estimate < job.timeout for job in jobs)
+    assert all(0 < job.estimate + job.beside < job.timeout for job in found)
 
 
 def test_the_gpu_table_joins_contestants(tmp_path):
@@ -249,8 +353,10 @@ def test_the_gpu_table_joins_contestants(tmp_path):
         row = row_of(name, seconds, compile_seconds=1.5, peak_bytes=None)
         append(out, row | {"id": f"train/n/4/{name}", "status": "ok"})
     append(out, {"id": "tests/ops", "status": "failed", "error": "1 bad"})
-    text = gpu.table(cpu.read_rows(out))
-    assert "| n | 4 | ours | 4 | 1.0% | 1000.00 | 3.00 | 2.00 | 1.5 |" in text
+    alone = row_of("ours", 1.0, compile_seconds=1.5, lower_seconds=0.25)
+    append(out, alone | {"id": "compile/n/4/ours", "status": "ok"})
+    text = gpu.table(read_rows(out))
+    assert "| n | 4 | ours | 4 | 1.0% | 1000.00 | 3.00 | 2.00 | 1.8 |" in text
     assert "- tests/ops: failed, 1 bad" in text
 
 
@@ -499,17 +605,17 @@ def test_a_run_of_evidence_is_told_to_save(code):
 
 
 def test_a_job_that_saves_is_told_before_it_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE", 10)
+    monkeypatch.setattr(jobs, "GRACE", 10)
     kept = replace(python("a", TRAINING.replace("CODE", "75")), saves=True)
     began = time.monotonic()
-    assert gpu.run_job(kept, left=12)["status"] == "cut"
+    assert jobs.run_job(kept, left=12)["status"] == "cut"
     assert time.monotonic() - began < 10
     # However often it was cut, it keeps its place.
     out = tmp_path / "rows.jsonl"
     for _ in range(3):
         append(out, {"id": "b", "status": "cut"})
-    jobs = [ok("a"), replace(ok("b"), saves=True), ok("c")]
-    gpu.run_queue(jobs, out, 60)
+    given = [ok("a"), replace(ok("b"), saves=True), ok("c")]
+    jobs.run_queue(given, out, 60, 2)
     assert statuses(out)[3:] == [("a", "ok"), ("b", "ok"), ("c", "ok")]
 
 
