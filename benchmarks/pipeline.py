@@ -23,7 +23,7 @@ import numpy as np
 import tyro
 
 from benchmarks.measure import RESULTS, append, provenance, read_rows, usable_cores
-from flax_resnetv2.data.images import random_resized_crop
+from flax_resnetv2.data.decoding import random_resized_crop
 from flax_resnetv2.data.streaming import TrainingRow, batches
 from flax_resnetv2.data.tfds_records import Records, label_of, stored_splits
 from tests.support.prepared import prepare

@@ -93,12 +93,12 @@ if TYPE_CHECKING:
         AugmentConfig as AugmentConfig,
         normalize as normalize,
     )
+    from flax_resnetv2.training.evaluation import make_eval_step as make_eval_step
     from flax_resnetv2.training.objective import Autoencoding as Autoencoding
     from flax_resnetv2.training.optimizers import TrainConfig as TrainConfig
     from flax_resnetv2.training.step import (
         TrainState as TrainState,
         create_train_state as create_train_state,
-        make_eval_step as make_eval_step,
         make_train_step as make_train_step,
     )
 
@@ -127,9 +127,10 @@ _HOME = {
     "run.recipes": "RECIPES",
     "system.runtime": "tune",
     "training.augment": "NORMALIZATION AugmentConfig normalize",
+    "training.evaluation": "make_eval_step",
     "training.objective": "Autoencoding",
     "training.optimizers": "TrainConfig",
-    "training.step": "TrainState create_train_state make_eval_step make_train_step",
+    "training.step": "TrainState create_train_state make_train_step",
 }
 """The public names of each module; a test compares them with the imports above."""
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}

@@ -6,7 +6,7 @@ import tyro
 from rich.console import Console
 
 from flax_resnetv2.cli.exits import guarded
-from flax_resnetv2.inference.prediction import predict
+from flax_resnetv2.inference.predict_files import predict
 from flax_resnetv2.run.trained import CheckpointChoice
 
 

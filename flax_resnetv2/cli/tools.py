@@ -149,13 +149,19 @@ def _override(shared: train.TrainCommand, text: str) -> Config:
             f"--vary {text!r} cannot be read ({error}); give flags of train.py, as "
             "'--train.epochs 3'"
         ) from error
-    return tyro.cli(
-        Config,
-        default=shared.config,
-        args=words,
-        prog=f"train.py {shared.recipe}",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    try:
+        return tyro.cli(
+            Config,
+            default=shared.config,
+            args=words,
+            prog=f"train.py {shared.recipe}",
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    except SystemExit as ended:  # tyro has told the reason
+        raise UsageError(
+            f"--vary {text!r} is not made of flags that change the recipe; the reason "
+            "stands above"
+        ) from ended
 
 
 def report(run: str, /, checkpoint: CheckpointChoice = "newest") -> None:

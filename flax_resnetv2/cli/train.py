@@ -175,6 +175,16 @@ def check_processes(group: ProcessOptions) -> bool:
 
 def parse(words: list[str], prog: str, about: str, kind: type = TrainCommand) -> Any:
     """Read ``RECIPE [--field value ...]`` as a ``kind`` of ``RecipeCommand``."""
+    if words and words[0] in RECIPES:  # the flags of one, in half the time of all
+        name, recipe = words[0], RECIPES[words[0]]
+        return tyro.cli(
+            kind,
+            default=kind(recipe=name, config=recipe.config),
+            args=words[1:],
+            prog=f"{prog} {name}",
+            description=recipe.description,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
     commands = {
         name: (recipe.description, kind(recipe=name, config=recipe.config))
         for name, recipe in RECIPES.items()

@@ -17,8 +17,8 @@ import numpy as np
 from flax_resnetv2.data.batch import Split
 from flax_resnetv2.data.catalog import DATASETS, DatasetSummary
 from flax_resnetv2.data.decoded_cache import read_dataset
+from flax_resnetv2.data.decoding import center_crop
 from flax_resnetv2.data.folder import Files, list_folder
-from flax_resnetv2.data.images import center_crop
 from flax_resnetv2.data.tfds_records import (
     USUAL_LABELS,
     Records,

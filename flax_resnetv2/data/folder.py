@@ -22,7 +22,7 @@ from flax_resnetv2.data.decoded_cache import (
     cache_path,
     fingerprint,
 )
-from flax_resnetv2.data.images import Resize, read_image, read_squares
+from flax_resnetv2.data.decoding import Resize, read_image, read_squares
 from flax_resnetv2.errors import UsageError
 
 SUFFIXES = {

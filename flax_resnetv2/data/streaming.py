@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from flax_resnetv2.data.batch import epoch_order
+from flax_resnetv2.data.decoding import center_crop, random_resized_crop
 from flax_resnetv2.data.folder import Files
-from flax_resnetv2.data.images import center_crop, random_resized_crop
 from flax_resnetv2.data.tfds_records import Records
 
 Row = tuple[np.ndarray, np.ndarray, np.bool_]

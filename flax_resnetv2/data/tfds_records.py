@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flax_resnetv2.data.catalog import TEST_EVERY
-from flax_resnetv2.data.images import Resize, read_image, read_squares, strict_pillow
+from flax_resnetv2.data.decoding import Resize, read_image, read_squares, strict_pillow
 from flax_resnetv2.errors import UsageError
 
 USUAL_LABELS = ("label", "attributes")

@@ -12,13 +12,13 @@ from typing import IO, Any, NamedTuple
 import jax
 import numpy as np
 
-from flax_resnetv2.data.images import center_crop, read_image, stretch, strict_pillow
+from flax_resnetv2.data.decoding import center_crop, read_image, stretch, strict_pillow
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.inference import modelfile
 from flax_resnetv2.model.modules import Latent, ResNetV2
 from flax_resnetv2.run.trained import CheckpointChoice, TrainedNet
 from flax_resnetv2.training.augment import AugmentConfig, normalize
-from flax_resnetv2.training.step import eval_forward
+from flax_resnetv2.training.evaluation import eval_forward
 
 
 class Prediction(NamedTuple):

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from flax_resnetv2.data import shapes
-from flax_resnetv2.data.images import to_png
+from flax_resnetv2.data.decoding import to_png
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.inference.predictor import Predictor
 from flax_resnetv2.model.intermediates import activations, unit_ratios

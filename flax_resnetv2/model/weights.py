@@ -23,10 +23,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_resnetv2.errors import UsageError
-from flax_resnetv2.model import weight_names
+from flax_resnetv2.model import weight_layouts
 from flax_resnetv2.model.initial import init_in_one_draw
 from flax_resnetv2.model.modules import ResNetV2
-from flax_resnetv2.model.weight_names import HEAD, WeightLayout
+from flax_resnetv2.model.weight_layouts import HEAD, WeightLayout
 from flax_resnetv2.validation import check_choice
 
 Tensors = dict[str, np.ndarray]
@@ -95,7 +95,7 @@ def from_keras(
     arguments, results and errors are as of ``from_file``.
     """
     tensors = _read_keras(Path(path))
-    return _import(tensors, path, model, weight_names.KERAS, classifier, key)
+    return _import(tensors, path, model, weight_layouts.KERAS, classifier, key)
 
 
 def from_timm(
@@ -117,7 +117,7 @@ def from_timm(
         tensors = load_file(path)
     counts = "num_batches_tracked"
     tensors = {n: t for n, t in tensors.items() if not n.endswith(counts)}
-    return _import(tensors, path, model, weight_names.timm(model), classifier, key)
+    return _import(tensors, path, model, weight_layouts.timm(model), classifier, key)
 
 
 def from_bit(
@@ -138,22 +138,22 @@ def from_bit(
         np.load(file, allow_pickle=False) as stored,
     ):
         tensors = dict(stored)
-    return _import(tensors, path, model, weight_names.BIT, classifier, key)
+    return _import(tensors, path, model, weight_layouts.BIT, classifier, key)
 
 
 def to_keras(variables: dict[str, Any], model: ResNetV2) -> Tensors:
     """Return the variables under Keras's names: "conv1_conv/kernel" and so on."""
-    return _export(variables, weight_names.KERAS)
+    return _export(variables, weight_layouts.KERAS)
 
 
 def to_timm(variables: dict[str, Any], model: ResNetV2) -> Tensors:
     """Return the variables under timm's names, without num_batches_tracked."""
-    return _export(variables, weight_names.timm(model))
+    return _export(variables, weight_layouts.timm(model))
 
 
 def to_bit(variables: dict[str, Any], model: ResNetV2) -> Tensors:
     """Return the variables under Big Transfer's names."""
-    return _export(variables, weight_names.BIT)
+    return _export(variables, weight_layouts.BIT)
 
 
 def _export(variables: dict[str, Any], layout: WeightLayout) -> Tensors:

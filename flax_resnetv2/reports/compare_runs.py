@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.inference import scores
-from flax_resnetv2.reports import rendering
+from flax_resnetv2.reports import formats
 from flax_resnetv2.run import run_directory
 from flax_resnetv2.run.build import count_parameters
 from flax_resnetv2.run.config import Config, differences
@@ -53,8 +53,8 @@ def to_markdown(runs: Sequence[RunRecord]) -> str:
         train, last = run.last.get("train"), run.lines[-1]
         rows.append(
             [
-                rendering.one_line(run.name),
-                "(reference)" if run is runs[0] else rendering.one_line(changes),
+                formats.one_line(run.name),
+                "(reference)" if run is runs[0] else formats.one_line(changes),
                 f"{run.parameters:,}",
                 f"{last['epoch']:g}",
                 *(_score(run, split) for split in ("validation", "test")),
@@ -67,7 +67,7 @@ def to_markdown(runs: Sequence[RunRecord]) -> str:
 Scores are those of the last evaluation. The 95 % interval (Wilson) in parentheses
 reflects the number of images only, not the variation between seeds; a sweep measures
 that."""
-    return "\n".join([*rendering.markdown_table(head, rows, text_columns=2), note])
+    return "\n".join([*formats.markdown_table(head, rows, text_columns=2), note])
 
 
 def _score(run: RunRecord, split: str) -> str:
@@ -83,7 +83,7 @@ def _score(run: RunRecord, split: str) -> str:
 
 def draw_runs(runs: Sequence[RunRecord]) -> bytes:
     """Draw training loss and test score of every run over the epochs, as PNG."""
-    figure = rendering.new_figure(10, 4.2)
+    figure = formats.new_figure(10, 4.2)
     left, right = figure.subplots(1, 2)
     metrics = set()
     for number, run in enumerate(runs):
@@ -103,4 +103,4 @@ def draw_runs(runs: Sequence[RunRecord]) -> bytes:
         axes.grid(color="0.93")
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=min(len(runs), 3), fontsize=8)
-    return rendering.encode(figure, "png")
+    return formats.encode(figure, "png")

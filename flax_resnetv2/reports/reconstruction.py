@@ -12,7 +12,7 @@ from flax_resnetv2.data.batch import Split
 from flax_resnetv2.data.datasets import open_dataset
 from flax_resnetv2.data.streaming import EvaluationRow
 from flax_resnetv2.errors import UsageError
-from flax_resnetv2.reports import rendering
+from flax_resnetv2.reports import formats
 from flax_resnetv2.run.run_directory import load_config
 from flax_resnetv2.run.trained import CheckpointChoice, TrainedNet, restore
 from flax_resnetv2.system.files import write_whole
@@ -78,7 +78,7 @@ def draw_reconstructions(net: TrainedNet, count: int) -> bytes:
 def draw_rows(rows: dict[str, np.ndarray]) -> bytes:
     """Draw named rows of images [N, H, W, C], with values from 0 to 1, as PNG."""
     count = max(map(len, rows.values()))
-    figure = rendering.new_figure(1 + 0.9 * count, 1.15 * len(rows))
+    figure = formats.new_figure(1 + 0.9 * count, 1.15 * len(rows))
     grid = figure.subplots(len(rows), count, squeeze=False)
     for row, (name, images) in zip(grid, rows.items(), strict=True):
         for axes, image in zip(row, images, strict=True):
@@ -88,7 +88,7 @@ def draw_rows(rows: dict[str, np.ndarray]) -> bytes:
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
         row[0].set_ylabel(name, fontsize=8)
-    return rendering.encode(figure, "png")
+    return formats.encode(figure, "png")
 
 
 def read_images(

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from flax_resnetv2.data.datasets import open_dataset
-from flax_resnetv2.data.images import to_png
+from flax_resnetv2.data.decoding import to_png
 from flax_resnetv2.inference import scores
 from flax_resnetv2.inference.predictor import Predictor
 from flax_resnetv2.model import layer_table
 from flax_resnetv2.model.drawing import draw_net
+from flax_resnetv2.reports.formats import encode, new_figure
 from flax_resnetv2.reports.reconstruction import draw_reconstructions, read_images
-from flax_resnetv2.reports.rendering import encode, new_figure
 from flax_resnetv2.run.build import count_parameters
 from flax_resnetv2.run.config import to_json
 from flax_resnetv2.run.run_directory import read_metrics

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from flax_resnetv2.reports import rendering
-from flax_resnetv2.reports.rendering import one_line
+from flax_resnetv2.reports import formats
+from flax_resnetv2.reports.formats import one_line
 
 NOTE = """\
 Accuracy is that of the final epoch, ± the sample standard deviation (n - 1) over
@@ -123,7 +123,7 @@ def to_markdown(
         f"{done} of {len(rows) * len(seeds)} runs are done; seeds "
         f"{', '.join(map(str, seeds))}.",
         "",
-        *rendering.markdown_table(head, cells),
+        *formats.markdown_table(head, cells),
         "",
         NOTE,
     ]
@@ -174,7 +174,7 @@ def draw_sweep(shared: str, rows: Sequence[Row]) -> bytes:
 
     Each override has a row, each seed a dot; a thin line joins the dots of a seed.
     """
-    figure = rendering.new_figure(8, 1.5 + 0.55 * len(rows))
+    figure = formats.new_figure(8, 1.5 + 0.55 * len(rows))
     axes = figure.subplots()
     for seed in sorted({seed for row in rows for seed in row.accuracy}):
         at = [(row.accuracy.get(seed), y) for y, row in enumerate(rows)]
@@ -196,4 +196,4 @@ def draw_sweep(shared: str, rows: Sequence[Row]) -> bytes:
     axes.set_title("\n".join(textwrap.wrap(shared, 90)), fontsize=9)
     axes.grid(axis="x", color="0.93")
     axes.spines[["top", "right"]].set_visible(False)
-    return rendering.encode(figure, "png")
+    return formats.encode(figure, "png")

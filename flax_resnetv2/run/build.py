@@ -8,8 +8,7 @@ from flax_resnetv2.model.decoder_plan import decoder_table
 from flax_resnetv2.model.layer_table import LayerRow, layer_table
 from flax_resnetv2.model.modules import ResNetV2, create_model
 from flax_resnetv2.run.config import Config
-from flax_resnetv2.training.objective import Autoencoding, Objective
-from flax_resnetv2.training.step import classification
+from flax_resnetv2.training.objective import Autoencoding, Objective, classification
 
 
 def create_net(

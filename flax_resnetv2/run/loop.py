@@ -24,7 +24,8 @@ from flax_resnetv2.run.validate import validate
 from flax_resnetv2.system import distributed
 from flax_resnetv2.system.runtime import touch_memory
 from flax_resnetv2.system.signals import Stop
-from flax_resnetv2.training.step import Metrics, TrainState
+from flax_resnetv2.training.objective import Metrics
+from flax_resnetv2.training.step import TrainState
 from flax_resnetv2.validation import check_choice
 
 

@@ -26,13 +26,13 @@ from flax_resnetv2.run.config import Config
 from flax_resnetv2.run.cost import StepCost, step_cost
 from flax_resnetv2.run.placement import Placement, sum_on_host
 from flax_resnetv2.training.augment import positions
+from flax_resnetv2.training.evaluation import make_eval_step
+from flax_resnetv2.training.objective import Metrics
 from flax_resnetv2.training.optimizers import make_schedule
 from flax_resnetv2.training.random_streams import initial_key
 from flax_resnetv2.training.step import (
-    Metrics,
     TrainState,
     create_train_state,
-    make_eval_step,
     make_train_step,
     train_state_shapes,
 )

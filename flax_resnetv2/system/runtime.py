@@ -4,6 +4,7 @@ Only the commands call these; importing the package changes no setting of the pr
 """
 
 import ctypes
+import logging
 import os
 import sys
 import threading
@@ -114,6 +115,10 @@ def silence_orbax() -> None:
     import absl.logging
 
     absl.logging.set_verbosity(absl.logging.FATAL)
+    # Writes that failed beside the one whose error is raised.
+    logging.getLogger("asyncio").addFilter(
+        lambda record: "exception was never retrieved" not in record.getMessage()
+    )
     show = sys.unraisablehook
 
     def filtered(unraisable: Any) -> None:

@@ -18,8 +18,11 @@ from flax_resnetv2.training.augment import AugmentConfig, mix
 from flax_resnetv2.training.random_streams import RandomStream, stream_keys
 
 if TYPE_CHECKING:
-    from flax_resnetv2.model.autoencoder import Reconstruction
+    from flax_resnetv2.model.autoencoder import Autoencoder, Reconstruction
+    from flax_resnetv2.model.modules import ResNetV2
 
+Metrics = dict[str, Any]
+"""What a step returns besides the state: sums and their ``count``, nested by layer."""
 Sums = dict[str, jax.Array]
 """Metrics as sums over the unmasked images; ``loss`` is always among them."""
 TOP5_CLASSES = 100
@@ -177,3 +180,11 @@ class Autoencoding:
     ) -> Sums:
         """Compare the images with what the mean latent vectors decode to."""
         return self.train_metrics(outputs, images, batch)
+
+
+def classification(
+    model: "ResNetV2 | Autoencoder", augmentation: AugmentConfig, smoothing: float = 0.0
+) -> Classification:
+    """Return the objective of a net that returns logits."""
+    dtype, classes = model.execution.param_dtype, model.plan.head.features
+    return Classification(classes, dtype, augmentation, smoothing)

@@ -1,7 +1,7 @@
-"""The training and evaluation steps: pure functions of state and batch.
+"""The training step: a pure function of state and batch.
 
-They run under any ``jit``. With an ``axis_name`` they also run inside ``pmap`` or
-``shard_map`` and compute the same on any number of devices. Metrics leave a step as
+It runs under any ``jit``. With an ``axis_name`` it also runs inside ``pmap`` or
+``shard_map`` and computes the same on any number of devices. Metrics leave a step as
 sums and counts, so they can be added up.
 """
 
@@ -18,7 +18,13 @@ from jax import lax
 from flax_resnetv2.data.batch import Batch
 from flax_resnetv2.model.initial import init_in_one_draw
 from flax_resnetv2.training.augment import AugmentConfig, augment, normalize, positions
-from flax_resnetv2.training.objective import Classification, Objective, StepInputs, Sums
+from flax_resnetv2.training.objective import (
+    Metrics,
+    Objective,
+    StepInputs,
+    Sums,
+    classification,
+)
 from flax_resnetv2.training.optimizers import (
     TrainConfig,
     make_optimizer,
@@ -30,8 +36,6 @@ from flax_resnetv2.training.random_streams import RandomStream, image_keys, stre
 if TYPE_CHECKING:
     from flax_resnetv2.model.autoencoder import Autoencoder
     from flax_resnetv2.model.modules import ResNetV2
-
-Metrics = dict[str, Any]
 
 
 @flax.struct.dataclass
@@ -281,67 +285,3 @@ def accumulate_gradients(
     first = jax.tree.map(lambda x: x[0], batch)
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, carry, first)[1])
     return lax.scan(more, (carry, zeros), batch)[0]
-
-
-def make_eval_step(
-    model: "ResNetV2 | Autoencoder",
-    augmentation: AugmentConfig,
-    *,
-    axis_name: str | None = None,
-    objective: Objective | None = None,
-) -> Callable[[dict[str, Any], Batch], Metrics]:
-    """Make the pure function ``step(variables, batch) -> metrics``.
-
-    The metrics are sums over the unmasked images: ``Objective.eval_metrics``, their
-    ``count``, and each unit's ``residual_ratio`` as {"stack1": {"unit1": ...}} (see
-    ``ResidualUnit``).
-    """
-    objective = objective or classification(model, augmentation)
-    stacks = [f"stack{k}" for k in range(1, len(model.plan.stacks) + 1)]
-
-    def step(variables: dict[str, Any], batch: Batch) -> Metrics:
-        images = normalize(batch.image, augmentation, model.execution.param_dtype)
-        outputs, sown = eval_forward(model, variables, images, augmentation.test_flip)
-        metrics = objective.eval_metrics(outputs, images, batch)
-        metrics["count"] = batch.mask.sum()
-        metrics["residual_ratio"] = {
-            stack: {
-                unit: jnp.where(batch.mask, values["residual_ratio"][0], 0).sum()
-                for unit, values in sown["intermediates"][stack].items()
-            }
-            for stack in stacks
-        }
-        return metrics if axis_name is None else lax.psum(metrics, axis_name)
-
-    return step
-
-
-def classification(
-    model: "ResNetV2 | Autoencoder", augmentation: AugmentConfig, smoothing: float = 0.0
-) -> Classification:
-    """Return the objective of a net that returns logits."""
-    dtype, classes = model.execution.param_dtype, model.plan.head.features
-    return Classification(classes, dtype, augmentation, smoothing)
-
-
-def eval_forward(
-    model: "ResNetV2 | Autoencoder",
-    variables: dict[str, Any],
-    images: jax.Array,
-    flip: bool,
-) -> tuple[Any, Any]:
-    """Apply the net in evaluation mode to normalized images [B, H, W, C].
-
-    With ``flip`` the logits are means over an image and its mirror image, that is the
-    renormalized geometric mean of the distributions: valid for softmax and sigmoid.
-
-    Returns:
-        The net's outputs, and the collections that its modules sow.
-    """
-    outputs, sown = model.apply(
-        variables, images, train=False, mutable=["intermediates"]
-    )
-    if flip:
-        mirrored = model.apply(variables, images[:, :, ::-1], train=False)
-        outputs = (outputs + mirrored) / 2
-    return outputs, sown

@@ -12,7 +12,7 @@ import pytest
 from flax_resnetv2 import UsageError
 from flax_resnetv2.data.batch import Split
 from flax_resnetv2.data.datasets import Dataset
-from flax_resnetv2.data.images import center_crop, random_resized_crop
+from flax_resnetv2.data.decoding import center_crop, random_resized_crop
 from flax_resnetv2.data.streaming import EvaluationRow, TrainingRow, batches
 from flax_resnetv2.data.tfds_records import Records, label_of, stored_splits
 from flax_resnetv2.errors import Stopped

@@ -15,7 +15,7 @@ from flax_resnetv2 import DataConfig, UsageError, open_dataset
 from flax_resnetv2.data import decoded_cache, shapes
 from flax_resnetv2.data.catalog import DATASETS
 from flax_resnetv2.data.datasets import describe
-from flax_resnetv2.data.images import (
+from flax_resnetv2.data.decoding import (
     center_crop,
     read_image,
     strict_pillow,

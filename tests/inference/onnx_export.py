@@ -10,7 +10,7 @@ import pytest
 
 from flax_resnetv2 import Predictor
 from flax_resnetv2.cli import tools
-from tests.inference.test_prediction import encoder, run  # noqa: F401  fixtures
+from tests.inference.test_predict_files import encoder, run  # noqa: F401  fixtures
 from tests.support import tiny
 
 

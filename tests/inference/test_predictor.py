@@ -8,7 +8,7 @@ from PIL import Image
 
 from flax_resnetv2 import Checkpointer, Predictor, UsageError, create_model
 from flax_resnetv2.cli import predict as predict_command
-from flax_resnetv2.data.images import center_crop
+from flax_resnetv2.data.decoding import center_crop
 from flax_resnetv2.run import loop
 from flax_resnetv2.run.run_directory import load_config
 from flax_resnetv2.training.augment import AugmentConfig

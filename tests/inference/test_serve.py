@@ -17,7 +17,7 @@ from flax_resnetv2.data import shapes
 from flax_resnetv2.inference import serve
 from flax_resnetv2.model import intermediates
 from flax_resnetv2.training.augment import normalize
-from tests.inference.test_prediction import encoder, run  # noqa: F401  fixtures
+from tests.inference.test_predict_files import encoder, run  # noqa: F401  fixtures
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from flax_resnetv2 import (
     to_keras,
     to_timm,
 )
-from flax_resnetv2.model import weight_names
+from flax_resnetv2.model import weight_layouts
 from tests.support import golden, peers
 from tests.support.tiny import variables_of
 
@@ -286,9 +286,9 @@ def names_of(preset, export):
     )
 
     layout = {
-        to_keras: weight_names.KERAS,
-        to_timm: weight_names.timm(model),
-        to_bit: weight_names.BIT,
+        to_keras: weight_layouts.KERAS,
+        to_timm: weight_layouts.timm(model),
+        to_bit: weight_layouts.BIT,
     }[export]
     return {
         layout.tensor(leaf): list(layout.theirs(leaf, array).shape)

@@ -10,7 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_resnetv2 import PRESETS, Execution, activations, create_model
-from flax_resnetv2.model import weight_names, weights
+from flax_resnetv2.model import weight_layouts, weights
 from tests.support import peers
 
 SHALLOWEST, DEEPEST = "keras-resnet50v2", "keras-resnet152v2"
@@ -50,7 +50,7 @@ def variables_of(preset):
     """The peer's tensors under our names."""
     tensors = {name: peers.fill(name, s) for name, s in peers.shapes(preset).items()}
     keras, model = preset.startswith("keras"), net(preset)
-    layout = weight_names.KERAS if keras else weight_names.timm(model)
+    layout = weight_layouts.KERAS if keras else weight_layouts.timm(model)
     return weights._import(tensors, preset, model, layout, "read")
 
 

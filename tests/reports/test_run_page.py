@@ -20,7 +20,7 @@ from tensorboardX.proto.event_pb2 import Event
 from flax_resnetv2 import RECIPES, Predictor
 from flax_resnetv2.cli import tools, train as train_command
 from flax_resnetv2.data.datasets import describe
-from flax_resnetv2.data.images import to_png
+from flax_resnetv2.data.decoding import to_png
 from flax_resnetv2.inference import modelcard, modelfile, scores
 from flax_resnetv2.reports import compare_runs, reconstruction, run_page
 from flax_resnetv2.run import loop, validate

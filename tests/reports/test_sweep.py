@@ -446,10 +446,11 @@ def test_an_override_of_other_flags_is_refused_as_by_train(
     override, words, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        tools.main(["sweep", "quickstart", "--workdir", "s", "--vary", override])
-    assert ended.value.code == 2
-    assert words in capsys.readouterr().err
+    code = tools.main(["sweep", "quickstart", "--workdir", "s", "--vary", override])
+    assert code == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.splitlines()[-1].startswith(f"error: --vary {override!r} is not made")
     assert not list(tmp_path.iterdir())
 
 

@@ -406,20 +406,19 @@ ALONE = {"devices": 1, "create": ready_state, "workdir": "alone"}
 SHARED = {"create": ready_state, "workdir": "shared"}
 
 
-def test_losses_do_not_depend_on_the_devices(fit, float64):
+@pytest.mark.parametrize("devices", [2, 8])
+def test_losses_do_not_depend_on_the_devices(fit, float64, devices):
     config = replace(
         configuration(epochs=1, ema_decay=0.9), execution=Execution(dtype="float64")
     )
     _, expected, _ = fit(config, **ALONE)
     assert len(set(losses(expected))) == 6
-    for devices in (2, 8):
-        create = {"devices": devices, "create": ready_state, "workdir": str(devices)}
-        _, lines, state = fit(config, **create)
-        for ours, theirs in zip(lines, expected, strict=True):
-            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-10)
-            assert ours["accuracy"] == theirs["accuracy"]
-        assert len(state.step) == devices
-        assert differing(state) == []
+    _, lines, state = fit(config, devices=devices, create=ready_state, workdir="many")
+    for ours, theirs in zip(lines, expected, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-10)
+        assert ours["accuracy"] == theirs["accuracy"]
+    assert len(state.step) == devices
+    assert differing(state) == []
 
 
 def test_options_do_not_depend_on_the_devices_either(tmp_path, float64):

@@ -17,7 +17,7 @@ from flax_resnetv2.run.trainer import Trainer
 from flax_resnetv2.training.augment import AugmentConfig
 
 NET = Architecture(
-    units=(2, 2), widths=(8, 16), strides=(1, 2), stem_width=8, num_classes=4
+    units=(2, 1), widths=(8, 16), strides=(1, 2), stem_width=8, num_classes=4
 )
 SMALL = replace(NET, units=(1, 1), widths=(4, 8), stem_width=4)
 """Where a test compiles often."""

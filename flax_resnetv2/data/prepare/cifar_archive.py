@@ -12,7 +12,7 @@ import numpy as np
 
 from flax_resnetv2.data.catalog import DATASETS
 from flax_resnetv2.data.prepare import unpickling
-from flax_resnetv2.data.prepare.official_files import (
+from flax_resnetv2.data.prepare.verified_files import (
     Examples,
     Labels,
     OfficialFiles,

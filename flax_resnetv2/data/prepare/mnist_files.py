@@ -9,7 +9,7 @@ from typing import IO
 import numpy as np
 
 from flax_resnetv2.data.catalog import DATASETS
-from flax_resnetv2.data.prepare.official_files import (
+from flax_resnetv2.data.prepare.verified_files import (
     Examples,
     OfficialFiles,
     check_labels,

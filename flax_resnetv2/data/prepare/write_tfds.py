@@ -18,11 +18,11 @@ from typing import IO, Any, NamedTuple
 
 from flax_resnetv2.data import shapes
 from flax_resnetv2.data.catalog import DATASETS
-from flax_resnetv2.data.images import to_png
+from flax_resnetv2.data.decoding import to_png
 from flax_resnetv2.data.prepare import download
 from flax_resnetv2.data.prepare.cifar_archive import CIFAR10, CIFAR100
 from flax_resnetv2.data.prepare.mnist_files import FASHION_MNIST, MNIST
-from flax_resnetv2.data.prepare.official_files import Examples
+from flax_resnetv2.data.prepare.verified_files import Examples
 from flax_resnetv2.errors import RunError, UsageError
 
 _logger = logging.getLogger(__name__)

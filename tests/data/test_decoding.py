@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from flax_resnetv2 import UsageError
-from flax_resnetv2.data.images import (
+from flax_resnetv2.data.decoding import (
     center_crop,
     read_image,
     read_squares,
