@@ -16,8 +16,8 @@ from jax.experimental.compilation_cache import compilation_cache
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Compiling takes longer than running what was compiled, so it is done with few
-# optimizations, here and in child processes. CI runs the exhaustive tests with all of
-# them, as users do: it sets this variable.
+# optimizations, here and in child processes. CI repeats the tests of the numbers with
+# all of them, as users compile: it sets this variable.
 if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
     jax.config.update("jax_disable_most_optimizations", True)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
