@@ -2,7 +2,7 @@
 
 A run has one key, made from its seed. The key of one draw for one image is
 
-    key(seed) -> fold_in(step) -> fold_in(position) -> fold_in(RandomStream)
+    run_key(seed) -> fold_in(step) -> fold_in(position) -> fold_in(RandomStream)
 
 with the image's position in the global batch, so a draw depends on neither the number
 of devices nor earlier steps. The key of the initial parameters is that of no step.
@@ -32,15 +32,24 @@ INITIAL = 2**32 - 1
 """Stands for a step in the key of the initial parameters; int32 steps stay below it."""
 
 
+def run_key(seed: int) -> jax.Array:
+    """Return the key of a run, from which all its keys are made.
+
+    It is a threefry key whatever ``JAX_DEFAULT_PRNG_IMPL`` says: the draws of other
+    generators depend on how an array is divided over devices.
+    """
+    return jax.random.key(seed, impl="threefry2x32")
+
+
 def initial_key(seed: int) -> jax.Array:
     """Return the key from which a run draws its initial parameters."""
-    return jax.random.fold_in(jax.random.key(seed), INITIAL)
+    return jax.random.fold_in(run_key(seed), INITIAL)
 
 
 def image_keys(key: jax.Array, step: jax.Array, positions: jax.Array) -> jax.Array:
     """Return the keys [B] of a step's images, by position [B] in the global batch.
 
-    ``key`` is that of the run, ``jax.random.key(seed)``.
+    ``key`` is ``run_key(seed)``.
     """
     at_step = jax.random.fold_in(key, step)
     return jax.vmap(lambda position: jax.random.fold_in(at_step, position))(positions)

@@ -31,7 +31,12 @@ from flax_resnetv2.training.optimizers import (
     trainable_mask,
 )
 from flax_resnetv2.training.randaugment import change_pixels
-from flax_resnetv2.training.random_streams import RandomStream, image_keys, stream_keys
+from flax_resnetv2.training.random_streams import (
+    RandomStream,
+    image_keys,
+    run_key,
+    stream_keys,
+)
 
 if TYPE_CHECKING:
     from flax_resnetv2.model.autoencoder import Autoencoder
@@ -152,7 +157,7 @@ class TrainStep:
         """
         dtype = self.model.execution.param_dtype
         at = positions(batch.label.shape[0], self.axis_name)
-        keys = image_keys(jax.random.key(self.seed), step, at)
+        keys = image_keys(run_key(self.seed), step, at)
         images = change_pixels(batch.image, keys, self.augmentation)
         images = normalize(images, self.augmentation, dtype)
         images = augment(images, keys, self.augmentation)

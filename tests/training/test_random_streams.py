@@ -18,6 +18,7 @@ from flax_resnetv2.training.random_streams import (
     RandomStream,
     image_keys,
     initial_key,
+    run_key,
     stream_keys,
 )
 
@@ -203,3 +204,13 @@ def test_initial_parameters_have_the_key_of_no_step(seed):
     folded = data_of(jax.vmap(lambda step: jax.random.fold_in(key, step))(steps))
     assert not (folded == initial).all(1).any()
     assert not np.array_equal(initial, data_of(key))
+
+
+@pytest.mark.parametrize("kind", ["rbg", "unsafe_rbg"])
+def test_a_runs_keys_are_of_one_kind(kind):
+    """Other generators draw other numbers on another number of devices."""
+    expected = data_of(run_key(3)), data_of(initial_key(3))
+    with jax.default_prng_impl(kind):
+        assert jax.random.key_impl(jax.random.key(3)) != jax.random.key_impl(run_key(3))
+        found = data_of(run_key(3)), data_of(initial_key(3))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
