@@ -119,6 +119,25 @@ class Checkpointer:
         """Read only the notes of ``step``; raises as ``restore``."""
         return self._record(step)["notes"]
 
+    def records(self) -> dict[str, str]:
+        """Return the run's records from the newest checkpoint that has a copy.
+
+        Raises:
+            RunError: there are checkpoints, and none can be read or has a copy.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            with contextlib.suppress(DamagedError):
+                if found := self.notes(step).get("records"):
+                    return found
+        if steps:
+            raise RunError(
+                f"no checkpoint of {self._directory} has a copy of the run's records; "
+                "restore config.json and dataset.json from a copy, or train in another "
+                "--workdir"
+            )
+        return {}
+
     def restore(self, step: int, like: Any) -> tuple[Any, Any]:
         """Read the state and the notes of ``step``.
 

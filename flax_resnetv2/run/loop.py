@@ -22,6 +22,7 @@ from flax_resnetv2.run.tracing import Tracer, check_steps
 from flax_resnetv2.run.trainer import Trainer
 from flax_resnetv2.run.validate import validate
 from flax_resnetv2.system import distributed
+from flax_resnetv2.system.files import write_whole
 from flax_resnetv2.system.runtime import touch_memory
 from flax_resnetv2.system.signals import Stop
 from flax_resnetv2.training.objective import Metrics
@@ -73,6 +74,7 @@ def fit(
             "processes, each must use all of its own"
         )
     check_choice("executor", executor, get_args(Executor))
+    found_again = _restore_records(workdir)
     placement = Placement(devices, executor)
     batch, limit = config.train.batch_size, memory_limit(devices[0])
     config, dataset, model = validate(config, workdir, placement.count, limit)
@@ -97,6 +99,7 @@ def fit(
             contextlib.closing(trainer),
         ):
             notes = [f"changed: {x}" for x in run_directory.check_same(workdir, config)]
+            notes += [*found_again, *run_directory.check_numerics(workdir)]
             if training is None:
                 training = _resumed(trainer, kept)
             done = training.done
@@ -122,6 +125,7 @@ def fit(
                 Tracer(profile, workdir / "profile") as tracer,
             ):
                 report.say(f"{workdir}: {trainer.describe(training.state)}")
+                notes += training.missing_lines(report)
                 for text in [*notes, cost.describe(batch, placement.count, limit)]:
                     report.say(text)
                 training.run(kept, report, tracer, stop)
@@ -251,6 +255,24 @@ class _Training:
             else:
                 report.progress(self.done)
 
+    def missing_lines(self, report: Reporter) -> list[str]:
+        """Say if ``metrics.jsonl`` ends before this state; no kill leaves it so.
+
+        What is lost cannot be computed again; scores on "validation" are in the
+        checkpoint.
+        """
+        steps = range(self.done, 0, -1)
+        due = next((step for step in steps if self.due.line(step)), 0)
+        last = report.last.get("train", {}).get("step", 0)
+        if last >= due:
+            return []
+        scores = [f"{value:.4f} at {step}" for step, value in self._validation.items()]
+        known = f" (scores on validation: {', '.join(scores)})" if scores else ""
+        return [
+            f"metrics.jsonl was cut short: it ends at step {last:,}, the checkpoint is "
+            f"of step {self.done:,}; the lines between are lost{known}"
+        ]
+
     @property
     def _epoch(self) -> float:
         return self.done / self.trainer.steps_per_epoch
@@ -311,6 +333,7 @@ class _Training:
             return
         sums = self._training_sums(checkpoints)
         notes = {"metrics": sums, "validation": self._validation}
+        notes["records"] = run_directory.read_records(report.workdir)
         report.sync()
         best = best_step(self._validation, [*checkpoints.steps(), self.done])
         state = self.trainer.placement.as_global(self.state)
@@ -353,6 +376,29 @@ class _Training:
             if split == "validation":
                 self._validation[str(self.done)] = line.get("accuracy", -line["loss"])
         return True
+
+
+def _restore_records(workdir: Path) -> list[str]:
+    """Write records that a run has lost again, from its newest checkpoint.
+
+    Returns:
+        A line for each.
+
+    Raises:
+        RunError: no checkpoint has them.
+    """
+    kept = workdir / "checkpoints"
+    there = run_directory.read_records(workdir) if kept.is_dir() else {}
+    lost = [name for name in run_directory.RECORDS if name not in there]
+    if not distributed.broadcast_from_first(kept.is_dir() and bool(lost)):
+        return []
+    with Checkpointer(kept) as checkpoints:
+        records = checkpoints.records()
+    lost = [name for name in lost if name in records]
+    if distributed.is_first_process():
+        for name in lost:
+            write_whole(workdir / name, records[name])
+    return [f"{name} was missing: restored from a checkpoint" for name in lost]
 
 
 def _resumed(trainer: Trainer, checkpoints: Checkpointer) -> _Training:

@@ -54,7 +54,7 @@ class Reporter:
         silent: bool = False,
         tensorboard: bool = False,
     ) -> None:
-        self._flops, self._peak = flops, peak
+        self.workdir, self._flops, self._peak = workdir, flops, peak
         self.last: dict[str, dict[str, Any]] = {}
         """The newest line of each split."""
         self._began, self._total, self._batch = began, total, batch_size

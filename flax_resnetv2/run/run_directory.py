@@ -26,6 +26,8 @@ from flax_resnetv2.errors import UsageError
 from flax_resnetv2.run.config import Config, differences, from_json, to_json
 from flax_resnetv2.system.files import write_whole
 
+RECORDS = "config.json", "dataset.json", "environment.json"
+"""Files that say what a run is. Every checkpoint has a copy of them."""
 MAY_CHANGE = {
     *("data.dir", "data.archive", "data.url", "data.accept_checksum", "data.workers"),
     *("log_every", "evaluate_every", "target_accuracy", "train.eval_batch_size"),
@@ -49,6 +51,20 @@ def new_workdir(recipe: str) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # not empty: the run has begun
             path.rmdir()
             path.parent.rmdir()
+
+
+def check_path(workdir: Path) -> None:
+    """Refuse, by ``UsageError``, a path under which orbax finds no checkpoint again.
+
+    It looks for parts of a checkpoint by patterns that begin with the path.
+    """
+    path = str(workdir.absolute())
+    if found := sorted(set(path) & set("[]*?\\")):
+        raise UsageError(
+            f"workdir={workdir} must have none of [ ] * ? \\ in its whole path, and "
+            f"{path} has {' '.join(found)}; choose another --workdir, or start the "
+            "command in another directory"
+        )
 
 
 def make_directory(path: Path, new: bool = False) -> bool:
@@ -174,6 +190,12 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     return lines
 
 
+def read_records(workdir: Path) -> dict[str, str]:
+    """Return the texts of those ``RECORDS`` that are there."""
+    paths = (workdir / name for name in RECORDS)
+    return {path.name: path.read_text() for path in paths if path.exists()}
+
+
 def check_data(workdir: Path, dataset: Dataset) -> None:
     """Refuse, by ``UsageError``, to resume with other images or another order."""
     if not (workdir / "dataset.json").exists():
@@ -228,6 +250,52 @@ def check_same(workdir: Path, config: Config) -> list[str]:
     return list(found.values())
 
 
+def check_numerics(workdir: Path) -> list[str]:
+    """Refuse to resume a run under settings of JAX that change its numbers.
+
+    Returns:
+        What has changed since the last start, and may change the last bits.
+
+    Raises:
+        UsageError: names every setting that differs and must not.
+    """
+    path = workdir / "environment.json"
+    starts = _load(path, list) if path.exists() else []
+    last, now = starts[-1] if starts else {}, _numerics()
+    before = last.get("numerics", now)
+    if changed := [
+        f"JAX_{name.upper()} is {now[name]}, and was {before.get(name)}"
+        for name in _DECISIVE
+        if before.get(name) != now[name]
+    ]:
+        raise UsageError(
+            f"{workdir} began under another setting of JAX ({'; '.join(changed)}), so "
+            "its numbers would change; set it as before, or give another --workdir"
+        )
+    others = {name: (before.get(name), now[name]) for name in set(now) - set(_DECISIVE)}
+    versions = last.get("versions", {})
+    for name in ("jax", "jaxlib"):
+        installed = metadata.version(name)
+        others[name] = versions.get(name, installed), installed
+    return [
+        f"{name} {old!r} -> {new!r}: the last bits may differ from those of an "
+        "undisturbed run"
+        for name, (old, new) in sorted(others.items())
+        if old != new
+    ]
+
+
+_DECISIVE = "enable_x64", "threefry_partitionable", "default_matmul_precision"
+"""Settings of JAX that change more than the last bits."""
+
+
+def _numerics() -> dict[str, Any]:
+    """Return what else than configuration, data and versions decides a run's bits."""
+    settings = {name: getattr(jax.config, f"jax_{name}") for name in _DECISIVE}
+    names = "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"
+    return settings | {name: os.environ.get(name, "").strip() for name in names}
+
+
 def write_records(
     workdir: Path,
     config: Config,
@@ -269,6 +337,7 @@ def _environment(devices: list[jax.Device]) -> dict[str, Any]:
         "platform": devices[0].platform,
         "devices": [device.device_kind for device in devices],
         "machine": platform.machine(),
+        "numerics": _numerics(),
     }
 
 

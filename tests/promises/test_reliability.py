@@ -546,6 +546,72 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
     assert_same_run(copied, whole)
 
 
+@pytest.mark.parametrize(
+    "lost", [["config.json"], ["dataset.json"], list(run_directory.RECORDS)]
+)
+def test_lost_records_come_back_from_a_checkpoint(copied, whole, go_on, lost, caplog):
+    """Before they are compared, so another configuration is refused as ever."""
+    caplog.set_level("INFO", "flax_resnetv2")
+    for name in lost:
+        (copied / name).unlink()
+    with pytest.raises(UsageError, match=r"another configuration .*seed: 0 -> 1"):
+        go_on(replace(EVERY_5, seed=1))
+    for name in lost:
+        assert (copied / name).read_text() == (whole / name).read_text()
+        (copied / name).unlink()
+    go_on()
+    assert_same_run(copied, whole)
+    for name in lost:
+        assert f"{name} was missing: restored from a checkpoint" in caplog.text
+
+
+def test_without_a_copy_of_its_records_a_run_is_refused(copied, go_on, monkeypatch):
+    (copied / "config.json").unlink()
+    monkeypatch.setattr(checkpoint.Checkpointer, "notes", lambda *_: {})
+    with pytest.raises(RunError, match="has a copy of the run's records; restore"):
+        go_on()
+    assert not (copied / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["a[0.1]", "b*", "c?", "d\\e", "in[0]/f"])
+def test_a_path_that_orbax_reads_as_a_pattern_is_refused(go_on, tmp_path, name):
+    with pytest.raises(UsageError, match=r"must have none of \[ \] \* \? "):
+        go_on(workdir=name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_lines_that_were_cut_off_are_missed(copied, go_on, caplog):
+    caplog.set_level("INFO", "flax_resnetv2")
+    lines = (copied / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copied / "metrics.jsonl").write_text(lines[0])
+    go_on()
+    assert (
+        "was cut short: it ends at step 4, the checkpoint is of step 12" in caplog.text
+    )
+    assert "scores on validation: " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        (jax.enable_x64(True), "JAX_ENABLE_X64 is True, and was False"),
+        (jax.threefry_partitionable(False), "JAX_THREEFRY_PARTITIONABLE is False"),
+        (jax.default_matmul_precision("highest"), "JAX_DEFAULT_MATMUL_PRECISION"),
+    ],
+)
+def test_other_numerics_are_refused(copied, go_on, setting, words):
+    with setting, pytest.raises(UsageError, match=words):
+        go_on()
+
+
+def test_what_may_change_the_last_bits_is_said(copied, go_on, monkeypatch, caplog):
+    caplog.set_level("INFO", "flax_resnetv2")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_ftz=true")
+    go_on()
+    assert "XLA_FLAGS" in caplog.text
+    assert "the last bits may differ from those of an undisturbed run" in caplog.text
+
+
 def test_a_directory_in_use_is_refused(go_on, copied):
     with (
         run_directory.locked(copied),
