@@ -18,6 +18,8 @@ from flax_resnetv2.errors import UsageError
 LONGEST_SIDE = 65_535
 """Largest side in pixels, as in JPEG. Pillow limits only the number of pixels, but
 resizing a longer image would take gigabytes, however narrow it is."""
+FORMATS = "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"
+"""The formats that are tried. Pillow has others, of which EPS starts Ghostscript."""
 _CHUNK = 1024
 """Images whose files are open or in memory at the same time."""
 
@@ -108,11 +110,11 @@ def read_image(
     Raises:
         UsageError: not a file, not an image, truncated, or too large.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     bombs = Image.DecompressionBombWarning, Image.DecompressionBombError
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             if max(image.size) > LONGEST_SIDE:
                 raise UsageError(
                     f"{name} is {image.width}x{image.height} pixels; the limit "
@@ -129,7 +131,7 @@ def read_image(
                     f"{name} has pixels of mode {image.mode}, whose range is not "
                     "known; give an image of 8 or 16 bits a channel"
                 )
-            pixels = ImageOps.exif_transpose(image)
+            pixels = _upright(image)
             if pixels.mode.startswith("I;16"):  # Pillow would clip at 255
                 pixels = Image.fromarray((np.asarray(pixels) >> 8).astype(np.uint8))
             pixels = resize(pixels.convert("RGB" if channels == 3 else "L"))
@@ -145,6 +147,32 @@ def read_image(
             f"{name} cannot be read ({reason}); give a whole PNG or JPEG file"
         ) from error
     return np.asarray(pixels, np.uint8).reshape(pixels.height, pixels.width, channels)
+
+
+def _upright(image: Any) -> Any:
+    """Turn an image as its EXIF says, or leave it if that cannot be read.
+
+    Pillow's ``exif_transpose`` also writes the other entries again, and fails if one of
+    them is damaged.
+    """
+    from PIL import ExifTags, Image
+
+    image.load()
+    turns = Image.Transpose
+    known = {
+        2: turns.FLIP_LEFT_RIGHT,
+        3: turns.ROTATE_180,
+        4: turns.FLIP_TOP_BOTTOM,
+        5: turns.TRANSPOSE,
+        6: turns.ROTATE_270,
+        7: turns.TRANSVERSE,
+        8: turns.ROTATE_90,
+    }
+    try:
+        turn = known.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # damaged metadata raise anything
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def read_squares(

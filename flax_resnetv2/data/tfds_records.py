@@ -281,7 +281,7 @@ def _read_alike(files: Iterator[bytes], count: int) -> np.ndarray:
     images = first = None
     with strict_pillow():
         for index, file in enumerate(files):
-            image = Image.open(io.BytesIO(file))
+            image = Image.open(io.BytesIO(file), formats=("PNG", "JPEG"))
             kind = f"{image.mode} of {image.width}x{image.height} pixels"
             first = first or kind
             if kind != first or image.mode not in ("L", "RGB"):

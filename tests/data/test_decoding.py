@@ -1,6 +1,8 @@
 """Image files of every kind, brought to squares."""
 
 import io
+import math
+import struct
 import warnings
 
 import numpy as np
@@ -123,3 +125,58 @@ def test_too_many_pixels_are_refused_without_help_from_the_thread(monkeypatch):
         warnings.simplefilter("ignore")
         with pytest.raises(UsageError, match=message):
             read_image(file_of(np.zeros((9, 12), np.uint8)), "b", 3, center_crop(2))
+
+
+# Metadata; the pixels are whole
+
+VALUES = {
+    "text": (2, 5, b"abcd\0"),
+    "a fraction": (5, 1, struct.pack("<II", 1, 3)),
+    "a division by 0": (5, 1, struct.pack("<II", 1, 0)),
+    "a negative fraction": (10, 1, struct.pack("<ii", -1, 3)),
+    "a negative number": (8, 1, struct.pack("<h", -5)),
+    "NaN": (12, 1, struct.pack("<d", math.nan)),
+    "a float": (11, 1, struct.pack("<f", 7.5)),
+    "a type that is none": (77, 1, b"\1\2"),
+    "more values than bytes": (3, 9999, b""),
+}
+TAGS = {
+    "width": 0x0100,
+    "bits": 0x0102,
+    "strips": 0x0111,
+    "orientation": 0x0112,
+    "strip sizes": 0x0117,
+    "resolution": 0x011A,
+    "directory": 0x8769,
+}
+
+
+def exif_of(tag, kind, count, value):
+    """An EXIF block with one entry, whose value lies behind it if it is long."""
+    held = value.ljust(4, b"\0") if len(value) <= 4 else struct.pack("<I", 26)
+    entry = struct.pack("<HHI", tag, kind, count) + held
+    block = b"II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4)
+    return b"Exif\0\0" + block + (value if len(value) > 4 else b"")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_metadata_change_no_pixel(kind):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
+    expected = read(file_of(pixels, kind), 7)
+    blocks = {
+        f"{tag}: {value}": exif_of(number, *entry)
+        for tag, number in TAGS.items()
+        for value, entry in VALUES.items()
+    }
+    blocks |= {"no block": b"Exif\0\0JUNKJUNK", "half a header": b"Exif\0\0II*"}
+    for name, block in blocks.items():
+        found = read(file_of(pixels, kind, exif=block), 7)
+        np.testing.assert_array_equal(found, expected, err_msg=name)
+
+
+def test_a_format_that_could_start_a_program_is_none():
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n%%EOF\n"
+    with Image.open(io.BytesIO(eps)) as image:
+        assert image.format == "EPS"  # to Pillow
+    with pytest.raises(UsageError, match="it is not an image; give a PNG or JPEG"):
+        read(io.BytesIO(eps), 8)
