@@ -1,5 +1,6 @@
 """The command ``predict.py NET IMAGE ...``."""
 
+import sys
 from collections.abc import Sequence
 
 import tyro
@@ -8,13 +9,15 @@ from rich.console import Console
 from flax_resnetv2.cli.exits import guarded
 from flax_resnetv2.inference.predict_files import predict
 from flax_resnetv2.run.trained import CheckpointChoice
+from flax_resnetv2.system.files import expand_home
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``predict.py``: print the most probable classes of images."""
+    words = expand_home(sys.argv[1:] if arguments is None else arguments)
     # Standard output is for the predictions alone.
     return guarded(
-        lambda: tyro.cli(_predict, prog="predict.py", args=arguments),
+        lambda: tyro.cli(_predict, prog="predict.py", args=words),
         log=Console(stderr=True),
     )
 

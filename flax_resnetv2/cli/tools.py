@@ -29,6 +29,7 @@ from flax_resnetv2.run.find_rate import find_rate as suggest_rate
 from flax_resnetv2.run.recipes import RECIPES
 from flax_resnetv2.run.trained import CheckpointChoice
 from flax_resnetv2.system import runtime
+from flax_resnetv2.system.files import expand_home
 
 
 def show(
@@ -143,7 +144,7 @@ def sweep(words: list[str], /) -> None:
 def _override(shared: train.TrainCommand, text: str) -> Config:
     """Return the shared configuration with the flags in ``text``."""
     try:
-        words = shlex.split(text)
+        words = expand_home(shlex.split(text))
     except ValueError as error:
         raise UsageError(
             f"--vary {text!r} cannot be read ({error}); give flags of train.py, as "
@@ -261,7 +262,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``python -m flax_resnetv2``; return the exit code."""
-    words = sys.argv[1:] if arguments is None else list(arguments)
+    words = expand_home(sys.argv[1:] if arguments is None else arguments)
     command = COMMANDS.get(words[0]) if words else None
     if command in BY_RECIPE:
         return guarded(lambda: command(words[1:]))

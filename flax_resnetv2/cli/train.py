@@ -25,6 +25,7 @@ from flax_resnetv2.run.recipes import RECIPES
 from flax_resnetv2.run.run_directory import new_workdir
 from flax_resnetv2.run.tracing import parse_steps
 from flax_resnetv2.system import distributed, runtime
+from flax_resnetv2.system.files import expand_home
 from flax_resnetv2.validation import Count, Range, check
 
 
@@ -82,7 +83,7 @@ class TrainCommand(RecipeCommand):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``train.py``; return the exit code."""
-    words = sys.argv[1:] if arguments is None else list(arguments)
+    words = expand_home(sys.argv[1:] if arguments is None else arguments)
     try:
         code = guarded(lambda: _train(words))
     except Exception:  # a fault of this package: the other processes must end too

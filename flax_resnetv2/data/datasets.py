@@ -29,7 +29,7 @@ from flax_resnetv2.data.tfds_records import (
     stored_splits,
 )
 from flax_resnetv2.errors import UsageError
-from flax_resnetv2.system.files import user_cache
+from flax_resnetv2.system.files import home, user_cache
 from flax_resnetv2.validation import Range, shown
 
 _logger = logging.getLogger(__name__)
@@ -285,7 +285,7 @@ def data_dir(config: DataConfig) -> Path:
     if path is None:
         path, source = os.environ.get("TFDS_DATA_DIR") or None, "TFDS_DATA_DIR"
     if path is None:
-        return Path.home() / "tensorflow_datasets"
+        return home() / "tensorflow_datasets"
     root = Path(os.path.expanduser(path))
     # Unlike Path.is_dir, os.path.isdir returns False for a name that is too long.
     if not path or not os.path.isdir(root):

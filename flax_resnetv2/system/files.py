@@ -1,13 +1,38 @@
 """Paths and files: the user's cache, writable places, files written atomically."""
 
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 
 def user_cache() -> Path:
     """Return this package's directory in the user's cache; it may not exist yet."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or home() / ".cache"
     return Path(cache) / "flax_resnetv2"
+
+
+def home() -> Path:
+    """Return the user's home directory; / if there is none, as in some containers."""
+    try:
+        return Path.home()
+    except RuntimeError:  # HOME is not set, and the user id has no entry
+        return Path("/")
+
+
+def expand_home(words: Iterable[str]) -> list[str]:
+    """Expand ~ and ~user in arguments of a command, also in ``--flag=~/a``.
+
+    A shell expands it only at the start of a word.
+    """
+    start = re.compile(r"((?:--[^=]+=)?(?:folder:)?)(~[^/]*)")
+
+    def expanded(found: re.Match) -> str:
+        return found[1] + os.path.expanduser(found[2])
+
+    return [
+        start.sub(expanded, word, 1) if start.match(word) else word for word in words
+    ]
 
 
 def nearest_existing(path: Path) -> Path:
