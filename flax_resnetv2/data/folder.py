@@ -30,8 +30,12 @@ SUFFIXES = {
     ".webp",
 }
 """Suffixes of image files, in lower case."""
-TEST_FOLDERS = ("test", "val", "validation")
-"""Folders of test images next to "train"; the first that exists is used."""
+TRAIN_FOLDERS = ("train", "training")
+"""Names of a folder of training images, in lower case."""
+TEST_FOLDERS = ("test", "testing", "val", "valid", "validation", "eval")
+"""Names of a folder of test images next to it; the first that exists is used."""
+WRAPPERS = ("images", "data", "dataset")
+"""Names of a folder in which both may lie."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +122,10 @@ class Files:
 def list_folder(path: str) -> Folder:
     """List the images of a folder.
 
-    If there is a sub-folder "train", its sub-folders are the classes, and the first of
-    ``TEST_FOLDERS`` next to it holds the test images in the same way. Otherwise every
-    tenth image of each class, sorted by name, is a test image.
+    If there is one of ``TRAIN_FOLDERS``, its sub-folders are the classes, and the first
+    of ``TEST_FOLDERS`` next to it holds the test images in the same way; upper and
+    lower case are the same, and both may lie in one sub-folder together. Otherwise
+    every tenth image of each class, sorted by name, is a test image.
 
     Raises:
         UsageError: the folder cannot be read or trained on, or has a link out of it.
@@ -136,12 +141,8 @@ def list_folder(path: str) -> Folder:
             "class"
         )
     ignored: Counter[str] = Counter()
-    folders, notes, test = [x.name for x in _entries(root) if x.is_dir()], [], None
-    if has_train := "train" in folders:
-        test = next((name for name in TEST_FOLDERS if name in folders), None)
-        if others := [name for name in folders if name not in ("train", test)]:
-            notes.append(f"left out next to train and test: {', '.join(others[:9])}")
-    train_images = _classes(root, root / "train" if has_train else root, ignored)
+    train, test, notes = _find_splits(root)
+    train_images = _classes(root, train or root, ignored)
     names = tuple(train_images)
     if len(names) < 2:
         raise refused(
@@ -154,7 +155,7 @@ def list_folder(path: str) -> Folder:
             f"({' '.join(sorted(SUFFIXES))}), or remove the sub-folder"
         )
     if test is not None:
-        test_images = _classes(root, root / test, ignored)
+        test_images = _classes(root, test, ignored)
         if unknown := sorted(set(test_images) - set(names)):
             raise refused(
                 f"has {', '.join(unknown[:9])} to test on but not to train on; give "
@@ -169,6 +170,16 @@ def list_folder(path: str) -> Folder:
             f"every tenth image of a class is tested on, as {root} has no "
             "sub-folders train and test"
         )
+    parent = train or root
+    inside = (
+        {"/".join(path.relative_to(parent / name).parts[:-1][:1]) for path in images}
+        for name, images in train_images.items()
+    )
+    if repeated := set.intersection(*inside) - {""}:
+        notes.append(
+            f"every class has sub-folders {', '.join(sorted(repeated)[:9])}; if those "
+            "are the classes, name the folder that they lie in"
+        )
     splits = {"train": train_images, "test": test_images}
     files = {split: _shuffled(root, names, x) for split, x in splits.items()}
     if not files["test"]:
@@ -179,7 +190,36 @@ def list_folder(path: str) -> Folder:
     if ignored:
         kinds = ", ".join(f"{count} {kind}" for kind, count in ignored.most_common(5))
         notes.append(f"left out as no images: {kinds}")
+    shown = ", ".join(names[:20]) + ", …" * (len(names) > 20)
+    notes.append(f"{len(names)} classes: {shown}")
     return Folder(root, names, files, tuple(notes))
+
+
+def _find_splits(root: Path) -> tuple[Path | None, Path | None, list[str]]:
+    """Find the folders of training and test images; say what is left out."""
+    beside = _folders(root)
+    wrappers = [path for path in beside if path.name.lower() in WRAPPERS]
+    for parent in (root, *wrappers):
+        folders = _folders(parent)
+        by_name = {path.name.lower(): path for path in reversed(folders)}
+        train, test = (
+            next((by_name[name] for name in names if name in by_name), None)
+            for names in (TRAIN_FOLDERS, TEST_FOLDERS)
+        )
+        if train is None or (parent != root and test is None):
+            continue
+        others = [path.name for path in folders if path not in (train, test)]
+        if parent != root:
+            others += [path.name for path in beside if path != parent]
+        notes = []
+        if others:
+            notes.append(f"left out next to train and test: {', '.join(others[:9])}")
+        return train, test, notes
+    return None, None, []
+
+
+def _folders(directory: Path) -> list[Path]:
+    return [path for path in _entries(directory) if path.is_dir()]
 
 
 def _entries(directory: Path) -> list[Path]:

@@ -55,7 +55,10 @@ def test_sub_folders_say_what_is_tested_on(tmp_path, test):
         f"{test}/{x}" for x in ("cat/000.png", "dog/000.png", "dog/001.png")
     }
     assert len(found.files["train"]) == 5
-    assert found.notes == ("left out next to train and test: spare",)
+    assert found.notes == (
+        "left out next to train and test: spare",
+        "2 classes: cat, dog",
+    )
 
 
 def test_the_better_word_is_tested_on_where_both_are_there(tmp_path):
@@ -63,7 +66,50 @@ def test_the_better_word_is_tested_on_where_both_are_there(tmp_path):
         fill(tmp_path / "a" / name, {"cat": 1, "dog": 1})
     found = list_folder(str(tmp_path / "a"))
     assert {name.split("/")[0] for name in names(found, "test")} == {"test"}
-    assert found.notes == ("left out next to train and test: val",)
+    assert found.notes[0] == "left out next to train and test: val"
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("Training", "Testing"),
+        ("Train", "Test"),
+        ("TRAIN", "Valid"),
+        ("images/train", "images/val"),
+        ("Data/Training", "Data/Testing"),
+    ],
+)
+def test_splits_are_found_in_their_usual_spellings(tmp_path, train, test):
+    """And never taken for classes."""
+    root = tmp_path / "a"
+    fill(root / train, {"cat": 3, "dog": 2})
+    fill(root / test, {"cat": 1, "dog": 2})
+    image(root / "spare" / "x.png")
+    found = list_folder(str(root))
+    assert found.class_names == ("cat", "dog")
+    assert {name.rpartition("/")[0] for name in names(found, "test")} == {
+        f"{test}/{name}" for name in ("cat", "dog")
+    }
+    assert len(found.files["train"]) == 5
+    assert "left out next to train and test: spare" in found.notes
+
+
+def test_sub_folders_that_repeat_are_warned_of(tmp_path):
+    """They may be the classes, and what lies above them something else."""
+    root = tmp_path / "a"
+    for season in ("summer", "winter"):
+        fill(root / season, {"cat": 10, "dog": 10})
+    fill(root / "summer", {"bird": 1})
+    assert (
+        "every class has sub-folders cat, dog; if those are the classes, name the "
+        "folder that they lie in"
+    ) in list_folder(str(root)).notes
+
+
+def test_the_classes_are_said(tmp_path):
+    root = fill(tmp_path / "a", {f"{k:02}": 10 for k in range(21)})
+    shown = ", ".join(f"{k:02}" for k in range(20))
+    assert list_folder(str(root)).notes[-1] == f"21 classes: {shown}, …"
 
 
 def test_images_lie_deeper_too_and_other_files_are_counted(tmp_path):
