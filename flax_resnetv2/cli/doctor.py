@@ -78,18 +78,10 @@ def examine(command: TrainCommand, line: str) -> Iterator[Finding]:
 
 def devices(dev: Path = Path("/dev")) -> Iterator[Finding]:
     """Check that JAX's devices work, and that no accelerator is left unused."""
-    try:
-        found = jax.local_devices()
-        for device in found:
-            jax.block_until_ready(jax.device_put(np.zeros(1, np.float32), device))
-    except Exception as error:
-        text = f"JAX cannot use its devices ({reason(error)}; {installed.plugins()})"
-        repair = "install the plugin of jax's version, and check the driver"
-        if platforms := os.environ.get("JAX_PLATFORMS"):
-            text += f" with JAX_PLATFORMS={platforms}"
-            repair += ", or unset JAX_PLATFORMS"
-        yield Finding("problem", "devices", f"{text}; {repair}")
+    if (problem := installed.unusable_devices()) is not None:
+        yield Finding("problem", "devices", problem)
         return
+    found = jax.local_devices()
     name, kind = found[0].platform, found[0].device_kind
     name += f" ({kind})" if kind != name else ""
     limit = memory_limit(found[0])

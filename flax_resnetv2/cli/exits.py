@@ -7,6 +7,7 @@ from collections.abc import Callable
 import rich
 from rich.console import Console
 
+from flax_resnetv2.cli.installed import unusable_devices
 from flax_resnetv2.errors import RunError, Stopped, UsageError
 from flax_resnetv2.system import runtime
 
@@ -41,6 +42,11 @@ def guarded(work: Callable[[], int | None], log: Console | None = None) -> int:
         code, message = 75, f"stopped {stopped}"
     except KeyboardInterrupt:
         code, message = 130, "ended by Ctrl-C"
+    except Exception:
+        # Whatever needs JAX first meets its devices, and fails in its own way.
+        if (problem := unusable_devices()) is None:
+            raise
+        code, message = 2, f"error: {problem}"
     finally:
         LOGGER.removeHandler(handler)
         LOGGER.setLevel(level)

@@ -5,6 +5,7 @@ Only the standard library is imported at the top, so these work where nothing el
 
 import contextlib
 import importlib
+import os
 import platform
 import re
 import shutil
@@ -125,6 +126,24 @@ def _within(version: str, ranges: str) -> bool:
         (numbers(version) >= numbers(bound)) == (relation == ">=")
         for relation, bound in re.findall(r"(>=|<)([\d.]+)", ranges)
     )
+
+
+def unusable_devices() -> str | None:
+    """Return why JAX cannot use its devices, and a repair; None if it can."""
+    import jax
+    import numpy as np
+
+    try:
+        for device in jax.local_devices():
+            jax.block_until_ready(jax.device_put(np.zeros(1, np.float32), device))
+    except Exception as error:
+        text = f"JAX cannot use its devices ({reason(error)}; {plugins()})"
+        repair = "install the plugin of jax's version, and check the driver"
+        if platforms := os.environ.get("JAX_PLATFORMS"):
+            text += f" with JAX_PLATFORMS={platforms}"
+            repair += ", or unset JAX_PLATFORMS"
+        return f"{text}; {repair}"
+    return None
 
 
 def reason(error: Exception) -> str:

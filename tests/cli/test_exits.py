@@ -1,7 +1,12 @@
 """What a command shows of the package's log, and how errors become exit codes."""
 
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import jax
 import pytest
 from rich.console import Console
 
@@ -62,3 +67,40 @@ def test_an_error_is_one_line_and_a_code(error, code, message, capsys):
 
 def test_a_command_may_return_a_code():
     assert guarded(lambda: 1) == 1
+
+
+def test_devices_that_cannot_be_used_are_one_line(monkeypatch, capsys):
+    """However JAX fails where it needs them first."""
+
+    def fail():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "local_devices", fail)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert guarded(jax.local_devices) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: JAX cannot use its devices (AssertionError; ")
+    assert "with JAX_PLATFORMS=cuda; " in error
+    assert error.endswith("or unset JAX_PLATFORMS\n")
+
+
+@pytest.mark.parametrize("name", ["cuda", "gpu", "tpu", "CPU", " cpu"])
+@pytest.mark.parametrize(
+    "command", ["train.py quickstart", "predict.py cifar10-resnet20 docs/maps.png"]
+)
+def test_a_platform_that_is_not_there_is_one_line(command, name, tmp_path):
+    words = command.split()
+    if "train.py" in words:
+        words += ["--workdir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"JAX_PLATFORMS": name},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: JAX cannot use its devices")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
