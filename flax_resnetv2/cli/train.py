@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``train.py``; return the exit code."""
     words = expand_home(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = guarded(lambda: _train(words))
+        code = guarded(lambda: _train(words), needs_reader=False)
     except Exception:  # a fault of this package: the other processes must end too
         if not distributed.is_multi_process():
             raise

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -104,3 +105,64 @@ def test_a_platform_that_is_not_there_is_one_line(command, name, tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: JAX cannot use its devices")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def ended(command, **how):
+    """Exit code and standard error of a command."""
+    done = subprocess.run(
+        [sys.executable, *command.split()],
+        cwd=Path(__file__).parents[2],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        **how,
+    )
+    return done.returncode, done.stderr
+
+
+def unread():
+    """A pipe whose reader has left."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+def test_a_command_whose_reader_left_ends_quietly():
+    with unread() as pipe:
+        assert ended("-m flax_resnetv2 show article", stdout=pipe) == (141, "")
+
+
+def test_predictions_whose_reader_left_end_quietly():
+    with unread() as pipe:
+        command = "predict.py cifar10-resnet20 docs/maps.png"
+        assert ended(command, stdout=pipe) == (141, "")
+
+
+def test_a_run_goes_on_without_its_reader(tmp_path):
+    words = f"train.py quickstart --train.epochs 1 --workdir {tmp_path / 'run'}"
+    with unread() as pipe:
+        assert ended(words, stdout=pipe) == (0, "")
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_output_without_room_is_one_line():
+    with open("/dev/full", "w") as full:
+        code, error = ended("-m flax_resnetv2 show article", stdout=full)
+    assert code == 1
+    assert error == (
+        "failed: standard output cannot be written (No space left on device)\n"
+    )
+
+
+@pytest.mark.parametrize("words", ["-m flax_resnetv2 show article", "train.py --help"])
+def test_standard_output_may_be_closed(words):
+    shell = f"{shlex.quote(sys.executable)} {words} >&-"
+    done = subprocess.run(
+        shell,
+        shell=True,
+        cwd=Path(__file__).parents[2],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
