@@ -387,12 +387,10 @@ def _restore_records(workdir: Path) -> list[str]:
     Raises:
         RunError: no checkpoint has them.
     """
-    kept = workdir / "checkpoints"
-    there = run_directory.read_records(workdir) if kept.is_dir() else {}
-    lost = [name for name in run_directory.RECORDS if name not in there]
-    if not distributed.broadcast_from_first(kept.is_dir() and bool(lost)):
+    lost = run_directory.lost_records(workdir)
+    if not distributed.broadcast_from_first(bool(lost)):
         return []
-    with Checkpointer(kept) as checkpoints:
+    with Checkpointer(workdir / "checkpoints") as checkpoints:
         records = checkpoints.records()
     lost = [name for name in lost if name in records]
     if distributed.is_first_process():

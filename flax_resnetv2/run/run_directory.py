@@ -190,10 +190,16 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     return lines
 
 
+def lost_records(workdir: Path) -> list[str]:
+    """Return the names of the ``RECORDS`` that a run which has begun does not have."""
+    if not has_begun(workdir):
+        return []
+    return [name for name in RECORDS if not os.path.exists(workdir / name)]
+
+
 def read_records(workdir: Path) -> dict[str, str]:
-    """Return the texts of those ``RECORDS`` that are there."""
-    paths = (workdir / name for name in RECORDS)
-    return {path.name: path.read_text() for path in paths if path.exists()}
+    """Return the texts of the ``RECORDS``."""
+    return {name: (workdir / name).read_text() for name in RECORDS}
 
 
 def check_data(workdir: Path, dataset: Dataset) -> None:
@@ -260,7 +266,7 @@ def check_numerics(workdir: Path) -> list[str]:
         UsageError: names every setting that differs and must not.
     """
     path = workdir / "environment.json"
-    starts = _load(path, list) if path.exists() else []
+    starts = _load(path, list) if os.path.exists(path) else []
     last, now = starts[-1] if starts else {}, _numerics()
     before = last.get("numerics", now)
     if changed := [
