@@ -333,7 +333,8 @@ class _Training:
             return
         sums = self._training_sums(checkpoints)
         notes = {"metrics": sums, "validation": self._validation}
-        notes["records"] = run_directory.read_records(report.workdir)
+        if distributed.is_first_process():  # whose notes are the ones that are stored
+            notes["records"] = run_directory.read_records(report.workdir)
         report.sync()
         best = best_step(self._validation, [*checkpoints.steps(), self.done])
         state = self.trainer.placement.as_global(self.state)
