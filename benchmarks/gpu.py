@@ -295,7 +295,6 @@ def environment(contestant: str, choices: Path, kind: str = "train") -> dict[str
             "XLA_FLAGS": " ".join(flags),
         }
     file = CACHE / "choices" / f"{str(choices).replace('/', '-')}.txt"
-    file.parent.mkdir(parents=True, exist_ok=True)
     verb = (
         "dump_autotune_results_to"
         if kind == "compile"
@@ -349,6 +348,7 @@ def perform(name: str, tiny: bool) -> dict[str, Any]:
         return measure_peak(tiny)
     if kind in ("accuracy", "study"):
         return gather_evidence(kind, *rest)
+    (CACHE / "choices").mkdir(parents=True, exist_ok=True)
     program = Program(name, tiny)  # to compile it, and to time it afterwards
     program.warm()
     timed = summary([program.run()["seconds"] for _ in range(5)])

@@ -172,10 +172,14 @@ def list_folder(path: str) -> Folder:
         )
     parent = train or root
     inside = (
-        {"/".join(path.relative_to(parent / name).parts[:-1][:1]) for path in images}
+        {
+            x.relative_to(parent / name).parts[0]
+            for x in images
+            if x.parent != parent / name
+        }
         for name, images in train_images.items()
     )
-    if repeated := set.intersection(*inside) - {""}:
+    if repeated := set.intersection(*inside):
         notes.append(
             f"every class has sub-folders {', '.join(sorted(repeated)[:9])}; if those "
             "are the classes, name the folder that they lie in"

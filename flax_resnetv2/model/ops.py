@@ -34,11 +34,11 @@ class PreActivation(NamedTuple):
     x: jax.Array
     """[N, H, W, C]"""
     mean: jax.Array
-    """[C], in float32 or wider like ``factor`` and ``bias``"""
+    """Mean of each map, [C], in float32 or wider like ``factor`` and ``bias``"""
     factor: jax.Array
     """[C], scale / sqrt(variance + epsilon)"""
     bias: jax.Array
-    """[C]"""
+    """The norm's bias, [C]"""
 
     @property
     def value(self) -> jax.Array:
