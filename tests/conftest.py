@@ -21,10 +21,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
     jax.config.update("jax_disable_most_optimizations", True)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false "
-        "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-    )
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
 
 
 @pytest.fixture
@@ -55,8 +53,12 @@ def pytest_collection_modifyitems(items):
 def _compile_once(tmp_path_factory):
     """Keep compiled programs on disk for this session and its child processes, because
     most tests compile the same tiny nets."""
+    # xdist's workers share it; TEST_PROGRAMS names one for several sessions.
+    session = tmp_path_factory.getbasetemp()
+    session = session.parent if "PYTEST_XDIST_WORKER" in os.environ else session
+    programs = os.environ.get("TEST_PROGRAMS", session / "programs")
     settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "programs"),
+        "jax_compilation_cache_dir": str(programs),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
     }
     with pytest.MonkeyPatch.context() as patch:

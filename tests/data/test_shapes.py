@@ -48,7 +48,11 @@ def test_an_unknown_split_is_refused():
 
 
 def test_a_linear_model_learns_little(splits):
-    result = softmax_regression(*splits["train"], *splits["test"])
+    """At half the size, from half of the images; the benchmark takes all."""
+    (images, labels), (test_images, test_labels) = splits["train"], splits["test"]
+    result = softmax_regression(
+        images[::2, ::2, ::2], labels[::2], test_images[:, ::2, ::2], test_labels
+    )
     assert result["test_accuracy"] <= 0.5
     assert result["best_test_accuracy"] <= 0.5
     # It did learn: the bound is no matter of an unfinished descent.

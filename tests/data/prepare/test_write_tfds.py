@@ -257,6 +257,7 @@ def test_what_cannot_be_written_is_one_line(tmp_path, monkeypatch, number, place
         mkdir(path, *rest, **named)
 
     monkeypatch.setattr(os, "mkdir", refuse)
+    monkeypatch.setattr(shapes, "PER_CLASS", {"train": 3, "test": 1})
     kind = RunError if number == errno.EDQUOT else UsageError
     message = (
         rf"embedded_shapes .* in {tmp_path}.*\({os.strerror(number)}\).*--data.dir$"
