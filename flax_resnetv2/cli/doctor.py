@@ -26,7 +26,7 @@ from flax_resnetv2.data.prepare import write_tfds
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.run import run_directory, tracing, validate
 from flax_resnetv2.run.cost import amount, memory_limit, size_of, step_cost
-from flax_resnetv2.system import files, runtime
+from flax_resnetv2.system import files, memory, runtime
 from flax_resnetv2.training.step import train_state_shapes
 
 _ACCELERATORS = {
@@ -85,8 +85,8 @@ def devices(dev: Path = Path("/dev")) -> Iterator[Finding]:
     name, kind = found[0].platform, found[0].device_kind
     name += f" ({kind})" if kind != name else ""
     limit = memory_limit(found[0])
-    memory = f", {amount(limit, 'B')} of memory each" if limit else ""
-    text = f"{len(found)} {name}{memory}; {installed.plugins()}"
+    each = f", {amount(limit, 'B')} of memory each" if limit else ""
+    text = f"{len(found)} {name}{each}; {installed.plugins()}"
     yield Finding("ok", "devices", text)
     if found[0].platform == "cpu":
         yield from _unused_accelerators(dev)
@@ -209,7 +209,7 @@ def run(command: TrainCommand, line: str) -> Iterator[Finding]:
         return
     text = cost.describe(train.batch_size, len(devices), limit)
     share, level = train.batch_size // len(devices), "ok"
-    if devices[0].platform == "cpu" and (free := _free_memory()) is not None:
+    if devices[0].platform == "cpu" and (free := memory.free_memory()) is not None:
         text += f"; {amount(free, 'B')} are free"
         if cost.bytes(share) * len(devices) > free:
             text += "; end other programs, or choose a smaller --train.batch-size"
@@ -262,12 +262,3 @@ def _disk_space(about: str, place: Path, size: int, what: str, flag: str) -> Fin
     if size <= free:
         return Finding("ok", about, text)
     return Finding("problem", about, f"{text}; make room, or choose another {flag}")
-
-
-def _free_memory() -> int | None:
-    """Return the bytes of memory that Linux reports as available, if known."""
-    with contextlib.suppress(OSError):
-        text = Path("/proc/meminfo").read_text()
-        found = re.search(r"MemAvailable:\s+(\d+) kB", text)
-        return int(found[1]) * 1024 if found else None
-    return None

@@ -11,11 +11,14 @@ Grain reads ahead, in threads or in worker processes.
 """
 
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,11 +27,17 @@ from flax_resnetv2.data.batch import epoch_order
 from flax_resnetv2.data.decoding import center_crop, random_resized_crop
 from flax_resnetv2.data.folder import Files
 from flax_resnetv2.data.tfds_records import Records
+from flax_resnetv2.errors import RunError, UsageError
 
 Row = tuple[np.ndarray, np.ndarray, np.bool_]
 """A row of a ``Batch``: image uint8 [H, W, C], label, mask."""
 _CROPS = 0x7061727473
 """Separates the random numbers of crops from other uses of the seed."""
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Where worker processes leave their batches, on Linux."""
+HELD = 4
+"""Batches that each worker process has there at once."""
 
 _epoch_order = lru_cache(maxsize=2)(epoch_order)
 
@@ -94,7 +103,8 @@ def batches(
 
     Returns:
         An iterator of (images uint8 [share, H, W, C], labels, mask bool [share]);
-        its ``close()`` stops reading ahead.
+        its ``close()`` stops reading ahead. It raises ``RunError`` if a worker is
+        killed, and what ``row`` raises.
     """
     import grain
     from absl import flags
@@ -114,7 +124,42 @@ def batches(
         processes = grain.MultiprocessingOptions(workers, per_worker_buffer_size=1)
         read = read.mp_prefetch(processes, worker_init_fn=_ignore_interrupts)
         read = read.map(_copy)
-    return iter(read)
+    return _explained(iter(read))
+
+
+def check_shared_memory(workers: int, size: int) -> None:
+    """Refuse, by ``UsageError``, workers whose batches of ``size`` bytes cannot fit."""
+    if not workers or not SHARED_MEMORY.is_dir():
+        return
+    needed, free = workers * HELD * size, shutil.disk_usage(SHARED_MEMORY).free
+    if not os.access(SHARED_MEMORY, os.W_OK):
+        reason = "cannot be written"
+    elif needed > free:
+        reason = f"has {free / 1e6:,.0f} MB free of the {needed / 1e6:,.0f} MB needed"
+    else:
+        return
+    raise UsageError(
+        f"data.workers={workers} share their batches in {SHARED_MEMORY}, which "
+        f"{reason}; choose fewer, or --data.workers 0 to read in threads, or enlarge "
+        "it (docker run --shm-size)"
+    )
+
+
+def _explained(reader: Any) -> Iterator[Row]:
+    """Turn grain's error about a worker that was killed into a ``RunError``."""
+    with closing(reader):
+        try:
+            yield from reader
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
+            code = str(error).partition("exit code ")[2].partition(".")[0]
+            raise RunError(
+                f"a process that reads images was killed (exit code {code}); the "
+                f"memory, or {SHARED_MEMORY}, was too small: choose fewer "
+                "--data.workers, or 0 to read in threads, and give the same command "
+                "to resume"
+            ) from error
 
 
 def _global_position(position: int, share: int, part: tuple[int, int]) -> int:

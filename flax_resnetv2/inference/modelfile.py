@@ -19,6 +19,7 @@ from flax_resnetv2.errors import UsageError
 from flax_resnetv2.run.build import create_net
 from flax_resnetv2.run.config import check_config, from_json, to_json
 from flax_resnetv2.run.trained import CheckpointChoice, TrainedNet, restore
+from flax_resnetv2.system.files import unreadable
 
 KEY = "flax_resnetv2"
 """Key of the metadata."""
@@ -45,7 +46,7 @@ def locate(name: str | Path) -> Path:
         return TRAINED / f"{name}.safetensors"
     raise UsageError(
         f"{name} is not a run directory, an exported net (.safetensors) or a net of "
-        f"the package ({', '.join(shipped())}); give one of these"
+        f"the package ({', '.join(shipped())}): {unreadable(name)}; give one of these"
     )
 
 

@@ -9,7 +9,6 @@ or an error lists what either side lacks. Nothing in a file is executed.
 
 import contextlib
 import logging
-import os
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from flax_resnetv2.model import weight_layouts
 from flax_resnetv2.model.initial import init_in_one_draw
 from flax_resnetv2.model.modules import ResNetV2
 from flax_resnetv2.model.weight_layouts import HEAD, WeightLayout
+from flax_resnetv2.system.files import unreadable
 from flax_resnetv2.validation import check_choice
 
 Tensors = dict[str, np.ndarray]
@@ -75,11 +75,11 @@ def from_file(
 def check_file(
     path: str | Path, suffixes: tuple[str, ...] = _ALL, repair: str = _CONVERT
 ) -> None:
-    """Refuse a file that does not exist or has another suffix, without opening it."""
+    """Refuse a file that cannot be opened or has another suffix, without reading it."""
     if Path(path).suffix not in suffixes:
         raise UsageError(f"{path} must be a file {' or '.join(suffixes)}; {repair}")
-    if not os.path.isfile(path):  # Also if the name is too long.
-        raise UsageError(f"{path} does not exist or is no file; give the path of one")
+    if reason := unreadable(path):
+        raise UsageError(f"{path} cannot be opened ({reason}); give the path of a file")
 
 
 def from_keras(

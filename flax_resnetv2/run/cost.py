@@ -5,7 +5,6 @@ Parameters, FLOPs and the memory kept for the backward pass are counted from the
 """
 
 import math
-import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from flax_resnetv2.model.autoencoder import Autoencoder
 from flax_resnetv2.model.layer_table import LayerRow
 from flax_resnetv2.model.modules import ResNetV2
 from flax_resnetv2.run.build import net_layers
+from flax_resnetv2.system import memory
 
 PEAK_FLOPS = {
     "H200": 989e12,
@@ -153,20 +153,12 @@ def size_of(tree: Any) -> int:
 def memory_limit(device: jax.Device) -> int | None:
     """Return the memory that a device may use, in bytes; None if unknown.
 
-    A CPU device gets its share of the machine's memory.
+    A CPU device gets its share of the memory that this process may use.
     """
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
-    whole = machine_memory()
+    whole = memory.machine_memory()
     return whole and whole // len(jax.local_devices(backend="cpu"))
-
-
-def machine_memory() -> int | None:
-    """Return the machine's memory in bytes; None if the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return None
 
 
 def peak_flops(device: jax.Device) -> float | None:

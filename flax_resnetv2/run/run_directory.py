@@ -24,7 +24,7 @@ import jax
 from flax_resnetv2.data.datasets import Dataset
 from flax_resnetv2.errors import UsageError
 from flax_resnetv2.run.config import Config, differences, from_json, to_json
-from flax_resnetv2.system.files import write_whole
+from flax_resnetv2.system.files import unreadable, write_whole
 
 RECORDS = "config.json", "dataset.json", "environment.json"
 """Files that say what a run is. Every checkpoint has a copy of them."""
@@ -133,9 +133,9 @@ def load_config(workdir: str | Path) -> Config:
         UsageError: it is missing or damaged.
     """
     path = Path(workdir) / "config.json"
-    if not os.path.isfile(path):  # False for a name that is too long, too
+    if reason := unreadable(path):
         raise UsageError(
-            f"{workdir} is not a run directory (no config.json); give one that "
+            f"{workdir} is not a run directory (config.json: {reason}); give one that "
             "train.py made, as runs/quickstart-1"
         )
     try:

@@ -5,11 +5,13 @@ exists. What the configuration leaves open is filled in. The net is planned once
 the run uses this plan.
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 
+from flax_resnetv2.data import streaming
 from flax_resnetv2.data.catalog import DatasetSummary
 from flax_resnetv2.data.datasets import Dataset, describe, open_dataset
 from flax_resnetv2.errors import UsageError
@@ -19,7 +21,7 @@ from flax_resnetv2.model.modules import ResNetV2
 from flax_resnetv2.run import cost, run_directory
 from flax_resnetv2.run.build import create_net
 from flax_resnetv2.run.config import SMALLEST_STD, Config, check_config, check_shape
-from flax_resnetv2.system import files
+from flax_resnetv2.system import files, memory
 from flax_resnetv2.training.augment import NORMALIZATION
 
 IN_MEMORY = 4
@@ -65,6 +67,10 @@ def validate_static(
     run_directory.check_numerics(workdir)
     config = run_directory.fill_in_from_run(workdir, config)
     config = _choose_streaming(config, summary, limit)
+    if config.data.stream:
+        rows = config.train.batch_size // jax.process_count()
+        size = rows * math.prod(summary.image_shape)
+        streaming.check_shared_memory(config.data.workers, size)
     _check_weights(config, summary.image_shape, workdir)
     return config, model
 
@@ -90,16 +96,16 @@ def _choose_streaming(
     stream, size, device = config.data.stream, summary.size, jax.local_devices()[0]
     if stream is None:
         stream = limit is not None and size * IN_MEMORY > limit
-    for where, memory in (
-        ("this machine", cost.machine_memory()),
+    for where, available in (
+        ("this machine", memory.machine_memory()),
         (f"each device ({device.device_kind})", cost.memory_limit(device)),
     ):
-        if not stream and memory is not None and size > memory:
+        if not stream and available is not None and size > available:
             raise UsageError(
                 f"data.name={config.data.name} has "
                 f"{sum(summary.num_images.values()):,} images, which need "
                 f"{cost.amount(size, 'B')} of memory, and {where} has "
-                f"{cost.amount(memory, 'B')}; add --data.stream True, or choose a "
+                f"{cost.amount(available, 'B')}; add --data.stream True, or choose a "
                 "smaller --data.image-size"
             )
     return replace(config, data=replace(config.data, stream=stream))

@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -35,6 +36,20 @@ def expand_home(words: Iterable[str]) -> list[str]:
     ]
 
 
+def printable(text: str) -> str:
+    """Escape control characters, and bytes of a file name that are not UTF-8.
+
+    >>> printable("caf\\udce9\\n")
+    'caf\\\\udce9\\\\n'
+    """
+    return "".join(
+        c.encode("unicode_escape").decode()
+        if unicodedata.category(c) in ("Cc", "Cs")
+        else c
+        for c in text
+    )
+
+
 def nearest_existing(path: Path) -> Path:
     """Return ``path``, or its nearest parent directory that exists."""
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
@@ -49,6 +64,17 @@ def writable(path: Path) -> bool:
     return found.is_dir() and os.access(found, os.W_OK | os.X_OK)
 
 
+def unreadable(path: str | Path) -> str | None:
+    """Return the system's reason why a file cannot be opened; None if it can."""
+    try:
+        with open(path, "rb"):
+            return None
+    except OSError as error:
+        return error.strerror
+    except ValueError:  # a null byte
+        return "no name of a file"
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Replace a file atomically: readers see the old content or the new, never a part.
 
@@ -57,7 +83,11 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """
     new = path.with_name(f"{path.name}.part")
     with new.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(
+            content.encode("utf-8", "backslashreplace")
+            if isinstance(content, str)
+            else content
+        )
         file.flush()
         os.fsync(file.fileno())  # or a crash of the machine could leave it empty
     os.replace(new, path)

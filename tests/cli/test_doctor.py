@@ -21,6 +21,7 @@ from flax_resnetv2.data import tfds_records
 from flax_resnetv2.data.decoded_cache import read_dataset
 from flax_resnetv2.data.prepare import write_tfds
 from flax_resnetv2.run.config import to_json
+from flax_resnetv2.system import memory
 
 ROOT = Path(installed.__file__).parents[2]
 QUICKSTART = RECIPES["quickstart"].config
@@ -357,7 +358,7 @@ def test_a_batch_that_the_memory_cannot_hold_is_refused(monkeypatch):
 
 
 def test_memory_that_others_use_is_a_problem(monkeypatch):
-    monkeypatch.setattr(doctor, "_free_memory", lambda: 10**6)
+    monkeypatch.setattr(memory, "free_memory", lambda: 10**6)
     [problem] = texts(examined(QUICKSTART), "problem")
     assert "; 1 MB are free; end other programs" in problem
 

@@ -1,6 +1,8 @@
 """Images that stay on disk: which they are, what is cut out, and a run on them."""
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from flax_resnetv2 import UsageError
+from flax_resnetv2 import RunError, UsageError
+from flax_resnetv2.data import streaming
 from flax_resnetv2.data.batch import Split
 from flax_resnetv2.data.datasets import Dataset
 from flax_resnetv2.data.decoding import center_crop, random_resized_crop
@@ -17,7 +20,7 @@ from flax_resnetv2.data.streaming import EvaluationRow, TrainingRow, batches
 from flax_resnetv2.data.tfds_records import Records, label_of, stored_splits
 from flax_resnetv2.errors import Stopped
 from flax_resnetv2.run import run_directory
-from flax_resnetv2.run.validate import validate
+from flax_resnetv2.run.validate import validate_static
 from flax_resnetv2.training.augment import AugmentConfig
 from tests.support import tiny
 from tests.support.prepared import prepare
@@ -161,6 +164,30 @@ def test_batches_depend_on_their_step_alone(streamed, workers):
     assert_equal(joined, whole)
 
 
+def die(_):
+    """As a worker whose shared memory is full."""
+    os.kill(os.getpid(), signal.SIGBUS)
+
+
+def test_a_worker_that_is_killed_is_one_line():
+    with pytest.raises(RunError, match=r"was killed \(exit code -7\); .*/dev/shm"):
+        next(batches(die, 2, 0, 3, workers=1))
+
+
+def test_shared_memory_that_is_too_small_is_known_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "SHARED_MEMORY", tmp_path)
+    free = shutil.disk_usage(tmp_path).free
+    streaming.check_shared_memory(2, free // 16)
+    streaming.check_shared_memory(0, free)
+    with pytest.raises(UsageError, match=r"data.workers=2 .* MB free of the .* MB"):
+        streaming.check_shared_memory(2, free)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UsageError, match="cannot be written; choose"):
+        streaming.check_shared_memory(2, 1)
+    monkeypatch.setattr(streaming, "SHARED_MEMORY", tmp_path / "no such")
+    streaming.check_shared_memory(2, free)
+
+
 def test_an_evaluation_has_each_image_once(streamed, in_memory):
     found = read(EvaluationRow(streamed.splits["test"]), 10, 0, 3)
     image, label, mask = map(np.concatenate, zip(*found, strict=True))
@@ -275,9 +302,7 @@ def test_by_size_or_as_asked(tmp_path, monkeypatch):
 
     def streams(limit, stream=None):
         asked = replace(config, data=replace(config.data, stream=stream))
-        found, dataset, _ = validate(asked, tmp_path / "run", 2, limit)
-        assert found.data.stream == (not dataset.in_memory())
-        return found.data.stream
+        return validate_static(asked, tmp_path / "run", 2, limit)[0].data.stream
 
     # 12,000 images of 3,072 bytes: a quarter of 147 MB.
     assert streams(None) is streams(148_000_000) is streams(147_000_000, False) is False

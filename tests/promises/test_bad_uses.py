@@ -24,8 +24,10 @@ from PIL import Image
 
 from flax_resnetv2 import RECIPES
 from flax_resnetv2.cli import predict as predict_command, tools, train as train_command
+from flax_resnetv2.data import streaming
 from flax_resnetv2.data.prepare import download, write_tfds
-from flax_resnetv2.run import cost, run_directory
+from flax_resnetv2.run import run_directory
+from flax_resnetv2.system import memory
 from tests.support import archives
 
 SAME_RUN = (
@@ -272,7 +274,15 @@ def pictures(*names, **contents):
 def small_machine(there):
     pictures("f/train/cat/1.png", "f/train/dog/1.png", "f/test/dog/2.png")(there)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cost, "machine_memory", lambda: 10**6)
+        patch.setattr(memory, "machine_memory", lambda: 10**6)
+        yield
+
+
+@contextlib.contextmanager
+def small_shared_memory(there):
+    pictures("f/train/cat/1.png", "f/train/dog/1.png", "f/test/dog/2.png")(there)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streaming, "HELD", 10**12)
         yield
 
 
@@ -812,6 +822,14 @@ CASES = {
             "--data.image-size",
             prepare=small_machine,
         ),
+        folder(
+            "more than shared memory",
+            "--data.name folder:f --train.batch-size 8 --data.stream True "
+            "--data.workers 2",
+            "data.workers=2 share their batches in /dev/shm, which has",
+            "choose fewer, or --data.workers 0 to read in threads",
+            prepare=small_shared_memory,
+        ),
     ],
     "archives": [
         article(
@@ -907,13 +925,13 @@ CASES = {
         transfer(
             "missing",
             "",
-            "weights=model.safetensors does not exist or is no file; give the path of "
-            "one; name it by --weights FILE",
+            "weights=model.safetensors cannot be opened (No such file or directory); "
+            "give the path of a file; name it by --weights FILE",
         ),
         transfer(
             "a directory",
             "--weights w.npz",
-            "weights=w.npz does not exist or is no file",
+            "weights=w.npz cannot be opened (Is a directory)",
             prepare=directories("w.npz"),
         ),
         transfer(
@@ -1351,7 +1369,10 @@ def test_a_bad_use_is_told_in_a_line_and_changes_nothing(
         ("--train.epochs 0", "train.epochs=0"),
         ("--profile 3", "profile='3' must be FIRST:END"),
         ("--data.dir nowhere", "data.dir=nowhere is not a directory"),
-        ("--weights w.npz", "weights=w.npz does not exist"),
+        (
+            "--weights w.npz",
+            "weights=w.npz cannot be opened (No such file or directory)",
+        ),
     ],
 )
 def test_the_doctor_finds_what_would_be_refused(flags, words, here, capsys):
