@@ -142,11 +142,32 @@ def read_image(
     except bombs as error:
         raise UsageError(f"{name} is too large ({error}); scale it down") from error
     except Exception as error:  # decoders raise anything for a damaged file
+        if "MAX_TEXT" in str(error):
+            return read_image(_without_text(file), name, channels, resize)
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UsageError(
             f"{name} cannot be read ({reason}); give a whole PNG or JPEG file"
         ) from error
     return np.asarray(pixels, np.uint8).reshape(pixels.height, pixels.width, channels)
+
+
+def _without_text(file: str | Path | IO[bytes]) -> io.BytesIO:
+    """Return a PNG without texts and color profile, which change no pixel here.
+
+    Pillow refuses a file with more than a megabyte of them.
+    """
+    if isinstance(file, str | Path):
+        content = Path(file).read_bytes()
+    else:
+        file.seek(0)
+        content = file.read()
+    kept, at = [content[:8]], 8
+    while at < len(content):
+        end = at + 12 + int.from_bytes(content[at : at + 4])
+        if content[at + 4 : at + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            kept.append(content[at:end])
+        at = end
+    return io.BytesIO(b"".join(kept))
 
 
 def _upright(image: Any) -> Any:

@@ -4,6 +4,7 @@ import io
 import math
 import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -172,6 +173,26 @@ def test_damaged_metadata_change_no_pixel(kind):
     for name, block in blocks.items():
         found = read(file_of(pixels, kind, exif=block), 7)
         np.testing.assert_array_equal(found, expected, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["tEXt", "zTXt", "iTXt", "iCCP"])
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_a_png_may_hold_any_amount_of_text(kind, place, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
+    content = file_of(pixels).getvalue()
+    text = bytes(70_000_000 if kind == "tEXt" else 2_000_000)
+    packed = zlib.compress(text)
+    body = {"tEXt": b"a\0" + text, "iTXt": b"a\0\1\0\0\0" + packed}
+    body = body.get(kind, b"a\0\0" + packed)
+    chunk = kind.encode() + body
+    chunk = struct.pack(">I", len(body)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    # Behind the header of 13 bytes.
+    file = io.BytesIO(content[:33] + chunk + content[33:])
+    if place == "disk":
+        (tmp_path / "a.png").write_bytes(file.getvalue())
+        file = tmp_path / "a.png"
+    found = read_image(file, "a", 3, center_crop(7))
+    np.testing.assert_array_equal(found, read(file_of(pixels), 7))
 
 
 def test_a_format_that_could_start_a_program_is_none():
