@@ -58,6 +58,8 @@ class Checkpointer:
         self._writing: Future | None = None
         self._newest: int | None = None
         """The step of the last ``save``."""
+        self._failures = 0
+        """Errors of writing; all after the first have its cause."""
         self._args, writes = ocp.args, keep is not None
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -209,7 +211,8 @@ class Checkpointer:
             try:
                 self.close()
             except RunError as second:  # the first error is the cause
-                _logger.warning("%s", second)
+                if self._failures < 2:
+                    _logger.warning("%s", second)
         # If another process has died, waiting for it would take minutes.
 
     def close(self) -> None:
@@ -258,6 +261,11 @@ class Checkpointer:
             if getattr(error, "errno", None) not in (None, errno.ENOENT):
                 raise  # for example of a failing disk: the files may be whole
             reason = _reason(error)
+            if re.search("EACCES|EPERM|Permission denied", str(error)):
+                raise RunError(
+                    f"{self._directory / str(step)} cannot be read ({reason}); let "
+                    "this user read it"
+                ) from error
         # All processes must take the same branch.
         if any_process(reason is not None):
             where, reason = self._directory / str(step), reason or "for another process"
@@ -273,6 +281,7 @@ class Checkpointer:
         self._manager.reload()
 
     def _unwritten(self, error: BaseException) -> RunError:
+        self._failures += 1
         # Not ``self.steps()``, which may include the one that failed.
         steps = [int(p.name) for p in self._directory.glob("*") if p.name.isdigit()]
         newest = f"the newest is of step {max(steps):,}" if steps else "there is none"
