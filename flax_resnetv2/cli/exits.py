@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ from rich.console import Console
 from flax_resnetv2.cli.installed import unusable_devices
 from flax_resnetv2.errors import RunError, Stopped, UsageError
 from flax_resnetv2.system import runtime
+from flax_resnetv2.system.files import printable
 
 LOGGER = logging.getLogger("flax_resnetv2")
 _UNWRITTEN = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO
@@ -39,13 +41,17 @@ def guarded(
     """
     if sys.stdout is None:  # closed by the shell
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is not
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not needs_reader:
         with contextlib.redirect_stdout(_Unread(sys.stdout)):
             return guarded(work, log)
     runtime.silence_orbax()
     console, handler = log or rich.get_console(), logging.Handler()
     # Plain lines, above the progress bar if there is one.
-    handler.emit = lambda record: console.out(handler.format(record), highlight=False)
+    handler.emit = lambda record: console.out(
+        _plain(handler.format(record)), highlight=False
+    )
     level, LOGGER.propagate = LOGGER.level, False
     LOGGER.setLevel(logging.INFO)
     LOGGER.addHandler(handler)
@@ -68,6 +74,11 @@ def guarded(
             _discard_output()
             reason = error.strerror
             code, message = 1, f"failed: standard output cannot be written ({reason})"
+        # A file that this user may not read, write or list, wherever it is met.
+        elif isinstance(error, OSError) and error.filename is not None:
+            code = 1
+            message = f"failed: {error.filename} cannot be used ({error.strerror}); "
+            message += "repair that, or name another"
         # Whatever needs JAX first meets its devices, and fails in its own way.
         elif (problem := unusable_devices()) is not None:
             code, message = 2, f"error: {problem}"
@@ -77,8 +88,13 @@ def guarded(
         LOGGER.removeHandler(handler)
         LOGGER.setLevel(level)
         LOGGER.propagate = True
-    print(message, file=sys.stderr)
+    print(_plain(message), file=sys.stderr)
     return code
+
+
+def _plain(text: str) -> str:
+    """Return lines in which names of files can do nothing to a terminal."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 class _Unread:

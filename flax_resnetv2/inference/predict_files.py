@@ -15,7 +15,7 @@ from flax_resnetv2.data.folder import SUFFIXES
 from flax_resnetv2.errors import RunError, UsageError
 from flax_resnetv2.inference.predictor import Prediction, Predictor
 from flax_resnetv2.run.trained import CheckpointChoice
-from flax_resnetv2.system.files import write_whole
+from flax_resnetv2.system.files import printable, write_whole
 from flax_resnetv2.validation import Count, Range, check_arguments
 
 _logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def _lines(
             classes = [{"class": name, "probability": p} for name, p in best]
             record = {"path": path, "classes": classes}
             text = ", ".join(f"{name} {p:.1%}" for name, p in best)
-        yield json.dumps(record) if as_json else f"{path}: {text}"
+        yield json.dumps(record) if as_json else printable(f"{path}: {text}")
 
 
 def _image_files(images: Sequence[str]) -> Iterator[str | IO[bytes]]:

@@ -91,7 +91,9 @@ def draw_runs(runs: Sequence[RunRecord]) -> bytes:
         train = [x for x in run.lines if x["split"] == "train"]
         test = [x for x in run.lines if x["split"] == "test"]
         epochs, losses = [x["epoch"] for x in train], [x["loss"] for x in train]
-        left.plot(epochs, losses, color=color, label=run.name, linewidth=1)
+        left.plot(
+            epochs, losses, color=color, label=formats.label(run.name), linewidth=1
+        )
         if test:
             metric = "accuracy" if "accuracy" in test[0] else "squared_error"
             metrics.add(metric.replace("_", " "))
@@ -102,5 +104,6 @@ def draw_runs(runs: Sequence[RunRecord]) -> bytes:
     for axes in (left, right):
         axes.grid(color="0.93")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=min(len(runs), 3), fontsize=8)
+    font = {"family": formats.font_families(), "size": 8}
+    figure.legend(loc="outside upper center", ncols=min(len(runs), 3), prop=font)
     return formats.encode(figure, "png")

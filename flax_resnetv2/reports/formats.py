@@ -1,8 +1,20 @@
 """Figures as image files and tables as Markdown, for all reports."""
 
 import io
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
+
+from flax_resnetv2.system.files import printable
+
+_FAMILIES = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "Noto Sans SC"),
+    *("WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Microsoft YaHei", "SimHei"),
+    *("PingFang SC", "Hiragino Sans GB", "Yu Gothic", "Malgun Gothic"),
+    *("Apple SD Gothic Neo", "Noto Sans Arabic", "Noto Sans Devanagari"),
+    *("Noto Sans Thai", "Arial Unicode MS", "Unifont"),
+)
+"""Fonts for the characters that matplotlib's own font does not have."""
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -13,14 +25,33 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def encode(figure: Any, kind: Literal["png", "svg"]) -> bytes:
-    """Encode a matplotlib figure; equal figures give equal bytes."""
+    """Encode a matplotlib figure; equal figures give equal bytes.
+
+    Text stays text in an SVG, so its reader chooses the fonts.
+    """
     import matplotlib
 
     metadata = {"png": ["Software"], "svg": ["Date", "Creator"]}[kind]
     file = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "report", "svg.fonttype": "path"}):
+    with (
+        matplotlib.rc_context({"svg.hashsalt": "report", "svg.fonttype": "none"}),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(file, format=kind, metadata=dict.fromkeys(metadata))
     return file.getvalue()
+
+
+def label(name: str) -> str:
+    """Return a name as the text of a figure, in which no formula is read."""
+    return printable(name).replace("$", r"\$")
+
+
+def font_families() -> list[str]:
+    """Return the fonts to draw names with: matplotlib's own, then installed ones."""
+    from matplotlib.font_manager import get_font_names
+
+    return ["sans-serif", *(name for name in _FAMILIES if name in get_font_names())]
 
 
 def markdown_table(
@@ -33,4 +64,4 @@ def markdown_table(
 
 def one_line(text: str) -> str:
     """Return text without line breaks and borders, for a cell of a Markdown table."""
-    return " ".join(text.split()).replace("|", "\\|")
+    return printable(" ".join(text.split())).replace("|", "\\|")

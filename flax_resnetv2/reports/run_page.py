@@ -20,13 +20,13 @@ from flax_resnetv2.inference import scores
 from flax_resnetv2.inference.predictor import Predictor
 from flax_resnetv2.model import layer_table
 from flax_resnetv2.model.drawing import draw_net
-from flax_resnetv2.reports.formats import encode, new_figure
+from flax_resnetv2.reports.formats import encode, label, new_figure
 from flax_resnetv2.reports.reconstruction import draw_reconstructions, read_images
 from flax_resnetv2.run.build import count_parameters
 from flax_resnetv2.run.config import to_json
 from flax_resnetv2.run.run_directory import read_metrics
 from flax_resnetv2.run.trained import CheckpointChoice, TrainedNet, restore
-from flax_resnetv2.system.files import write_whole
+from flax_resnetv2.system.files import printable, write_whole
 
 MATRIX = 20
 """Largest confusion matrix that is drawn; otherwise the top confusions are listed."""
@@ -60,7 +60,7 @@ def write_page(workdir: str | Path, checkpoint: CheckpointChoice = "newest") -> 
         "environment": json.dumps(net.environment, indent=2),
     }
     page = Template(TEMPLATE.read_text()).substitute(
-        {key: html.escape(text) for key, text in texts.items()},
+        {key: _escape(text) for key, text in texts.items()},
         sections="\n".join([*sections, _net(net)]),
     )
     path = Path(workdir) / "report.html"
@@ -189,8 +189,9 @@ def _matrix(matrix: np.ndarray, names: Sequence[str]) -> str:
     for i, j in np.argwhere(matrix):
         color = "white" if shares[i, j] > 0.5 else "black"
         axes.text(j, i, str(matrix[i, j]), color=color, **center)
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
+    labels = [label(name) for name in names]
+    axes.set_xticks(range(len(names)), labels, rotation=45, ha="right", fontsize=8)
+    axes.set_yticks(range(len(names)), labels, fontsize=8)
     axes.set(xlabel="predicted class", ylabel="true class")
     return _drawing(figure, "confusion matrix", "Number of test images.")
 
@@ -247,6 +248,11 @@ def _net(net: TrainedNet) -> str:
     )
 
 
+def _escape(text: str) -> str:
+    """Return plain text as HTML, with its line breaks."""
+    return "\n".join(map(printable, html.escape(text).split("\n")))
+
+
 def _percent(value: float) -> str:
     return "" if np.isnan(value) else f"{value:.1%}"
 
@@ -255,7 +261,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return an HTML table of plain text."""
 
     def line(tag: str, cells: Sequence[str]) -> str:
-        cells = (f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+        cells = (f"<{tag}>{_escape(cell)}</{tag}>" for cell in cells)
         return f"<tr>{''.join(cells)}</tr>"
 
     body = "".join(line("td", cells) for cells in rows)
@@ -270,5 +276,5 @@ def _drawing(figure: Any, alt: str, caption: str) -> str:
 def _image(content: bytes, alt: str, caption: str = "", kind: str = "png") -> str:
     """Return an HTML figure that embeds an image file of the media type image/kind."""
     source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-    text = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    return f'<figure><img alt="{html.escape(alt)}" src="{source}">{text}</figure>'
+    text = f"<figcaption>{_escape(caption)}</figcaption>" if caption else ""
+    return f'<figure><img alt="{_escape(alt)}" src="{source}">{text}</figure>'

@@ -14,20 +14,21 @@ from rich.console import Console
 from flax_resnetv2 import RunError, UsageError
 from flax_resnetv2.cli.exits import guarded
 from flax_resnetv2.errors import Stopped
+from tests.support import faults
 
 LOGGER = logging.getLogger("flax_resnetv2.run.somewhere")
 
 
 def log():
     LOGGER.debug("hidden")
-    LOGGER.info("[bold]plain[/bold] :smile: 1.5 %s", "x" * 300)
+    LOGGER.info("[bold]plain[/bold] :smile: 1.5 \x1b[31m\udce9 %s", "x" * 300)
     LOGGER.warning("a warning")
 
 
 def test_the_log_is_shown_as_plain_lines(capsys):
     assert guarded(log) == 0
     output = capsys.readouterr()
-    plain = f"[bold]plain[/bold] :smile: 1.5 {'x' * 300}"
+    plain = f"[bold]plain[/bold] :smile: 1.5 \\x1b[31m\\udce9 {'x' * 300}"
     assert output.out == f"{plain}\na warning\n"
     assert not output.err
 
@@ -52,6 +53,7 @@ def test_logging_is_as_before_afterwards():
     ("error", "code", "message"),
     [
         (UsageError("x=1 must be 2"), 2, "error: x=1 must be 2\n"),
+        (UsageError("\x1b[31m[red]:cat:"), 2, "error: \\x1b[31m[red]:cat:\n"),
         (RunError("no network"), 1, "failed: no network\n"),
         (Stopped("by SIGTERM"), 75, "stopped by SIGTERM\n"),
         (KeyboardInterrupt(), 130, "ended by Ctrl-C\n"),
@@ -139,9 +141,10 @@ def test_predictions_whose_reader_left_end_quietly():
 
 
 def test_a_run_goes_on_without_its_reader(tmp_path):
-    words = f"train.py quickstart --train.epochs 1 --workdir {tmp_path / 'run'}"
+    words = "train.py", *faults.RUN, "--train.epochs", "1"
     with unread() as pipe:
-        assert ended(words, stdout=pipe) == (0, "")
+        line = " ".join([*words, "--workdir", str(tmp_path / "run")])
+        assert ended(line, stdout=pipe) == (0, "")
     assert (tmp_path / "run" / "report.html").exists()
 
 

@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -21,6 +24,8 @@ from flax_resnetv2.run import loop
 from flax_resnetv2.run.trained import restore
 from flax_resnetv2.training.augment import AugmentConfig
 from tests.support import tiny
+
+ROOT = Path(predict_command.__file__).parents[2]
 
 
 def train(directory, **changes):
@@ -104,6 +109,27 @@ def test_a_damaged_file_loses_none_of_the_others(run, pictures, capsys):
     code, lines, err = run_predict(capsys, [run, damaged, damaged])
     assert (code, lines) == (2, [])
     assert "none of the 2 images could be read" in err
+
+
+def test_names_that_cannot_be_shown_lose_no_answer(run, pictures):
+    """Bytes that are no UTF-8, an escape sequence and an encoding without the rest."""
+    content = (pictures / "a.png").read_bytes()
+    shutil.rmtree(pictures)
+    pictures.mkdir()
+    for name in (b"caf\xe9.png", b"\x1b[31m.png", "漢字[red]:cat:.png".encode()):
+        (pictures / os.fsdecode(name)).write_bytes(content)
+    done = subprocess.run(
+        [sys.executable, "predict.py", str(run), str(pictures)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    names = [line.partition(": ")[0] for line in done.stdout.splitlines()]
+    shown = "\\x1b[31m.png", "caf\\udce9.png", "\\u6f22\\u5b57[red]:cat:.png"
+    assert sorted(names) == sorted(f"{pictures}/{name}" for name in shown)
 
 
 def test_latents_are_what_the_classifier_reads(run, pictures, tmp_path, capsys):

@@ -6,8 +6,10 @@ import json
 import re
 import shutil
 import struct
+import warnings
 from dataclasses import replace
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +127,37 @@ def test_many_classes_are_a_list(run, monkeypatch):
     shutil.copytree(run, copy)
     run_page.write_page(copy)
     assert "true class predicted class images" in " ".join(read(copy)[2].split())
+
+
+HOSTILE = ("$x_{$", "caf\udce9", "\x1b[31m<b>", "漢字 [red]:cat:")
+SHOWN = ("$x_{$", "caf\\udce9", "\\x1b[31m<b>", "漢字 [red]:cat:")
+"""Names of classes and runs: a formula, a byte that is no UTF-8, an escape sequence,
+characters that matplotlib's own font lacks, markup and an emoji's code."""
+
+
+def test_names_are_shown_as_they_are(run, tmp_path, monkeypatch):
+    copy = tmp_path / "漢字 $x_{$"
+    shutil.copytree(run, copy)
+    summary = json.loads((copy / "dataset.json").read_text())
+    summary["class_names"] = HOSTILE
+    (copy / "dataset.json").write_text(json.dumps(summary))
+    monkeypatch.setattr(run_page, "open_dataset", lambda _: tiny.dataset())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_page.write_page(copy)
+        record = compare_runs.read_run(copy)
+        picture = compare_runs.draw_runs([record])
+    assert picture.startswith(b"\x89PNG")
+    _, sources, words = read(copy)
+    drawings = [
+        " ".join(ElementTree.fromstring(base64.b64decode(x.split(",")[1])).itertext())
+        for x in sources
+        if x.startswith("data:image/svg")
+    ]
+    for name in SHOWN:
+        assert name in words
+        assert any(name in drawing for drawing in drawings)
+    assert copy.name in words
 
 
 def test_an_autoencoder_has_its_images_in_the_page(tmp_path):

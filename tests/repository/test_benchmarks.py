@@ -5,7 +5,6 @@ compares them.
 """
 
 import json
-import re
 import subprocess
 import sys
 import time
@@ -28,7 +27,7 @@ from benchmarks import (
     textbook,
     together,
 )
-from benchmarks.measure import append, interleaved, read_rows, summary
+from benchmarks.measure import RESULTS, append, interleaved, read_rows, summary
 from flax_resnetv2 import ARTICLE, HE2016, PRESETS, RECIPES, Architecture, Execution
 from flax_resnetv2.cli import train as train_command
 from flax_resnetv2.errors import Stopped, UsageError
@@ -533,21 +532,28 @@ def test_what_a_study_compares_can_be_trained(name, protocol):
         create_net(config, (32, 32, 3))
 
 
-def test_the_readme_says_what_the_page_of_results_says():
-    """Its rows stand beside others, and are typed; the page's are not."""
-    page, readme = studies.page()["README.md"], (studies.ROOT / "README.md").read_text()
-    hour = "cifar10-cpu-hour"
-    for recipe, command in (
-        (hour, f"train.py {hour}`"),
-        (f"{hour} in PyTorch", f"-m benchmarks.textbook {hour} "),
-        ("cifar10-fast", "train.py cifar10-fast`"),
-        ("quickstart", "train.py quickstart`"),
-    ):
-        (row,) = re.findall(rf"^\| `{recipe}` \|.*", page, re.M)
-        accuracy = row.split("|")[3].split("(")[0].strip()
-        (told,) = re.findall(rf"^\| `python {command}.*", readme, re.M)
-        assert f"| {accuracy} %" in told
-        assert row.split("|")[5:7] == told.split("|")[3:5][::-1]  # epochs, parameters
+def test_the_numbers_of_the_readme_are_made_from_lines():
+    readme = (studies.ROOT / "README.md").read_text()
+    table = readme.split(f"{studies.BEGIN}\n")[1].split(f"{studies.END}\n")[0]
+    assert table.splitlines() == studies.readme_table()
+    some = [x for x in read_rows(studies.RESULTS / "recipes.jsonl")
+            if x["words"] == "quickstart"]  # fmt: skip
+    assert {x["commit"] for x in some} == {some[0]["commit"]}
+    accuracy, seconds = studies._accuracy(some), studies._seconds(some)
+    told = f"{accuracy} % test accuracy (n = {len(some)}) after {seconds} seconds"
+    assert told in " ".join(readme.split())
+    linear = read_rows(RESULTS / "linear_baseline.jsonl")[-1]
+    assert f"A linear model reaches {100 * linear['test_accuracy']:.2f} %." in readme
+
+
+def test_a_dirty_tree_is_said_where_its_number_stands():
+    line = {"commit": "e86f336dbab0-dirty", "seconds": 3.0}
+    assert studies._commits([line]) == "`e86f336`, uncommitted changes"
+    both = studies._commits([line, line | {"commit": "e86f336dbab0"}])
+    assert both == "`e86f336`, `e86f336`, uncommitted changes"
+    beside = line | {"alone": False, "seconds": 9.0}
+    assert studies._seconds([line, beside], " s") == "3 s (n = 1)"
+    assert studies._seconds([beside]) == "9, other work beside"
 
 
 def test_what_has_its_lines_is_not_run_again(tmp_path, monkeypatch):
