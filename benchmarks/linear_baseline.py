@@ -3,16 +3,18 @@
     python -m benchmarks.linear_baseline
 
 Trains by L-BFGS on the normalized pixels of the whole training split until the loss
-falls by less than 0.001 nats in 20 iterations, and prints one JSON line.
+falls by less than 0.001 nats in 20 iterations, and adds one line to
+``benchmarks/results/``.
 """
 
-import json
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from benchmarks.measure import RESULTS, append, provenance
 
 WINDOW = 20
 """Iterations over which the fall of the loss is measured."""
@@ -86,7 +88,7 @@ def softmax_regression(
 
 
 def main() -> None:
-    """Print the result on the embedded data set."""
+    """Measure it on the embedded data set; add a row to ``results/``, and print it."""
     from flax_resnetv2.data import shapes
 
     began = time.perf_counter()
@@ -95,7 +97,8 @@ def main() -> None:
     )
     seconds = round(time.perf_counter() - began, 1)
     about = {"benchmark": "linear_baseline", "dataset": shapes.NAME}
-    print(json.dumps({**about, **result, "seconds": seconds, "jax": jax.__version__}))
+    row = {**about, **result, "seconds": seconds, **provenance()}
+    append(RESULTS / "linear_baseline.jsonl", row)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@
 recipe; both resume where they stopped, and save on SIGTERM. ``add`` adds finished runs
 of a recipe. All write lines into ``results/*.jsonl``, one per run, with its scores on
 all test images after the last epoch, versions, device and commit. ``page`` makes
-``results/README.md`` and its plots from these lines and from the texts below,
-reproducibly; no number on the page is typed by hand.
+``results/README.md`` and its plots, and the table of results in the ``README.md`` of
+the project, from these lines and from the texts below, reproducibly; no number of
+theirs is typed by hand.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from scipy import stats
 from benchmarks.measure import read_rows
 from flax_resnetv2 import RECIPES
 from flax_resnetv2.errors import UsageError
-from flax_resnetv2.inference import scores
+from flax_resnetv2.inference import modelfile, scores
 from flax_resnetv2.reports import sweep, sweep_table
 from flax_resnetv2.run import run_directory
 from flax_resnetv2.run.build import count_parameters
@@ -43,6 +44,10 @@ from flax_resnetv2.system import files
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 RUNS = ROOT / "build" / "studies"
+BEGIN, END = "<!-- begin of results -->", "<!-- end of results -->"
+"""Around the table in the README."""
+INCLUDED = "cifar10-resnet20"
+"""The net in the package whose accuracy the README states."""
 
 
 @dataclass(frozen=True)
@@ -485,22 +490,66 @@ def _section(
 
 
 def write_page() -> None:
-    """Write the page and its plots."""
+    """Write the page and its plots, and the table of the project's README."""
     for name, contents in page().items():
         files.write_whole(RESULTS / name, contents)
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split(f"{BEGIN}\n")
+    _, after = rest.split(f"{END}\n")
+    table = "".join(f"{line}\n" for line in readme_table())
+    files.write_whole(readme, f"{before}{BEGIN}\n{table}{END}\n{after}")
+
+
+def readme_table() -> list[str]:
+    """Return the table of the README: recipes that were run, and the included net."""
+    head = ["command", "parameters", "epochs", "test accuracy, %", "time"]
+    head += ["device", "commit"]
+    table = [head, ["---", *["---:"] * 2, *["---"] * 4]]
+    for words, some in _by_recipe(read_rows(RESULTS / "recipes.jsonl")):
+        recipe, _, other = words.partition(" in ")
+        command = f"`python train.py {recipe}`"
+        if other:
+            command = f"`python -m benchmarks.textbook {recipe}`, in {other}"
+        table.append([command, *_measured(some), _versions(some[0]), _commits(some)])
+    net = modelfile.load(modelfile.locate(INCLUDED))
+    line = {
+        "test": net.test,
+        "epochs": f"{net.test['epoch']:g}",
+        "parameters": count_parameters(net.config, tuple(net.summary["image_shape"])),
+        "seconds": net.test["seconds"],
+        "alone": False,  # other work ran on the machine
+        **net.environment,
+    }
+    card = f"flax_resnetv2/inference/trained/{INCLUDED}.md"
+    text = f"`{INCLUDED}`, which comes along ([model card]({card}))"
+    table.append([text, *_measured([line]), _versions(line), _commits([line])])
+    return ["| " + " | ".join(cells) + " |" for cells in table]
+
+
+def _by_recipe(
+    lines: Sequence[dict[str, Any]],
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Group the lines of runs that differ only in their seeds."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault((line["words"], _device(line)), []).append(line)
+    return [(words, some) for (words, _), some in groups.items()]
+
+
+def _measured(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """Return parameters, epochs, accuracy and time of runs for the README."""
+    accuracy = _accuracy(lines)
+    if len(lines) > 1:
+        accuracy += f" (n = {len(lines)})"
+    time = _seconds(lines, " s")
+    return [f"{lines[0]['parameters']:,}", str(lines[0]["epochs"]), accuracy, time]
 
 
 def _recipes(lines: Sequence[dict[str, Any]]) -> list[str]:
     head = ["recipe", "n", "test accuracy, %", "published", "epochs", "parameters"]
-    head += ["seconds", "device", "versions", "commit"]
-    table = [head, ["---", "---:", "---:", "---", *["---:"] * 3, *["---"] * 3]]
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for line in lines:
-        groups.setdefault((line["words"], _device(line)), []).append(line)
-    for (words, device), some in groups.items():
-        # Beside other runs on its device a run takes longer than it would.
-        seconds = [line["seconds"] for line in some if line.get("alone", True)]
-        versions = some[0]["versions"]
+    head += ["seconds", "device", "commit"]
+    table = [head, ["---", "---:", "---:", "---", *["---:"] * 2, *["---"] * 3]]
+    for words, some in _by_recipe(lines):
         published = RECIPES[words].published if words in RECIPES else None
         table.append(
             [
@@ -510,14 +559,9 @@ def _recipes(lines: Sequence[dict[str, Any]]) -> list[str]:
                 published or "",
                 str(some[0]["epochs"]),
                 f"{some[0]['parameters']:,}",
-                f"{fmean(seconds):,.0f}" if seconds else "",
-                device,
-                ", ".join(
-                    f"{name} {versions[name]}"
-                    for name in ("jax", "flax", "torch")
-                    if name in versions
-                ),
-                ", ".join(sorted({f"`{line['commit'][:7]}`" for line in some})),
+                _seconds(some),
+                _versions(some[0]),
+                _commits(some),
             ]
         )
     rows = ["| " + " | ".join(cells) + " |" for cells in table]
@@ -563,6 +607,32 @@ def _accuracy(lines: Sequence[dict[str, Any]]) -> str:
     return f"{found[0]:.2f} ({100 * low:.2f} to {100 * high:.2f})"
 
 
+def _commits(lines: Sequence[dict[str, Any]]) -> str:
+    """Return the commits of runs, and whether the files differed from them."""
+    found = {(line["commit"][:7], "dirty" in line["commit"]) for line in lines}
+    return ", ".join(
+        f"`{commit}`" + (", uncommitted changes" if dirty else "")
+        for commit, dirty in sorted(found)
+    )
+
+
+def _seconds(lines: Sequence[dict[str, Any]], unit: str = "") -> str:
+    """Return the mean time of runs; beside other work a run takes longer."""
+    alone = [line["seconds"] for line in lines if line.get("alone", True)]
+    if not alone:
+        mean = fmean(line["seconds"] for line in lines)
+        return f"{mean:,.0f}{unit}, other work beside"
+    of = "" if len(alone) == len(lines) else f" (n = {len(alone)})"
+    return f"{fmean(alone):,.0f}{unit}{of}"
+
+
+def _versions(line: dict[str, Any]) -> str:
+    """Return the device of a run and its main packages."""
+    packages = [name for name in ("jax", "torch") if name in line["versions"]]
+    found = (f"{name} {line['versions'][name]}" for name in packages)
+    return ", ".join([_device(line), *found])
+
+
 def _device(line: dict[str, Any]) -> str:
     kinds = line["devices"]
     return f"{len(kinds)} x {kinds[0]}"
@@ -571,7 +641,7 @@ def _device(line: dict[str, Any]) -> str:
 def _where(lines: Sequence[dict[str, Any]]) -> str:
     places = sorted(
         {
-            f"{_device(x)}, jax {x['versions']['jax']}, commit `{x['commit'][:7]}`"
+            f"{_device(x)}, jax {x['versions']['jax']}, commit {_commits([x])}"
             for x in lines
         }
     )
