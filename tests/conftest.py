@@ -1,4 +1,4 @@
-"""Strict JAX for every test: eight CPU devices, no implicit promotion of dtypes.
+"""Strict JAX for every test: eight CPU devices, no promotion of dtypes and ranks.
 
 ``exhaustive.txt`` lists the tests that take long and repeat, with more cases or at full
 size, what another test checks: ``python -m pytest -m exhaustive`` runs these alone, and
@@ -15,6 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling takes longer than running what was compiled, so it is done with few
 # optimizations, here and in child processes. CI repeats the tests of the numbers with
 # all of them, as users compile: it sets this variable.
@@ -39,14 +40,21 @@ def key():
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Mark the tests of ``exhaustive.txt``: one case, or all cases of a function."""
     lines = Path(__file__).with_name("exhaustive.txt").read_text().splitlines()
     listed = {line for line in lines if not line.startswith("#")}
+    unused = set(listed)
     for item in items:
         name = item.nodeid.removeprefix("tests/")
-        if name in listed or name.partition("[")[0] in listed:
+        if found := listed & {name, name.partition("[")[0]}:
             item.add_marker(pytest.mark.exhaustive)
+            unused -= found
+    # Only of files that were collected as a whole.
+    files = {item.nodeid.removeprefix("tests/").partition("::")[0] for item in items}
+    unused = {line for line in unused if line.partition("::")[0] in files}
+    if unused and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(f"exhaustive.txt names no test: {sorted(unused)}")
 
 
 @pytest.fixture(scope="session", autouse=True)

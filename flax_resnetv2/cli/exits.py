@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import rich
 from rich.console import Console
 
@@ -56,7 +57,8 @@ def guarded(
     LOGGER.setLevel(logging.INFO)
     LOGGER.addHandler(handler)
     try:
-        return work() or 0
+        with jax.transfer_guard("allow"):
+            return work() or 0
     except UsageError as error:
         code, message = 2, f"error: {error}"
     except RunError as error:

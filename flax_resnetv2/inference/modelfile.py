@@ -69,6 +69,7 @@ def pack(net: TrainedNet) -> bytes:
     return save(tensors, {KEY: json.dumps(record, sort_keys=True)})
 
 
+@jax.transfer_guard("allow")
 def open_net(name: str | Path, checkpoint: CheckpointChoice = "newest") -> TrainedNet:
     """Load a trained net from a run directory, an exported file or the package.
 

@@ -112,6 +112,7 @@ class Predictor:
         """Return latent vectors [N, K] of images; arguments as of ``predict``."""
         return self.predict(images).latents
 
+    @jax.transfer_guard("allow")
     def predict(self, images: np.ndarray, batch_size: int | None = None) -> Prediction:
         """Return probabilities and latent vectors of uint8 images [N, H, W, C].
 

@@ -55,6 +55,7 @@ class Inspector:
             f"trained on images of {' x '.join(map(str, p.image_shape))}",
         }
 
+    @jax.transfer_guard("allow")
     def inspect(self, content: bytes) -> dict[str, Any]:
         """Return predictions and feature maps for the content of an image file.
 

@@ -67,7 +67,8 @@ class Convolution(nn.Module):
             y = ops.convolution(x, kernel, p.stride, p.padding, recompute)
         if p.bias:
             zeros = nn.initializers.zeros_init()
-            y += self.param("bias", zeros, (p.width,), e.param_dtype).astype(y.dtype)
+            bias = self.param("bias", zeros, (p.width,), e.param_dtype)
+            y += ops.over_pixels(bias.astype(y.dtype))
         return y
 
 
@@ -95,7 +96,8 @@ class NormReLU(nn.Module):
         scale = self.param("scale", nn.initializers.ones_init(), shape, e.param_dtype)
         bias = self.param("bias", nn.initializers.zeros_init(), shape, e.param_dtype)
         if self.plan.groups is not None:
-            y = _group_normalized(x, self.plan) * scale + bias
+            y = _group_normalized(x, self.plan) * ops.over_pixels(scale)
+            y = y + ops.over_pixels(bias)
             return (nn.relu(y) if self.plan.relu else y).astype(x.dtype)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, e.param_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, shape, e.param_dtype)
@@ -386,8 +388,10 @@ def _norms(x: jax.Array, execution: Execution) -> jax.Array:
 
 def _standardized(kernel: jax.Array, epsilon: float) -> jax.Array:
     """Standardize a kernel [k, k, C, F] to mean 0 and variance 1 per output map."""
-    mean = kernel.mean((0, 1, 2))
-    return (kernel - mean) * lax.rsqrt(kernel.var((0, 1, 2)) + epsilon)
+    mean, variance = (
+        moment(ops.SPACE, keepdims=True) for moment in (kernel.mean, kernel.var)
+    )
+    return (kernel - mean) * lax.rsqrt(variance + epsilon)
 
 
 def _group_normalized(x: jax.Array, plan: planning.NormPlan) -> jax.Array:

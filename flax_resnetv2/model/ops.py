@@ -52,7 +52,8 @@ class PreActivation(NamedTuple):
 
     def _computed(self, relu: bool) -> jax.Array:
         wide = self.x.astype(self.factor.dtype)
-        y = (wide - self.mean) * self.factor + self.bias
+        mean, factor, bias = map(over_pixels, self[1:])
+        y = (wide - mean) * factor + bias
         return (jnp.maximum(y, 0) if relu else y).astype(self.x.dtype)
 
 
@@ -72,7 +73,7 @@ def plain_moments(x: jax.Array, axis_name: str | None = None) -> Moments:
     """Compute ``batch_moments`` in two passes, with automatic derivatives."""
     wide = widened(x)
     mean = wide.mean(SPACE)
-    variance = jnp.square(wide - mean).mean(SPACE)
+    variance = jnp.square(wide - over_pixels(mean)).mean(SPACE)
     return _over_devices(mean, variance, axis_name)
 
 
@@ -112,8 +113,9 @@ def _moments_backward(axis_name, saved, cotangents):
     if axis_name is not None:
         dmean, dvariance = lax.pmean((dmean, dvariance), axis_name)
     count = x.size // x.shape[-1]
-    centered = x.astype(mean.dtype) - mean
-    return ((dmean / count + centered * (2 * dvariance / count)).astype(x.dtype),)
+    centered = x.astype(mean.dtype) - over_pixels(mean)
+    dmean, slope = map(over_pixels, (dmean / count, 2 * dvariance / count))
+    return ((dmean + centered * slope).astype(x.dtype),)
 
 
 batch_moments.defvjp(_moments_forward, _moments_backward)
@@ -122,6 +124,11 @@ batch_moments.defvjp(_moments_forward, _moments_backward)
 def widened(x: jax.Array) -> jax.Array:
     """Convert to the dtype of statistics: float64 for float64, else float32."""
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+def over_pixels(values: jax.Array) -> jax.Array:
+    """View [C] as [1, 1, 1, C], for users who forbid implicit promotion of ranks."""
+    return jnp.expand_dims(values, SPACE)
 
 
 def _over_devices(mean, variance, axis_name):
@@ -143,7 +150,7 @@ def _one_pass_moments(x):
     return mean, lax.cond(
         jnp.all(jnp.square(mean) <= 16 * variance),
         lambda x, mean, variance: variance,
-        lambda x, mean, variance: jnp.square(x - mean).mean(SPACE),
+        lambda x, mean, variance: jnp.square(x - over_pixels(mean)).mean(SPACE),
         x,
         mean,
         variance,
@@ -231,7 +238,7 @@ def _through_activation(source, value, dvalue):
     sum_g = g.sum(SPACE)
     # sum(g * (x - mean)) without x - mean, which would have to be written first.
     sum_gc = (g * x.astype(factor.dtype)).sum(SPACE) - mean * sum_g
-    dx = (g * factor).astype(x.dtype)
+    dx = (g * over_pixels(factor)).astype(x.dtype)
     return PreActivation(dx, -factor * sum_g, sum_gc, sum_g)
 
 

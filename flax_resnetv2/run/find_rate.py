@@ -33,6 +33,7 @@ Steps = Annotated[int, Range(10, 100_000)]
 Rate = Annotated[float, Range(0, 1e6, above=True)]
 
 
+@jax.transfer_guard("allow")
 def find_rate(
     config: Config,
     directory: str | Path,

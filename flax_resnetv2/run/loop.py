@@ -30,6 +30,7 @@ from flax_resnetv2.training.step import TrainState
 from flax_resnetv2.validation import check_choice
 
 
+@jax.transfer_guard("allow")  # placing and fetching arrays is its work
 def fit(
     config: Config,
     workdir: str | Path,

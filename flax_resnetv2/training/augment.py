@@ -89,7 +89,10 @@ def normalize(images: jax.Array, config: AugmentConfig, dtype: str) -> jax.Array
         ``dtype`` [B, *config.input_shape((H, W, C))].
     """
     wide = "float64" if dtype == "float64" else "float32"
-    mean, std = jnp.asarray(config.mean, wide), jnp.asarray(config.std, wide)
+    mean, std = (
+        jnp.asarray(values, wide).reshape(1, 1, 1, -1)
+        for values in (config.mean, config.std)
+    )
     images = (images.astype(wide) / 255 - mean) / std
     if config.resize is not None:
         # The number of images may be symbolic, as in an export.

@@ -142,13 +142,14 @@ def _move(image: jax.Array, move: jax.Array, color: jax.Array) -> jax.Array:
     x, y = jnp.floor(source).astype(jnp.int32)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     found = image[jnp.clip(y, 0, height - 1), jnp.clip(x, 0, width - 1)]
-    return jnp.where(inside[..., None], found, color)
+    return jnp.where(inside[..., None], found, color[None, None])
 
 
 def _look_up(image: jax.Array, table: jax.Array, strength: jax.Array) -> jax.Array:
     """Replace each value by its entry in the table of its channel."""
     channels = image.shape[-1]
-    index = image.astype(jnp.int32) + 256 * jnp.arange(channels, dtype=jnp.int32)
+    first = 256 * jnp.arange(channels, dtype=jnp.int32)
+    index = image.astype(jnp.int32) + first[None, None]
     counts = jnp.zeros(256 * channels, jnp.int32).at[index].add(1).reshape(channels, -1)
     values = jnp.broadcast_to(jnp.arange(256, dtype=jnp.int32), counts.shape)
     present = counts > 0
@@ -180,7 +181,7 @@ def _gray(image: jax.Array) -> jax.Array:
     """Remove the color from an image, uint8 [H, W, C]."""
     wide = image.astype(jnp.int32)
     if image.shape[-1] == 3:  # ITU-R 601-2, in 16-bit fixed point
-        weighted = wide * jnp.array([19595, 38470, 7471], jnp.int32)
+        weighted = wide * jnp.array([[[19595, 38470, 7471]]], jnp.int32)
         gray = (weighted.sum(-1, dtype=jnp.int32, keepdims=True) + 2**15) >> 16
     else:
         gray = wide.sum(-1, dtype=jnp.int32, keepdims=True) // image.shape[-1]

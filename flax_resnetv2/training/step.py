@@ -258,7 +258,7 @@ def stochastic_depth_scales(keys: jax.Array, units: int, share: float) -> jax.Ar
     Unit u of L is dropped (factor 0) with probability ``share * u / L``. Survivors are
     scaled up, so that the expected factor is 1 and evaluation needs none.
     """
-    dropped = share * jnp.arange(1, units + 1, dtype=float) / units
+    dropped = share * jnp.arange(1, units + 1, dtype=float)[None] / units
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (units,), float))
     draws = uniform(stream_keys(keys, RandomStream.STOCHASTIC_DEPTH))
     return jnp.where(draws < dropped, 0, 1 / (1 - dropped))

@@ -28,7 +28,7 @@ from flax_resnetv2 import (
 from flax_resnetv2.model.initial import init_in_one_draw
 from flax_resnetv2.model.intermediates import activations, residual_ratios
 from flax_resnetv2.model.modules import Convolution, Head, Latent, NormReLU, Stem
-from tests.support.tiny import NET, SHAPE, images_of, variables_of
+from tests.support.tiny import NET, SHAPE, images_of, textbook, variables_of
 
 ALL_BIASES = ("stem", "layer1", "layer2", "layer3", "shortcut")
 DOUBLE = Execution(dtype="float64")
@@ -115,6 +115,7 @@ def test_reduction_leaves_kernels_and_widths_of_the_units_alone():  # R11
     assert wide["stack2/unit1/layer2/conv/kernel"] == (3, 3, 16, 16)
 
 
+@textbook()
 def test_a_layer_is_norm_then_relu_then_convolution(key):  # R4
     planned = plan_unit(in_width=4, width=8).layers[0]
     layer = ResidualLayer(planned)
@@ -176,6 +177,7 @@ UNITS = [
 
 
 @pytest.mark.parametrize(("changes", "arguments", "layers", "size"), UNITS)
+@textbook()
 def test_each_kind_of_unit_is_the_textbook_sum(
     float64, changes, arguments, layers, size
 ):
@@ -314,6 +316,7 @@ def test_heads(changes, shape, tree):  # R18
 
 
 @pytest.mark.parametrize("head_input", ["pooled", "flattened"])
+@textbook()
 def test_a_head_is_norm_relu_average_and_dense_layers(float64, head_input):  # R18
     head = Head(plan(replace(NET, hidden=(6,), head_input=head_input)).head, DOUBLE)
     x = images_of(shape=(3, 3, 16), dtype="float64")
@@ -329,6 +332,7 @@ def test_a_head_is_norm_relu_average_and_dense_layers(float64, head_input):  # R
     np.testing.assert_allclose(out, y, rtol=1e-11, atol=1e-11)
 
 
+@textbook()
 def test_the_head_averages_in_float32_behind_bfloat16_maps():
     semantics = replace(ARTICLE, final_norm=False)
     head = Head(plan(replace(NET, semantics=semantics)).head, Execution("bfloat16"))

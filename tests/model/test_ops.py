@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 from flax_resnetv2.model import ops
+from tests.support.tiny import textbook
 
 
 def normal(seed, shape, dtype="float64"):
@@ -23,6 +24,7 @@ def plain_convolution(x, kernel, stride, padding):
     )
 
 
+@textbook()
 def plain_batch_norm_relu(x, scale, bias, epsilon):
     mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
     y = (x - mean) / jnp.sqrt(variance + epsilon) * scale + bias
@@ -64,6 +66,7 @@ def layer(x, scale, bias, kernel, stride=1, axis_name=None, recompute=True):
     return y, mean, variance
 
 
+@textbook()
 def plain_layer(x, scale, bias, kernel, stride=1):
     y, mean, variance = plain_batch_norm_relu(x, scale, bias, 1e-3)
     return plain_convolution(y, kernel, stride, "same"), mean, variance
@@ -147,6 +150,7 @@ def test_a_layer_over_devices_equals_one_batch(float64, devices, size):
             close(own[device], whole)
 
 
+@textbook()
 def test_a_small_spread_around_a_large_mean_stays_exact():
     noise = np.random.default_rng(0).normal(size=(16, 8, 8, 2)) * 0.01
     x = (100 + noise).astype(np.float32)
@@ -223,6 +227,7 @@ def test_the_backward_pass_keeps_the_input_and_not_the_activation():
     assert memory(recompute=False) > 2 * 12
 
 
+@textbook()
 def test_a_deferred_norm_uses_the_statistics_it_is_given(float64):
     x = normal(0, (2, 3, 3, 2))
     scale, bias, mean = (normal(k, (2,)) for k in (1, 2, 3))

@@ -14,11 +14,12 @@ from jax import lax
 
 from flax_resnetv2 import Architecture, Execution, UsageError, create_model, plan
 from flax_resnetv2.model.semantics import ARTICLE, ATIENZA, BIT, HE2016, KERAS, TIMM
-from tests.support.tiny import variables_of
+from tests.support.tiny import textbook, variables_of
 
 UNITS, WIDTHS = (2, 2), (16, 32)
 
 
+@textbook()
 def conv(x, p, stride=1, padding="SAME", standardize=None):
     kernel = p["kernel"]
     if standardize is not None:
@@ -31,6 +32,7 @@ def conv(x, p, stride=1, padding="SAME", standardize=None):
     return y + p.get("bias", 0)
 
 
+@textbook()
 def batch_norm(x, p, stats, epsilon):
     normed = (x - stats["mean"]) / jnp.sqrt(stats["var"] + epsilon)
     return normed * p["scale"] + p["bias"]

@@ -234,7 +234,7 @@ def test_a_truncated_file_is_refused(stored):
 def test_a_file_that_is_not_there_is_named(stored):
     path, read, net, _ = stored
     path.unlink()
-    with pytest.raises(UsageError, match=f"{path.name} does not exist"):
+    with pytest.raises(UsageError, match=f"{path.name} cannot be opened"):
         read(path, create_model(net))
 
 

@@ -14,7 +14,13 @@ import pytest
 import rich
 from rich.console import Console
 
-from flax_resnetv2 import Checkpointer, Execution, UsageError, create_model
+from flax_resnetv2 import (
+    Checkpointer,
+    Execution,
+    Predictor,
+    UsageError,
+    create_model,
+)
 from flax_resnetv2.cli import exits
 from flax_resnetv2.data.batch import Split
 from flax_resnetv2.run import loop, metrics_log, placement, trainer, validate
@@ -123,6 +129,17 @@ def test_the_lines_of_metrics_keep_the_contract(finished):
     assert lines[0]["learning_rate"] == pytest.approx(expected, rel=1e-5)
     seconds = [line["seconds"] for line in lines]
     assert seconds == sorted(seconds)
+
+
+def test_a_strict_user_can_train_and_predict(tmp_path):
+    """The tests forbid promotion of dtypes and ranks already; this one, transfers."""
+    config = replace(CONFIG, train=replace(CONFIG.train, epochs=1))
+    with jax.transfer_guard("disallow"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed"):
+            jax.jit(lambda x: x + 1)(np.float32(1))
+        run_fit(tmp_path, config)
+        images = data().splits["test"].image
+        assert Predictor.find(tmp_path)(images).shape == (23, 4)
 
 
 def test_a_run_learns_and_keeps_its_intervals(fit, tmp_path):

@@ -1,5 +1,7 @@
 """The smallest nets and data sets that still have every part."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import jax
@@ -22,6 +24,13 @@ NET = Architecture(
 SMALL = replace(NET, units=(1, 1), widths=(4, 8), stem_width=4)
 """Where a test compiles often."""
 SHAPE = (8, 8, 3)
+
+
+@contextmanager
+def textbook() -> Iterator[None]:
+    """Let formulas of a test promote ranks; as a decorator, those of a function."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def dataset(train=50, test=23):

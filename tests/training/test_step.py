@@ -488,6 +488,18 @@ def test_a_strict_program_may_train(optimizer, schedule, dtype):
     assert new == state
 
 
+def test_a_compiled_step_transfers_nothing():
+    model = create_model(tiny.SMALL)
+    config = TrainConfig(ema_decay=0.9)
+    step = make_train_step(model, config, PIXELS, seed=0, steps_per_epoch=10)
+    step = jax.jit(step)
+    state = create_train_state(model, config, jax.random.key(0), tiny.SHAPE, 10)
+    batch = jax.device_put(batch_of(4))
+    with jax.transfer_guard("disallow"):
+        state, _ = step(state, batch)
+        assert jax.device_get(step(state, batch)[0].step) == 2
+
+
 def test_float64_is_float64_throughout(float64):
     config = TrainConfig(schedule="constant", ema_decay=0.9)
     model = create_model(tiny.SMALL, Execution(dtype="float64"))
