@@ -147,6 +147,7 @@ def test_a_zeroed_residual_leaves_the_input_bit_for_bit(semantics, train):  # R5
 
 
 @pytest.mark.parametrize("train", [False, True])
+@textbook()
 def test_a_zeroed_stack_gives_out_its_shortcut(train):  # R5
     semantics = replace(ARTICLE, biases=ALL_BIASES)
     planned = plan_stack(in_width=4, width=8, units=3, stride=2, semantics=semantics)

@@ -19,7 +19,6 @@ from tests.support.tiny import textbook, variables_of
 UNITS, WIDTHS = (2, 2), (16, 32)
 
 
-@textbook()
 def conv(x, p, stride=1, padding="SAME", standardize=None):
     kernel = p["kernel"]
     if standardize is not None:
@@ -32,7 +31,6 @@ def conv(x, p, stride=1, padding="SAME", standardize=None):
     return y + p.get("bias", 0)
 
 
-@textbook()
 def batch_norm(x, p, stats, epsilon):
     normed = (x - stats["mean"]) / jnp.sqrt(stats["var"] + epsilon)
     return normed * p["scale"] + p["bias"]
@@ -259,6 +257,7 @@ CASES = {
 
 @pytest.mark.parametrize("side", [32, 27])
 @pytest.mark.parametrize("name", CASES)
+@textbook()
 def test_a_version_is_what_its_source_says(name, side, float64):
     reference, architecture = CASES[name]
     model = create_model(architecture, Execution(dtype="float64"))
@@ -286,6 +285,7 @@ def stretched(variables, path, by=1.001):
         ("post", "batch_stats/stack2/unit1/shortcut_norm/mean"),
     ],
 )
+@textbook()
 def test_the_test_sees_a_thousandth_in_one_array(name, path, float64):
     reference, architecture = CASES[name]
     model = create_model(architecture, Execution(dtype="float64"))
