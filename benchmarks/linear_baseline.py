@@ -45,7 +45,7 @@ def softmax_regression(
     ty, classes = jnp.asarray(test_labels), int(train_labels.max()) + 1
 
     def logits(params: dict, x: jax.Array) -> jax.Array:
-        return x @ params["kernel"] + params["bias"]
+        return x @ params["kernel"] + params["bias"][None]
 
     def loss(params: dict) -> jax.Array:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y)

@@ -40,8 +40,7 @@ def guarded(
         130 ended by Ctrl-C before there was anything to save; 141 ended because nobody
         reads its output.
     """
-    if sys.stdout is None:  # closed by the shell
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is not
         sys.stdout.reconfigure(errors="backslashreplace")
     if not needs_reader:
@@ -57,6 +56,7 @@ def guarded(
     LOGGER.setLevel(logging.INFO)
     LOGGER.addHandler(handler)
     try:
+        _check_directory()
         with jax.transfer_guard("allow"):
             return work() or 0
     except UsageError as error:
@@ -92,6 +92,29 @@ def guarded(
         LOGGER.propagate = True
     print(_plain(message), file=sys.stderr)
     return code
+
+
+def _open_closed_streams() -> None:
+    """Lead streams that the shell closed nowhere, or a file could get their numbers."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+
+
+def _check_directory() -> None:
+    """Refuse, by ``UsageError``, to start in a directory that has been removed."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UsageError(
+            f"the current directory cannot be used ({error.strerror}); change to one "
+            "that exists"
+        ) from error
 
 
 def _plain(text: str) -> str:

@@ -43,7 +43,9 @@ class Finding:
 def print_findings(findings: Iterable[Finding]) -> int:
     """Print findings as they come; return 1 if there is a problem, else 0."""
     # One line each in a file; in a terminal wrapped within the last column.
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    width = sys.maxsize
+    if sys.stdout.isatty():
+        width = max(40, shutil.get_terminal_size().columns)
     lines = textwrap.TextWrapper(
         width,
         subsequent_indent=" " * 22,

@@ -4,12 +4,15 @@ Every flag is a field of ``TrainCommand``, and every help text is its docstring.
 """
 
 import logging
+import os
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -25,7 +28,7 @@ from flax_resnetv2.run.recipes import RECIPES
 from flax_resnetv2.run.run_directory import new_workdir
 from flax_resnetv2.run.tracing import parse_steps
 from flax_resnetv2.system import distributed, runtime
-from flax_resnetv2.system.files import expand_home
+from flax_resnetv2.system.files import expand_home, home, user_cache
 from flax_resnetv2.validation import Count, Range, check
 
 
@@ -109,6 +112,9 @@ def _train(words: list[str]) -> None:
             "workdir=None: several processes need one directory that all of them see; "
             "give --workdir DIR"
         )
+    if (cache := user_cache()).parent == Path(tempfile.gettempdir()):
+        LOGGER.info("%s cannot be written, so caches are kept in %s", home(), cache)
+        os.environ.setdefault("MPLCONFIGDIR", str(cache / "matplotlib"))
     runtime.tune()
     if options.deterministic:
         runtime.make_deterministic()

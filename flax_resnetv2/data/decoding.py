@@ -20,6 +20,8 @@ LONGEST_SIDE = 65_535
 resizing a longer image would take gigabytes, however narrow it is."""
 FORMATS = "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"
 """The formats that are tried. Pillow has others, of which EPS starts Ghostscript."""
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_0 = 258, 262, 0
+"""Tags of TIFF, and a value of the second."""
 _CHUNK = 1024
 """Images whose files are open or in memory at the same time."""
 
@@ -126,14 +128,15 @@ def read_image(
                     f"{name} is too large ({image.width}x{image.height} pixels; the "
                     f"limit is {Image.MAX_IMAGE_PIXELS:,}); scale it down"
                 )
-            if image.mode in ("I", "F"):
+            # Pillow scales those of a PGM to 16 bits.
+            if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
                 raise UsageError(
                     f"{name} has pixels of mode {image.mode}, whose range is not "
                     "known; give an image of 8 or 16 bits a channel"
                 )
             pixels = _upright(image)
-            if pixels.mode.startswith("I;16"):  # Pillow would clip at 255
-                pixels = Image.fromarray((np.asarray(pixels) >> 8).astype(np.uint8))
+            if pixels.mode.startswith("I"):  # Pillow would clip at 255
+                pixels = Image.fromarray(_to_8_bits(pixels, image))
             pixels = resize(pixels.convert("RGB" if channels == 3 else "L"))
     except UsageError:
         raise
@@ -149,6 +152,15 @@ def read_image(
             f"{name} cannot be read ({reason}); give a whole PNG or JPEG file"
         ) from error
     return np.asarray(pixels, np.uint8).reshape(pixels.height, pixels.width, channels)
+
+
+def _to_8_bits(pixels: Any, image: Any) -> np.ndarray:
+    """Scale gray pixels of more than 8 bits, as the tags of a TIFF ``image`` say."""
+    tags = getattr(image, "tag_v2", {})
+    bits = (tags.get(_BITS_PER_SAMPLE) or (16,))[0]
+    bits = bits if bits in range(9, 17) else 16
+    gray = (np.asarray(pixels) >> (bits - 8)).clip(0, 255).astype(np.uint8)
+    return 255 - gray if tags.get(_PHOTOMETRIC) == _WHITE_IS_0 else gray
 
 
 def _without_text(file: str | Path | IO[bytes]) -> io.BytesIO:

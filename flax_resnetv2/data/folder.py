@@ -257,7 +257,7 @@ def _images(root: Path, directory: Path, ignored: Counter[str]) -> Iterator[Path
     for path in _entries(directory):
         if path.is_dir():
             yield from _images(root, path, ignored)
-        elif path.suffix.lower() not in SUFFIXES:
+        elif path.suffix.lower() not in SUFFIXES or _is_special(path):
             ignored[path.suffix.lower() or "without a suffix"] += 1
         elif path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
             raise UsageError(
@@ -265,6 +265,11 @@ def _images(root: Path, directory: Path, ignored: Counter[str]) -> Iterator[Path
             )
         else:
             yield path
+
+
+def _is_special(path: Path) -> bool:
+    """Whether a path is a pipe or a device; reading it could wait for ever."""
+    return path.exists() and not path.is_file()
 
 
 def _shuffled(

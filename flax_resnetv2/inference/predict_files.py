@@ -107,20 +107,43 @@ def _image_files(images: Sequence[str]) -> Iterator[str | IO[bytes]]:
     """Yield the image files, with those of a folder in the order of their paths."""
     for image in images:
         if image == "-":
+            if sys.stdin is None:
+                raise UsageError("- is standard input, which is closed; name a file")
             stream = io.BytesIO(sys.stdin.buffer.read())
             stream.name = "standard input"
             yield stream
         elif os.path.isdir(image):
-            found = sorted(
-                path
-                for path in Path(image).rglob("*")
-                if path.suffix.lower() in SUFFIXES and path.is_file()
-            )
+            found = sorted(_images_below(image))
             if not found:
                 raise UsageError(
                     f"{image} holds no image ({' '.join(sorted(SUFFIXES))}); name a "
                     "folder that holds some, or files"
                 )
             yield from map(str, found)
+        elif os.path.exists(image) and not os.path.isfile(image):  # a pipe
+            stream = io.BytesIO(Path(image).read_bytes())
+            stream.name = image
+            yield stream
         else:
             yield image
+
+
+def _images_below(folder: str) -> Iterator[Path]:
+    """Yield the image files of a folder at any depth, without hidden ones."""
+
+    def refuse(error: OSError) -> None:
+        raise UsageError(
+            f"{error.filename} cannot be read ({error.strerror}); make it readable"
+        )
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        for name in folders:
+            if os.path.islink(os.path.join(parent, name)):
+                _logger.warning("left out: %s/%s is a link to a folder", parent, name)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(parent, name)
+            # A link that leads nowhere is said when it is read.
+            wanted = path.is_file() or path.is_symlink()
+            if wanted and path.suffix.lower() in SUFFIXES and name[0] != ".":
+                yield path

@@ -10,6 +10,8 @@ that a request names. One compiled program processes one image at a time.
 import base64
 import io
 import json
+import re
+import sys
 from functools import cached_property
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -123,7 +125,7 @@ def make_server(
     check_arguments(make_server, {"port": port})
     inspector = Inspector(Predictor.find(net), Path(net).name)
     try:
-        server = ThreadingHTTPServer((host, port), _Handler)
+        server = _Server((host, port), _Handler)
     except OSError as error:
         raise UsageError(
             f"port={port} of host={host} cannot be opened ({error.strerror}); choose "
@@ -131,6 +133,13 @@ def make_server(
         ) from error
     server.inspector = inspector
     return server
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *which: Any) -> None:
+        """Say nothing of a browser that closed its connection."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(*which)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -151,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if self.path != "/inspect":
             self._send_json(HTTPStatus.NOT_FOUND, NO_PAGE)
-        elif not length.isdecimal():
+        elif not re.fullmatch("[0-9]{1,18}", length):
             error = {"error": "the request has no valid Content-Length"}
             self._send_json(HTTPStatus.LENGTH_REQUIRED, error)
         elif int(length) > MAX_BYTES:

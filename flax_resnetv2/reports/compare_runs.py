@@ -81,6 +81,7 @@ def _score(run: RunRecord, split: str) -> str:
     return text
 
 
+@formats.plain_style()
 def draw_runs(runs: Sequence[RunRecord]) -> bytes:
     """Draw training loss and test score of every run over the epochs, as PNG."""
     figure = formats.new_figure(10, 4.2)

@@ -1,8 +1,11 @@
 """Figures as image files and tables as Markdown, for all reports."""
 
+import contextlib
 import io
+import os
+import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from flax_resnetv2.system.files import printable
@@ -15,6 +18,23 @@ _FAMILIES = (
     *("Noto Sans Thai", "Arial Unicode MS", "Unifont"),
 )
 """Fonts for the characters that matplotlib's own font does not have."""
+
+
+@contextlib.contextmanager
+def plain_style() -> Iterator[None]:
+    """Draw alike whatever the user's matplotlibrc and MPLBACKEND say.
+
+    A matplotlibrc may ask for LaTeX, which would be started.
+    """
+    try:
+        import matplotlib.style
+    except ValueError:  # no such backend; begin again
+        for name in [n for n in sys.modules if n.partition(".")[0] == "matplotlib"]:
+            del sys.modules[name]
+        os.environ["MPLBACKEND"] = "agg"
+        import matplotlib.style
+    with matplotlib.style.context("default"):
+        yield
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -31,10 +51,11 @@ def encode(figure: Any, kind: Literal["png", "svg"]) -> bytes:
     """
     import matplotlib
 
+    settings = {"svg.hashsalt": "report", "svg.fonttype": "none"}
     metadata = {"png": ["Software"], "svg": ["Date", "Creator"]}[kind]
     file = io.BytesIO()
     with (
-        matplotlib.rc_context({"svg.hashsalt": "report", "svg.fonttype": "none"}),
+        matplotlib.rc_context(settings),
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", "Glyph .* missing from font")

@@ -75,6 +75,7 @@ def draw_reconstructions(net: TrainedNet, count: int) -> bytes:
     )
 
 
+@formats.plain_style()
 def draw_rows(rows: dict[str, np.ndarray]) -> bytes:
     """Draw named rows of images [N, H, W, C], with values from 0 to 1, as PNG."""
     count = max(map(len, rows.values()))

@@ -20,7 +20,7 @@ from flax_resnetv2.inference import scores
 from flax_resnetv2.inference.predictor import Predictor
 from flax_resnetv2.model import layer_table
 from flax_resnetv2.model.drawing import draw_net
-from flax_resnetv2.reports.formats import encode, label, new_figure
+from flax_resnetv2.reports.formats import encode, label, new_figure, plain_style
 from flax_resnetv2.reports.reconstruction import draw_reconstructions, read_images
 from flax_resnetv2.run.build import count_parameters
 from flax_resnetv2.run.config import to_json
@@ -37,6 +37,7 @@ BATCH = 250
 TEMPLATE = Path(__file__).with_name("run_page.html")
 
 
+@plain_style()
 def write_page(workdir: str | Path, checkpoint: CheckpointChoice = "newest") -> Path:
     """Write ``report.html`` into a run directory and return its path.
 

@@ -288,10 +288,10 @@ def _run(
     words = [*sweep.words, *shlex.split(override.words)]
     words += ["--no-report", "--seed", str(seed), "--workdir", str(directory)]
     log.parent.mkdir(exist_ok=True)
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(f"{shlex.join(['train.py', *words])}\n")
         begin = file.tell()
-    code = run_child([sys.executable, "-c", _CHILD, *words], log, stop, lock)
+    code = run_child([sys.executable, "-P", "-c", _CHILD, *words], log, stop, lock)
     ended = (-signal.SIGTERM, 128 + signal.SIGTERM)
     if code == 75 or (stop.requested and code in ended):
         return None

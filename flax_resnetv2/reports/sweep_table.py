@@ -169,6 +169,7 @@ def _machine(line: dict[str, Any]) -> str:
     )
 
 
+@formats.plain_style()
 def draw_sweep(shared: str, rows: Sequence[Row]) -> bytes:
     """Draw the accuracy of every run and the means of the overrides, as PNG.
 
@@ -189,11 +190,11 @@ def draw_sweep(shared: str, rows: Sequence[Row]) -> bytes:
             at, style = (mean, y - 0.25), {"color": "C3", "fontsize": 8}
             style |= {"ha": "center", "va": "bottom", "textcoords": "offset points"}
             axes.annotate(f"{mean:.2f}", at, (0, 2), **style)
-    names = ["\n".join(textwrap.wrap(row.name, 38)) for row in rows]
+    names = ["\n".join(textwrap.wrap(formats.label(row.name), 38)) for row in rows]
     axes.set_yticks(range(len(rows)), names, family="monospace", fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.7)
     axes.set_xlabel("test accuracy of the final epoch, % (dot: a seed, bar: the mean)")
-    axes.set_title("\n".join(textwrap.wrap(shared, 90)), fontsize=9)
+    axes.set_title("\n".join(textwrap.wrap(formats.label(shared), 90)), fontsize=9)
     axes.grid(axis="x", color="0.93")
     axes.spines[["top", "right"]].set_visible(False)
     return formats.encode(figure, "png")

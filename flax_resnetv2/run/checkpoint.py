@@ -258,14 +258,14 @@ class Checkpointer:
         except (jax.errors.JaxRuntimeError, MemoryError):
             raise  # not from the files
         except Exception as error:  # damaged files cause errors of many types
-            if getattr(error, "errno", None) not in (None, errno.ENOENT):
-                raise  # for example of a failing disk: the files may be whole
             reason = _reason(error)
             if re.search("EACCES|EPERM|Permission denied", str(error)):
                 raise RunError(
                     f"{self._directory / str(step)} cannot be read ({reason}); let "
                     "this user read it"
                 ) from error
+            if getattr(error, "errno", None) not in (None, errno.ENOENT):
+                raise  # for example of a failing disk: the files may be whole
         # All processes must take the same branch.
         if any_process(reason is not None):
             where, reason = self._directory / str(step), reason or "for another process"

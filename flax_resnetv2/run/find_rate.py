@@ -5,6 +5,7 @@ diverges. A tenth of the rate at the lowest smoothed loss is a good peak rate.
 """
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -23,6 +24,8 @@ from flax_resnetv2.run.trainer import Trainer
 from flax_resnetv2.run.validate import validate
 from flax_resnetv2.training.step import TrainState
 from flax_resnetv2.validation import Range, check_arguments
+
+_logger = logging.getLogger(__name__)
 
 DIVERGED = 4.0
 """The test ends when the smoothed loss exceeds its minimum by this factor."""
@@ -91,7 +94,10 @@ def find_rate(
         )
     # At the lowest loss itself training is about to diverge.
     rate = lowest["learning_rate"] / 10
-    _draw(lines, rate, directory / "learning_rate.png")
+    try:
+        _draw(lines, rate, directory / "learning_rate.png")
+    except Exception as error:  # of the user's settings of matplotlib
+        _logger.warning("learning_rate.png was not drawn (%s)", error)
     if lowest["step"] == steps - 1:
         raise RunError(
             f"the loss was still falling at the highest rate, {highest:g}; give a "

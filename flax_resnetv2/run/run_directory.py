@@ -11,7 +11,9 @@ import itertools
 import json
 import os
 import platform
+import re
 import subprocess
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -54,11 +56,21 @@ def new_workdir(recipe: str) -> Iterator[Path]:
 
 
 def check_path(workdir: Path) -> None:
-    """Refuse, by ``UsageError``, a path under which orbax finds no checkpoint again.
+    """Refuse, by ``UsageError``, an address, and what orbax would find nothing under.
 
     It looks for parts of a checkpoint by patterns that begin with the path.
     """
+    if re.match(r"[a-z][a-z0-9+.-]*:/", str(workdir)):  # Path has joined the slashes
+        raise UsageError(
+            f"workdir={workdir} must be a directory of this machine; mount the other "
+            "place, or copy the run there afterwards"
+        )
     path = str(workdir.absolute())
+    if any(unicodedata.category(c) == "Cs" for c in path):
+        raise UsageError(
+            f"workdir={workdir} must be UTF-8 in its whole path ({path}); choose "
+            "another --workdir, or set PYTHONUTF8=1 if the name is right"
+        )
     if found := sorted(set(path) & set("[]*?\\")):
         raise UsageError(
             f"workdir={workdir} must have none of [ ] * ? \\ in its whole path, and "
@@ -278,7 +290,10 @@ def check_numerics(workdir: Path) -> list[str]:
             f"{workdir} began under another setting of JAX ({'; '.join(changed)}), so "
             "its numbers would change; set it as before, or give another --workdir"
         )
-    others = {name: (before.get(name), now[name]) for name in set(now) - set(_DECISIVE)}
+    others = {
+        name: (before.get(name, now[name]), now[name])
+        for name in set(now) - set(_DECISIVE)
+    }
     versions = last.get("versions", {})
     for name in ("jax", "jaxlib"):
         installed = metadata.version(name)
@@ -299,7 +314,10 @@ def _numerics() -> dict[str, Any]:
     """Return what else than configuration, data and versions decides a run's bits."""
     settings = {name: getattr(jax.config, f"jax_{name}") for name in _DECISIVE}
     names = "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"
-    return settings | {name: os.environ.get(name, "").strip() for name in names}
+    settings |= {name: os.environ.get(name, "").strip() for name in names}
+    if jax.default_backend() == "cpu":  # how XLA divides its sums
+        settings["cores"] = len(os.sched_getaffinity(0))
+    return settings
 
 
 def write_records(

@@ -1,16 +1,28 @@
 """Paths and files: the user's cache, writable places, files written atomically."""
 
+import contextlib
 import os
 import re
+import tempfile
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
 
 def user_cache() -> Path:
-    """Return this package's directory in the user's cache; it may not exist yet."""
-    cache = os.environ.get("XDG_CACHE_HOME") or home() / ".cache"
-    return Path(cache) / "flax_resnetv2"
+    """Return this package's directory in the user's cache; it may not exist yet.
+
+    It is in the system's temporary directory if the home directory cannot be written,
+    as in some containers, and if no other user has made it there.
+    """
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "flax_resnetv2"
+    usual = home() / ".cache" / "flax_resnetv2"
+    other = Path(tempfile.gettempdir()) / f"flax_resnetv2-{os.getuid()}"
+    with contextlib.suppress(FileNotFoundError):
+        if other.lstat().st_uid != os.getuid():
+            return usual
+    return usual if writable(usual) else other
 
 
 def home() -> Path:
@@ -81,13 +93,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: the disk is full, or the directory is not writable.
     """
-    new = path.with_name(f"{path.name}.part")
-    with new.open("wb") as file:
-        file.write(
-            content.encode("utf-8", "backslashreplace")
-            if isinstance(content, str)
-            else content
-        )
-        file.flush()
-        os.fsync(file.fileno())  # or a crash of the machine could leave it empty
-    os.replace(new, path)
+    if isinstance(content, str):
+        content = content.encode("utf-8", "backslashreplace")
+    # Two processes may write the same file.
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with new.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # or a crash of the machine could leave it empty
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 Only the commands call these; importing the package changes no setting of the process.
 """
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -107,7 +108,11 @@ def make_deterministic() -> None:
 
 
 def _add_xla_flag(flag: str) -> None:
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    if flags and not flags.startswith("-"):  # the name of a file with flags
+        with contextlib.suppress(OSError):
+            flags = " ".join(Path(flags).read_text().split())
+    os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
 
 
 def silence_orbax() -> None:

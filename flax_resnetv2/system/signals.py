@@ -24,12 +24,16 @@ class Stop:
         """Name of the signal that came, or None."""
         self._since = 0.0
         self._before: dict[int, Any] = {}
+        self._listens = False
 
     def listen(self) -> None:
         """Start recording signals; calling it again does nothing."""
-        if self._before or threading.current_thread() is not threading.main_thread():
+        if self._listens or threading.current_thread() is not threading.main_thread():
             return
+        self._listens = True
         for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is signal.SIG_IGN:  # as the shell asks by &
+                continue
             self._before[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, _: object) -> None:
@@ -65,13 +69,17 @@ def run_child(command: Sequence[str], log: Path, stop: Stop, keeps: int) -> int:
     Returns:
         The exit code; -N if signal N ended the child.
     """
+    # This package, whatever lies in the current directory.
+    path = str(Path(__file__).parents[2])
+    if more := os.environ.get("PYTHONPATH"):
+        path += os.pathsep + more
     with log.open("ab") as output:
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path},
             pass_fds=[keeps],
             process_group=0,  # a terminal's Ctrl-C would be its second signal
         )

@@ -1,5 +1,6 @@
 """What a command shows of the package's log, and how errors become exit codes."""
 
+import errno
 import logging
 import os
 import shlex
@@ -16,6 +17,7 @@ from flax_resnetv2.cli.exits import guarded
 from flax_resnetv2.errors import Stopped
 from tests.support import faults
 
+ROOT = Path(__file__).parents[2]
 LOGGER = logging.getLogger("flax_resnetv2.run.somewhere")
 
 
@@ -87,9 +89,15 @@ def test_devices_that_cannot_be_used_are_one_line(monkeypatch, capsys):
     assert error.endswith("or unset JAX_PLATFORMS\n")
 
 
-@pytest.mark.parametrize("name", ["cuda", "gpu", "tpu", "CPU", " cpu"])
 @pytest.mark.parametrize(
-    "command", ["train.py quickstart", "predict.py cifar10-resnet20 docs/maps.png"]
+    ("command", "name"),
+    [
+        *[("train.py quickstart", name) for name in ("cuda", "tpu", "CPU")],
+        *[
+            ("predict.py cifar10-resnet20 docs/maps.png", name)
+            for name in ("gpu", " cpu")
+        ],
+    ],
 )
 def test_a_platform_that_is_not_there_is_one_line(command, name, tmp_path):
     words = command.split()
@@ -97,7 +105,7 @@ def test_a_platform_that_is_not_there_is_one_line(command, name, tmp_path):
         words += ["--workdir", str(tmp_path / "run")]
     done = subprocess.run(
         [sys.executable, *words],
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": name},
         capture_output=True,
         text=True,
@@ -113,7 +121,7 @@ def ended(command, **how):
     """Exit code and standard error of a command."""
     done = subprocess.run(
         [sys.executable, *command.split()],
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
         check=False,
@@ -163,9 +171,51 @@ def test_standard_output_may_be_closed(words):
     done = subprocess.run(
         shell,
         shell=True,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&-", ">&- 2>&- <&-"])
+def test_a_file_never_gets_the_number_of_a_closed_stream(closed):
+    """Or what native code writes on standard error would land in it."""
+    code = (
+        "import os\n"
+        "from flax_resnetv2.cli.exits import guarded\n"
+        "def work():\n"
+        "    print('no one may read this')\n"
+        "    return int(os.open(os.devnull, os.O_RDONLY) < 3)\n"
+        "os._exit(guarded(work))\n"
+    )
+    shell = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {closed}"
+    assert subprocess.run(shell, shell=True, check=False, cwd=ROOT).returncode == 0
+
+
+def test_a_directory_that_is_gone_is_one_line(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    shell = (
+        f"rmdir {gone}; {shlex.quote(sys.executable)} {ROOT}/predict.py "
+        "cifar10-resnet20 a.png"
+    )
+    done = subprocess.run(
+        shell, shell=True, cwd=gone, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: the current directory cannot be used (No such file or directory); "
+        "change to one that exists\n"
+    )
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_file_that_may_not_be_used_is_one_line(number, capsys):
+    def fail():
+        raise OSError(number, os.strerror(number), "a/b")
+
+    assert guarded(fail) == 1
+    said = f"failed: a/b cannot be used ({os.strerror(number)}); repair that, or name "
+    assert capsys.readouterr().err == f"{said}another\n"

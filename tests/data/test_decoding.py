@@ -175,6 +175,33 @@ def test_damaged_metadata_change_no_pixel(kind):
         np.testing.assert_array_equal(found, expected, err_msg=name)
 
 
+@pytest.mark.parametrize(("bits", "white_is_0"), [(12, 0), (16, 0), (16, 1)])
+def test_a_tiff_has_its_brightness_whatever_its_bits(bits, white_is_0):
+    side, value = 4, 0.8  # the brightness
+    stored = round((1 - value if white_is_0 else value) * (2**bits - 1))
+    row = struct.pack(f"<{side}H", *[stored] * side)
+    if bits == 12:  # packed, the first bit first
+        row = int(format(stored, "012b") * side, 2).to_bytes(side * 12 // 8)
+    tags = [
+        *[(256, 3, 1, side), (257, 3, 1, side), (258, 3, 1, bits), (259, 3, 1, 1)],
+        *[(262, 3, 1, 1 - white_is_0), (273, 4, 1, 8), (277, 3, 1, 1)],
+        *[(278, 3, 1, side), (279, 4, 1, len(row) * side)],
+    ]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    start = 8 + len(row) * side
+    content = b"II*\0" + struct.pack("<I", start) + row * side
+    content += struct.pack("<H", len(tags)) + entries + bytes(4)
+    found = read(io.BytesIO(content), side)
+    np.testing.assert_allclose(found, 255 * value, atol=1)
+
+
+@pytest.mark.parametrize("largest", [1023, 65535])
+def test_a_pgm_may_have_more_than_8_bits(largest):
+    pixels = struct.pack(">4H", *[round(0.8 * largest)] * 4)
+    file = io.BytesIO(b"P5 2 2 %d\n" % largest + pixels)
+    np.testing.assert_allclose(read(file, 2), 255 * 0.8, atol=1)
+
+
 @pytest.mark.parametrize("kind", ["tEXt", "zTXt", "iTXt", "iCCP"])
 @pytest.mark.parametrize("place", ["memory", "disk"])
 def test_a_png_may_hold_any_amount_of_text(kind, place, tmp_path):

@@ -118,11 +118,15 @@ def test_images_lie_deeper_too_and_other_files_are_counted(tmp_path):
     (root / "cat" / "notes.txt").write_text("x")
     (root / "dog" / "LICENCE").write_text("x")
     (root / "dog" / ".DS_Store").write_text("x")
+    (root / "dog" / "._000.png").write_text("x")
+    os.mkfifo(root / "dog" / "pipe.png")  # reading it would wait
     (root / ".git").mkdir()
     (root / "beside.txt").write_text("x")
     found = list_folder(str(root))
     assert "cat/more/deep.JPG" in names(found, "train") | names(found, "test")
-    assert found.notes[1] == "left out as no images: 1 .txt, 1 without a suffix"
+    assert found.notes[1] == (
+        "left out as no images: 1 .txt, 1 without a suffix, 1 .png"
+    )
 
 
 def test_the_order_mixes_the_classes_and_is_the_same_elsewhere(tmp_path):

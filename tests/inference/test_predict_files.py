@@ -1,11 +1,13 @@
 """``predict.py`` on files, folders and a stream; a net in one file; exports."""
 
+import errno
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,6 +60,7 @@ def pictures(tmp_path):
         pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / name, "PNG")
     (folder / "notes.txt").write_text("no image")
+    (folder / "._a.png").write_text("what macOS leaves beside a.png")
     (tmp_path / "damaged.png").write_bytes((folder / "a.png").read_bytes()[:60])
     return folder
 
@@ -96,6 +99,39 @@ def test_an_image_on_standard_input_is_answered(run, pictures, capsys, monkeypat
     _, (line,), _ = run_predict(capsys, [run, "-"])
     _, (expected,), _ = run_predict(capsys, [run, path])
     assert line == expected.replace(str(path), "standard input")
+
+
+def test_what_a_folder_leaves_out_is_said(run, pictures, capsys, monkeypatch):
+    (pictures / "broken.png").symlink_to("nowhere")
+    (pictures / "linked").symlink_to(pictures / "more")
+    code, lines, err = run_predict(capsys, [run, pictures])
+    assert (code, len(lines)) == (1, 3)
+    assert "linked is a link to a folder" in err
+    assert "left out: " in err and "broken.png cannot be read" in err
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("more"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    code, lines, err = run_predict(capsys, [run, pictures])
+    assert (code, lines) == (2, [])
+    assert "more cannot be read (Permission denied); make it readable" in err
+
+
+def test_a_pipe_is_read_like_a_file(run, pictures, capsys, tmp_path):
+    """As in predict.py NET <(command)."""
+    content = (pictures / "a.png").read_bytes()
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=[content])
+    writer.start()
+    words = [run, tmp_path / "pipe", pictures / "a.png", "--json"]
+    code, lines, _ = run_predict(capsys, words)
+    writer.join()
+    one, other = map(json.loads, lines)
+    assert (code, one["classes"]) == (0, other["classes"])
 
 
 def test_a_damaged_file_loses_none_of_the_others(run, pictures, capsys):

@@ -113,11 +113,15 @@ def test_the_page_asks_nobody_else(server):
             411,
             "no valid Content-Length",
         ),
+        (
+            *("POST", "/inspect", b"x", {"Content-Length": "1" * 5000}),
+            *(411, "no valid Content-Length"),
+        ),
         ("POST", "/other", b"x", {}, 404, "no such page"),
         ("GET", "/../config.json", None, {}, 404, "no such page"),
         ("GET", "/example/one", None, {}, 404, "no such page"),
     ],
-    ids=["text", "empty", "large", "length", "post", "path", "example"],
+    ids=["text", "empty", "large", "length", "digits", "post", "path", "example"],
 )
 def test_what_is_refused(server, method, path, body, headers, status, words):
     found, kind, content = ask(server, method, path, body, **headers)

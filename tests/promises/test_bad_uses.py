@@ -1001,6 +1001,16 @@ CASES = {
             f"--data.dir {{data}} --workdir {300 * 'x'}",
             f"workdir={300 * 'x'} cannot be written or created",
         ),
+        article(
+            "bytes that are no UTF-8",
+            "--data.dir {data} --workdir caf\udce9",
+            "workdir=caf\\udce9 must be UTF-8 in its whole path",
+        ),
+        article(
+            "an address",
+            "--data.dir {data} --workdir gs://bucket/run",
+            "workdir=gs:/bucket/run must be a directory of this machine",
+        ),
         article("empty", "--workdir ''", "workdir='' names no directory; give"),
         again(
             "more epochs",

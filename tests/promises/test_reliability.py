@@ -607,8 +607,13 @@ def test_other_numerics_are_refused(copied, go_on, setting, words):
 def test_what_may_change_the_last_bits_is_said(copied, go_on, monkeypatch, caplog):
     caplog.set_level("INFO", "flax_resnetv2")
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_ftz=true")
+    path = copied / "environment.json"
+    starts = json.loads(path.read_text())
+    starts[-1]["numerics"]["cores"] = 99
+    path.write_text(json.dumps(starts))
     go_on()
     assert "XLA_FLAGS" in caplog.text
+    assert "cores 99 -> " in caplog.text
     assert "the last bits may differ from those of an undisturbed run" in caplog.text
 
 
@@ -792,6 +797,20 @@ def test_a_signal_that_comes_twice_at_once_counts_once():
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested == "SIGTERM"
+
+
+def test_a_signal_that_the_shell_ignores_stays_ignored():
+    """As SIGINT of a command in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals.Stop() as stop:
+            stop.listen()
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.requested is None
+            assert signal.getsignal(signal.SIGTERM) == stop._note
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_signals_are_given_back():

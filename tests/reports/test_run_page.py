@@ -3,9 +3,12 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -13,6 +16,7 @@ from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
+import matplotlib as mpl
 import numpy as np
 import pytest
 from PIL import Image
@@ -158,6 +162,29 @@ def test_names_are_shown_as_they_are(run, tmp_path, monkeypatch):
         assert name in words
         assert any(name in drawing for drawing in drawings)
     assert copy.name in words
+
+
+def test_a_matplotlibrc_changes_no_figure(run):
+    record = compare_runs.read_run(run)
+    expected = compare_runs.draw_runs([record])
+    with mpl.rc_context({"text.usetex": True, "font.size": 30}):
+        assert compare_runs.draw_runs([record]) == expected
+
+
+def test_a_backend_that_is_none_draws_all_the_same():
+    code = (
+        "from flax_resnetv2.reports import formats\n"
+        "with formats.plain_style():\n"
+        "    print(len(formats.encode(formats.new_figure(1, 1), 'png')))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"MPLBACKEND": "nonsense"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert int(done.stdout) > 100, done.stderr
 
 
 def test_an_autoencoder_has_its_images_in_the_page(tmp_path):

@@ -1,12 +1,14 @@
 """States on disk."""
 
+import errno
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flax_resnetv2 import Checkpointer
+from flax_resnetv2 import Checkpointer, RunError
 
 
 def test_states_come_back_bit_for_bit_where_they_belong(tmp_path):
@@ -48,3 +50,44 @@ def test_what_is_saved_may_change_at_once(tmp_path):
             state, notes = checkpoints.restore(step, like)
             np.testing.assert_array_equal(state["a"], np.full(5, float(step)))
             assert notes == {"step": step}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied", "a"),
+        ValueError("Error opening: Permission denied [os_error_code='EACCES']"),
+    ],
+)
+def test_what_may_not_be_read_is_not_damaged(tmp_path, monkeypatch, error):
+    """Orbax and tensorstore say it in two ways."""
+    like = {"a": jnp.arange(5.0)}
+    with Checkpointer(tmp_path / "c", keep=2) as checkpoints:
+        checkpoints.save(1, like)
+
+    def refuse(*_, **__):
+        raise error
+
+    with Checkpointer(tmp_path / "c", keep=2) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "restore", refuse)
+        with pytest.raises(RunError, match=r"1 cannot be read \(.*; let this user"):
+            checkpoints.restore_newest(like)
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]
+
+
+def test_an_error_of_writing_is_told_once(tmp_path, monkeypatch, caplog):
+    like = {"a": jnp.arange(5.0)}
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    message = r"written .*No space left .*; free some space"
+    with (
+        pytest.raises(RunError, match=message),
+        Checkpointer(tmp_path / "c", keep=2) as checkpoints,
+    ):
+        monkeypatch.setattr(checkpoints._manager, "save", refuse)
+        monkeypatch.setattr(checkpoints._manager, "wait_until_finished", refuse)
+        checkpoints.save(1, like)
+        checkpoints.wait()
+    assert not caplog.records

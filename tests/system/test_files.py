@@ -1,9 +1,14 @@
 """Paths as people write them."""
 
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
 
 from flax_resnetv2.cli import predict, tools, train
-from flax_resnetv2.system.files import expand_home
+from flax_resnetv2.system import files
+from flax_resnetv2.system.files import expand_home, printable, user_cache
 
 
 @pytest.mark.parametrize(
@@ -43,3 +48,35 @@ def test_every_command_expands_it(main, line, tmp_path, monkeypatch, capsys):
     assert main(line.split()) == 2
     assert f"{tmp_path}/w.npz" in capsys.readouterr().err
     assert not (tmp_path / "~").exists()
+
+
+# Users without a home, and names without an encoding
+
+
+def test_without_a_home_caches_are_temporary(tmp_path, monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(files.Path, "home", lambda: Path("/no/such"))
+    monkeypatch.setattr(files, "writable", lambda _: False)
+    found = user_cache()
+    assert found == tmp_path / f"flax_resnetv2-{os.getuid()}"
+    found.mkdir()
+    assert user_cache() == found
+    # Another user has made it, perhaps with programs in it.
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    found.rename(tmp_path / "flax_resnetv2-54321")
+    assert user_cache() == Path("/no/such/.cache/flax_resnetv2")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("caf\u00e9 \u6f22\u5b57 $x$ [red]:cat:", None),
+        ("caf\udce9", r"caf\udce9"),
+        ("\x1b[31m\n\t", r"\x1b[31m\n\t"),
+    ],
+)
+def test_names_can_do_nothing_to_a_terminal(name, shown):
+    assert printable(name) == (name if shown is None else shown)
+    assert printable(name).encode()

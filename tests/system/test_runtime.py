@@ -149,3 +149,11 @@ def test_no_place_for_a_cache_is_no_error(untouched, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert runtime.cache_compilations() is None
     assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_flags_may_lie_in_a_file(tmp_path, monkeypatch):
+    """XLA reads a file if the variable does not begin with a dash."""
+    (tmp_path / "flags").write_text("--a=1\n--b=2\n")
+    monkeypatch.setenv("XLA_FLAGS", str(tmp_path / "flags"))
+    runtime.make_deterministic()
+    assert os.environ["XLA_FLAGS"] == "--a=1 --b=2 --xla_gpu_deterministic_ops=true"
