@@ -98,7 +98,8 @@ def load(path: str | Path) -> TrainedNet:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        # The library says "No such file" where permission is missing, too.
+        reason = unreadable(path) or " ".join(str(error).split())
         raise UsageError(
             f"{path} cannot be read ({reason}); give a whole .safetensors file that "
             "python -m flax_resnetv2 export wrote"

@@ -103,5 +103,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())  # or a crash of the machine could leave it empty
         os.replace(new, path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
     finally:
         new.unlink(missing_ok=True)

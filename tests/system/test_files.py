@@ -69,6 +69,14 @@ def test_without_a_home_caches_are_temporary(tmp_path, monkeypatch):
     assert user_cache() == Path("/no/such/.cache/flax_resnetv2")
 
 
+def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(OSError, match="directory") as caught:
+        files.write_whole(tmp_path / "a", "text")
+    assert caught.value.filename == str(tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
