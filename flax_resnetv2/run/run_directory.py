@@ -316,7 +316,8 @@ def _numerics() -> dict[str, Any]:
     names = "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"
     settings |= {name: os.environ.get(name, "").strip() for name in names}
     if jax.default_backend() == "cpu":  # how XLA divides its sums
-        settings["cores"] = len(os.sched_getaffinity(0))
+        affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
+        settings["cores"] = len(affinity(0)) if affinity else os.cpu_count()
     return settings
 
 

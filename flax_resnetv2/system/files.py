@@ -79,6 +79,12 @@ def writable(path: Path) -> bool:
 def unreadable(path: str | Path) -> str | None:
     """Return the system's reason why a file cannot be opened; None if it can."""
     try:
+        if (
+            not os.path.isfile(path)
+            and not os.path.isdir(path)
+            and os.path.exists(path)
+        ):
+            return "no regular file"  # opening a pipe would wait
         with open(path, "rb"):
             return None
     except OSError as error:

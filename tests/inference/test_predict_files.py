@@ -101,6 +101,13 @@ def test_an_image_on_standard_input_is_answered(run, pictures, capsys, monkeypat
     assert line == expected.replace(str(path), "standard input")
 
 
+def test_standard_input_that_is_closed_is_one_line(run, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    code, lines, err = run_predict(capsys, [run, "-"])
+    assert (code, lines) == (2, [])
+    assert err == "error: - is standard input, which is closed; name a file\n"
+
+
 def test_what_a_folder_leaves_out_is_said(run, pictures, capsys, monkeypatch):
     (pictures / "broken.png").symlink_to("nowhere")
     (pictures / "linked").symlink_to(pictures / "more")

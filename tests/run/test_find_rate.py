@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from flax_resnetv2 import RunError, UsageError
+from flax_resnetv2.run import find_rate as find_rate_module
 from flax_resnetv2.run.find_rate import find_rate
 from tests.support import tiny
 
@@ -44,6 +45,15 @@ def test_the_rate_rises_until_training_diverges(tmp_path):
         assert line["smoothed"] == pytest.approx(average / weights, rel=1e-9)
     lowest = min(lines, key=lambda line: line["smoothed"])
     assert rate == pytest.approx(lowest["learning_rate"] / 10)
+
+
+def test_a_figure_that_cannot_be_drawn_loses_no_rate(tmp_path, monkeypatch, caplog):
+    def fail(*_):
+        raise ValueError("no LaTeX")
+
+    monkeypatch.setattr(find_rate_module, "_draw", fail)
+    assert run(tmp_path / "rates", steps=40, highest=1e6) > 0
+    assert "learning_rate.png was not drawn (no LaTeX)" in caplog.text
 
 
 def test_a_rate_that_never_was_too_high_is_no_answer(tmp_path):

@@ -69,6 +69,16 @@ def test_without_a_home_caches_are_temporary(tmp_path, monkeypatch):
     assert user_cache() == Path("/no/such/.cache/flax_resnetv2")
 
 
+def test_why_a_file_cannot_be_opened(tmp_path):
+    (tmp_path / "a").touch()
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait
+    assert files.unreadable(tmp_path / "a") is None
+    assert files.unreadable(tmp_path / "pipe") == "no regular file"
+    assert files.unreadable(tmp_path) == "Is a directory"
+    assert files.unreadable(tmp_path / "b") == "No such file or directory"
+    assert files.unreadable("a\0b") == "no name of a file"
+
+
 def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(OSError, match="directory") as caught:
